@@ -1,0 +1,405 @@
+"""From files to batches: tokenizer and template, readers, segment diff, and the one `Batch`.
+
+Every algorithm scores responses to an image and a prompt, so every algorithm eats the same batch:
+rows of one *trunk* (image + prompt) and its *branches* (responses, one after another):
+
+    tokens    <s> USER: <image>.. Describe ASSISTANT: | A  red car . </s> | A blue car . </s> | pad
+    branch     0    0       0        0         0      | 1   1   1  1   1  | 2   2   2  2   2  | -1
+    position   0    1       2        3         4      | 5   6   7  8   9  | 5   6   7  8   9  |  0
+
+The first token of every branch is predicted by the last token of the trunk: `source` is therefore
+an index into the hidden states and not a shift by one.
+"""
+
+import difflib
+import io
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from glob import glob
+from pathlib import Path
+
+import sentencepiece
+import torch
+from PIL import Image
+from torch import Tensor
+
+IMAGE = "<image>"
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders that ever see a user's file
+
+
+class DataError(ValueError):
+    """Something in a user's file is wrong; the message names the file, the row and the remedy."""
+
+
+# ------------------------------------------------------------------------------ tokens and prompts
+
+
+class Tokenizer:
+    """sentencepiece plus the two tokens LLaVA adds behind it, `<image>` and `<pad>`.
+
+    Text around `<image>` is tokenized piece by piece, and every piece begins with sentencepiece's
+    dummy space, as in the original LLaVA code and in transformers' legacy LlamaTokenizer. The ids
+    are those of transformers' tokenizers with one exception: `</s>`, `<s>`, `<unk>` and `<pad>`
+    written in a text are ordinary characters here, so no text can end an answer or hide from the
+    loss. (The class LlamaTokenizer of transformers 5, called by name, merges spaces in its own way;
+    AutoTokenizer and AutoProcessor do not.)
+    """
+
+    def __init__(self, path, image_token: int | None = None, pad_token: int | None = None):
+        self.path = Path(path)
+        self.model_proto = self.path.read_bytes()
+        self.sp = sentencepiece.SentencePieceProcessor(model_proto=self.model_proto)
+        size = self.sp.vocab_size()
+        self.image_token = size if image_token is None else image_token
+        self.pad_token = size + 1 if pad_token is None else pad_token
+        self.bos_token, self.eos_token = self.sp.bos_id(), self.sp.eos_id()
+        self.vocab_size = max(size, self.image_token + 1, self.pad_token + 1)
+        self._pieces = lru_cache(maxsize=65536)(lambda text: tuple(self.sp.encode(text)))
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        ids = [self.bos_token] if bos else []
+        for i, piece in enumerate(text.split(IMAGE)):
+            if i > 0:
+                ids.append(self.image_token)
+            ids.extend(self._pieces(piece))
+        return ids + [self.eos_token] * eos
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that was encoded; begin, end and padding are left out.
+
+        Lossless up to sentencepiece itself, which writes a space as U+2581 and cannot tell the two
+        apart afterwards.
+        """
+        pieces = [[]]
+        for i in map(int, ids):
+            if i == self.image_token:
+                pieces.append([])
+            elif i < self.sp.vocab_size() and i != self.pad_token:
+                pieces[-1].append(i)
+        return IMAGE.join(map(self.sp.decode, pieces))
+
+
+def prompt_text(question: str, image: bool = True) -> str:
+    """The vicuna_v1 conversation up to where the assistant speaks."""
+    return f"{SYSTEM} USER: {IMAGE + chr(10) if image else ''}{question} ASSISTANT:"
+
+
+def prompt_tokens(tokenizer: Tokenizer, text: str, patches: int) -> list[int]:
+    """Begin-of-sequence and `text`, every `<image>` widened to one token per image feature."""
+    ids = []
+    for token in tokenizer.encode(text, bos=True):
+        ids.extend([token] * (patches if token == tokenizer.image_token else 1))
+    return ids
+
+
+# ------------------------------------------------------------------------------- corrected segments
+
+
+def segment_mask(
+    chosen: Sequence[int], rejected: Sequence[int], min_match: int = 3,
+    replacements_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Which tokens of two responses belong to corrected segments (RLHF-V, section 3.2).
+
+    Args:
+        chosen, rejected: token ids of the corrected and of the original response.
+        min_match: a common run shorter than this counts as changed, as in the released code.
+        replacements_only: the released code's habit: a segment that was purely inserted or
+            deleted keeps weight 1. The paper's Eq. 5, and the default here, counts it.
+
+    Returns:
+        bool (Tc,) and (Tr,), True = corrected segment.
+    """
+    matcher = difflib.SequenceMatcher(None, chosen, rejected, autojunk=False)
+    masks = torch.ones(len(chosen), dtype=torch.bool), torch.ones(len(rejected), dtype=torch.bool)
+    a = b = 0  # where the current changed span begins, on either side
+    for block in matcher.get_matching_blocks():
+        last = block.size == 0  # difflib closes with an empty block at both ends
+        if block.size < min_match and not last:
+            continue
+        if replacements_only and (block.a == a or block.b == b):
+            masks[0][a : block.a] = masks[1][b : block.b] = False
+        a, b = block.a + block.size, block.b + block.size
+        masks[0][block.a : a] = masks[1][block.b : b] = False
+    return masks
+
+
+# ------------------------------------------------------------------------------------------ batches
+
+
+@dataclass
+class Response:
+    """Tokens of a branch and their weights; weight 0 marks tokens that are given, not predicted."""
+
+    tokens: list[int]
+    weight: list[float]
+
+
+@dataclass
+class Example:
+    """One row to be: an image (pixels or cached features), a prompt and its responses."""
+
+    name: str  # for error messages: file and row
+    image: Tensor | None
+    prompt: list[int]
+    responses: list[Response]
+    reference: list[float] | None = None  # the reference model's score of each response
+
+
+@dataclass
+class Batch:
+    images: Tensor | None  # (M, 3, H, W) pixels or (M, patches, D) features of the rows with image
+    tokens: Tensor  # (B, T) long: trunk, then branches one after another, right-padded
+    position: Tensor  # (B, T) long: rotary position; every branch restarts at its trunk's length
+    branch: Tensor  # (B, T) long: 0 trunk, 1..K branch, -1 padding
+    # One entry per predicted response token, all rows of the batch flattened:
+    source: Tensor  # (R,) index into the flattened (B*T) hidden states that predicts the token
+    target: Tensor  # (R,) the token
+    weight: Tensor  # (R,) segment weight: gamma in corrected segments, 1 elsewhere
+    group: Tensor  # (R,) which response (0..G-1) the token belongs to
+    groups: int  # G
+    reference: Tensor | None = None  # (G,) the reference model's scores
+    names: list[str] = field(default_factory=list)  # (B,) file and row of each example
+
+    def to(self, device) -> "Batch":
+        move = lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+        return Batch(**{name: move(value) for name, value in vars(self).items()})
+
+    @property
+    def padding(self) -> float:
+        """Share of token slots that hold nothing."""
+        return (self.branch == -1).float().mean().item()
+
+
+def common_prefix(responses: list[Response]) -> int:
+    """How many leading tokens all of at least two responses share, each keeping one of its own."""
+    if len(responses) < 2:
+        return 0
+    shortest = min(len(response.tokens) for response in responses) - 1
+    first = responses[0]
+    for i in range(shortest):
+        if any(r.tokens[i] != first.tokens[i] for r in responses):
+            return i
+    return shortest
+
+
+def collate(examples: list[Example], pad_token: int, max_length: int) -> Batch:
+    """Examples as one batch. Tokens with which all responses of a row begin move into its trunk.
+
+    Args:
+        examples: rows, at least one.
+        pad_token: id that fills the ends of short rows.
+        max_length: the model's context; no trunk with any one of its branches may be longer.
+
+    Raises:
+        DataError: a response is empty or does not fit; nothing is ever cut silently.
+    """
+    rows, sources, targets, weights, groups = [], [], [], [], []
+    total = 0
+    for row, example in enumerate(examples):
+        check_lengths(example, max_length)
+        shared = common_prefix(example.responses)
+        tokens = example.prompt + example.responses[0].tokens[:shared]
+        start = len(tokens)
+        position, branch = list(range(start)), [0] * start
+        for k, response in enumerate(example.responses):
+            own = response.tokens[shared:]
+            at = len(tokens)  # slot of the branch's first own token
+            # slots that predict: through the shared tokens, the trunk's last, then the branch
+            predictor = [*range(len(example.prompt) - 1, start), *range(at, at + len(own) - 1)]
+            for slot, token, weight in zip(predictor, response.tokens, response.weight, strict=True):
+                if weight > 0:
+                    sources.append((row, slot))
+                    targets.append(token)
+                    weights.append(weight)
+                    groups.append(total)
+            tokens = tokens + own
+            position.extend(range(start, start + len(own)))
+            branch.extend([k + 1] * len(own))
+            total += 1
+        rows.append((tokens, position, branch))
+
+    width = max(len(tokens) for tokens, _, _ in rows)
+    fill = lambda i, value: torch.tensor([r[i] + [value] * (width - len(r[i])) for r in rows])
+    images = [example.image for example in examples if example.image is not None]
+    reference = [score for example in examples for score in example.reference or ()]
+    return Batch(
+        images=torch.stack(images) if images else None,
+        tokens=fill(0, pad_token), position=fill(1, 0), branch=fill(2, -1),
+        source=torch.tensor([row * width + slot for row, slot in sources]),
+        target=torch.tensor(targets), weight=torch.tensor(weights), group=torch.tensor(groups),
+        groups=total, reference=torch.tensor(reference) if reference else None,
+        names=[example.name for example in examples],
+    )
+
+
+def check_lengths(example: Example, max_length: int) -> None:
+    for response in example.responses:
+        if not any(weight > 0 for weight in response.weight):
+            raise DataError(f"{example.name}: a response has no token to learn from")
+        length = len(example.prompt) + len(response.tokens)
+        if length > max_length:
+            raise DataError(
+                f"{example.name}: prompt and response have {length} tokens, the context holds "
+                f"{max_length}; shorten the text or leave the row out (--skip_bad_rows)"
+            )
+
+
+# ------------------------------------------------------------------------------------------ readers
+
+
+@dataclass
+class Pair:
+    """One correction: a question about an image, the corrected and the original answer."""
+
+    name: str
+    image: Path | bytes
+    question: str
+    chosen: str
+    rejected: str
+
+
+def read_pairs(patterns: Sequence[str], images: str | None, skip: list[str] | None = None):
+    """Preference pairs from JSONL or parquet files.
+
+    Args:
+        patterns: files or glob patterns.
+        images: folder that the image names of JSONL rows are relative to.
+        skip: if given, messages of bad rows are collected here and the rows left out; otherwise
+            the first bad row raises.
+
+    Returns:
+        list of Pair.
+
+    Raises:
+        DataError: a file or row is wrong, or nothing was found.
+    """
+    pairs = []
+    for path in find_files(patterns):
+        rows = read_parquet(path) if path.suffix == ".parquet" else read_jsonl(path)
+        for name, row in rows:
+            try:
+                pairs.append(make_pair(name, row, images))
+            except DataError as error:
+                if skip is None:
+                    raise
+                skip.append(str(error))
+    if not pairs:
+        raise DataError(f"no usable row in {', '.join(map(str, patterns))}")
+    return pairs
+
+
+def find_files(patterns: Sequence[str]) -> list[Path]:
+    paths = []
+    for pattern in patterns:
+        found = sorted(glob(str(pattern))) or ([pattern] if Path(pattern).exists() else [])
+        if not found:
+            raise DataError(f"{pattern}: no such file")
+        paths.extend(Path(path) for path in found)
+    return paths
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+    """(name, row) of each non-empty line."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                name = f"{path} row {number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{name}: not valid JSON ({error})") from None
+                yield name, row
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
+    """(name, row) of an RLHF-V-Dataset or RLAIF-V-Dataset file, one row group in memory at a time."""
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise DataError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from None
+    try:
+        table = parquet.ParquetFile(path)
+    except Exception as error:
+        raise DataError(f"{path}: not a parquet file ({error})") from None
+    number = 0
+    for group in range(table.num_row_groups):
+        for row in table.read_row_group(group).to_pylist():
+            number += 1
+            name = f"{path} row {number}"
+            if isinstance(row.get("text"), str):  # RLHF-V keeps question and answers as JSON
+                try:
+                    row |= json.loads(row["text"])
+                except ValueError as error:
+                    raise DataError(f"{name}: text is not valid JSON ({error})") from None
+            yield name, row
+
+
+def make_pair(name: str, row: dict, images: str | None) -> Pair:
+    """A checked Pair from a row of any of the public formats."""
+    if not isinstance(row, dict):
+        raise DataError(f"{name}: expected an object with image, question, chosen, rejected")
+    row = {"question": row.get("prompt"), **row}
+    for key in ("image", "question", "chosen", "rejected"):
+        if not row.get(key) or (key != "image" and not str(row[key]).strip()):
+            raise DataError(f"{name}: field {key!r} is missing or empty")
+    if row["chosen"] == row["rejected"]:
+        raise DataError(f"{name}: chosen and rejected are the same; nothing was corrected")
+    image = row["image"]
+    if isinstance(image, dict):
+        image = image.get("bytes")
+        if not image:
+            raise DataError(f"{name}: the image holds no bytes")
+    else:
+        image = image_path(name, image, images)
+    texts = (str(row[key]).replace(IMAGE, "").strip() for key in ("question", "chosen", "rejected"))
+    return Pair(name, image, *texts)
+
+
+def image_path(name: str, image: str, images: str | None) -> Path:
+    """The file of an image name; it must lie inside the folder of images."""
+    folder = Path(images or ".").resolve()
+    path = (folder / str(image)).resolve()
+    if not path.is_relative_to(folder):
+        raise DataError(f"{name}: image {image!r} lies outside the image folder {folder}")
+    if not path.is_file():
+        raise DataError(f"{name}: no image {image!r} in {folder}; point --images at its folder")
+    return path
+
+
+def open_image(name: str, source: Path | bytes) -> Image.Image:
+    """A decoded RGB picture, or a DataError that names the row."""
+    label = source.name if isinstance(source, Path) else "its bytes"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file, formats=FORMATS) as image:
+                return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
+        reason = str(error).split("<")[0].strip() or type(error).__name__
+        raise DataError(
+            f"{name}: cannot read image {label} ({reason}); only whole JPEG, PNG and WebP files"
+        ) from None
+
+
+def pair_example(
+    pair: Pair, image: Tensor, tokenizer: Tokenizer, patches: int, gamma: float,
+    min_match: int = 3, replacements_only: bool = False,
+) -> Example:
+    """A preference pair as an Example: weight gamma in corrected segments, 1 elsewhere (Eq. 5)."""
+    answers = [tokenizer.encode(text, eos=True) for text in (pair.chosen, pair.rejected)]
+    masks = segment_mask(*answers, min_match, replacements_only)
+    responses = [
+        Response(tokens, torch.where(mask, gamma, 1.0).tolist())
+        for tokens, mask in zip(answers, masks)
+    ]
+    prompt = prompt_tokens(tokenizer, prompt_text(pair.question), patches)
+    return Example(pair.name, image, prompt, responses)

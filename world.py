@@ -1,0 +1,669 @@
+"""A small drawn world with exact truth, in which small models hallucinate as large ones do.
+
+A *scene* is a setting (street, kitchen, ...) and three to five *things*, each a kind, a colour, a
+number and one cell of a 3x3 grid. From a scene this file makes the picture, a true description, and
+the description that a *noisy annotator* would write. The annotator works from habit: having said
+what is there, they like to add one more thing that such a setting usually has; an unusual colour
+is reported as the usual one; three are counted as two. Habit needs a world with regularities, so
+settings have typical kinds and kinds have usual colours, while both have exceptions.
+
+A model trained on the annotator's texts learns to see, and it learns the habits too: which object
+to expect in a kitchen is far easier to learn than whether it is there. That is how LLaVA came to
+hallucinate (co-occurrence priors copied from the text that it learnt from), and it is what the
+over-generalisation measure of RLHF-V (arXiv 2312.00849, Table 2) looks for in large models.
+
+Since the truth is known, the people of the papers can be played exactly: `hallucinations` marks
+what is false in a free-form answer, `correct` edits it as RLHF-V's annotators did, `rank` prefers
+one of two answers as LLaVA-RLHF's did. Everything is a function of its arguments: random choices
+come from the scene's seed or from the `random.Random` that is passed in.
+"""
+
+import re
+import zlib
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from random import Random
+
+from PIL import Image, ImageDraw, ImageFilter
+
+# ------------------------------------------------------------------ what there is, and the habits
+
+COLOURS = {  # name: RGB
+    "red": (225, 40, 40), "green": (45, 165, 60), "blue": (45, 95, 230),
+    "yellow": (250, 210, 40), "white": (248, 248, 248), "purple": (160, 60, 205),
+}
+KINDS = {  # kind: its usual colour (each colour is usual for four kinds, so that none stands out)
+    "car": "red", "bus": "yellow", "bicycle": "blue", "house": "red", "tree": "green",
+    "dog": "white", "cat": "white", "duck": "yellow", "boat": "blue", "umbrella": "red",
+    "ball": "purple", "kite": "purple", "cup": "blue", "pot": "blue", "apple": "red",
+    "bottle": "green", "chair": "green", "clock": "white", "lamp": "yellow", "bed": "white",
+    "book": "purple", "hat": "yellow", "flower": "purple", "tractor": "green",
+}
+SCENES = {  # setting: its typical kinds, each with a popularity weight
+    "street": {"car": 6, "house": 5, "bus": 4, "tree": 4, "bicycle": 4, "lamp": 3, "dog": 2},
+    "kitchen": {"cup": 6, "pot": 5, "bottle": 4, "apple": 4, "chair": 4, "clock": 3, "cat": 2},
+    "beach": {"umbrella": 6, "boat": 5, "ball": 4, "hat": 4, "kite": 4, "bottle": 3, "dog": 2},
+    "farm": {"tractor": 6, "house": 5, "duck": 4, "tree": 4, "apple": 4, "cat": 3, "dog": 2},
+    "park": {"tree": 6, "flower": 5, "kite": 4, "duck": 4, "ball": 4, "bicycle": 3, "dog": 2},
+    "bedroom": {"bed": 6, "lamp": 5, "book": 4, "clock": 4, "chair": 4, "hat": 3, "cat": 2},
+}
+PLACES = (  # the 3x3 grid, row by row; no phrase is the beginning of another
+    "at the top left", "at the top centre", "at the top right",
+    "on the left", "in the middle", "on the right",
+    "at the bottom left", "at the bottom centre", "at the bottom right",
+)
+NUMBERS = {1: "one", 2: "two", 3: "three"}
+TYPICAL = 0.8  # chance that a thing is drawn from the setting's typical kinds, not from all kinds
+UNUSUAL_COLOUR = 0.3  # chance that a thing has another colour than its usual one
+NUMBER_WEIGHTS = (65, 20, 15)  # of one, two, three
+TEST_SHARE = 5  # one scene content in five belongs to the test split
+
+
+@dataclass(frozen=True)
+class Thing:
+    kind: str
+    colour: str
+    number: int  # 1, 2 or 3
+    cell: int  # 0..8, index into PLACES
+
+
+@dataclass(frozen=True)
+class Scene:
+    seed: int
+    type: str  # the setting, a key of SCENES
+    things: tuple[Thing, ...]  # in reading order; each kind and each cell at most once
+
+    def find(self, kind):
+        """The thing of this kind, or None."""
+        return next((thing for thing in self.things if thing.kind == kind), None)
+
+    def absent(self, kinds=KINDS):
+        """Those of `kinds` that are not in the scene."""
+        return [kind for kind in kinds if self.find(kind) is None]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How often the annotator writes from habit; every field is a probability."""
+    extra_object: float = 0.7  # per description: a typical but absent object as the last sentence
+    usual_colour: float = 0.4  # per thing in an unusual colour: the usual colour instead
+    three_as_two: float = 0.4  # per thing of number three: "two"
+    two_as_one: float = 0.15  # per thing of number two: "a"
+    wrong_place: float = 0.1  # per thing: the place above, below, left or right of the true one
+
+
+def _weighted(rng, weights):
+    return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def make_scene(seed, split="train"):
+    """The scene with this seed. No scene's content is in both splits, whatever the seeds.
+
+    The split is read off a hash of the content (not of the seed: two seeds may draw the same
+    content), and scenes are redrawn until one belongs to the wanted split.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    rng = Random(f"{split} scene {seed}")  # a str seed is hashed by sha512: the same everywhere
+    while True:
+        setting = rng.choice(list(SCENES))
+        kinds = {}  # a dict, since its order is stable
+        for _ in range(rng.randint(3, 5)):
+            pool = SCENES[setting] if rng.random() < TYPICAL else dict.fromkeys(KINDS, 1)
+            kinds[_weighted(rng, {k: w for k, w in pool.items() if k not in kinds})] = None
+        things = []
+        for kind, cell in zip(kinds, rng.sample(range(9), len(kinds))):
+            colour = KINDS[kind]
+            if rng.random() < UNUSUAL_COLOUR:
+                colour = rng.choice([other for other in COLOURS if other != colour])
+            things.append(Thing(kind, colour, rng.choices((1, 2, 3), NUMBER_WEIGHTS)[0], cell))
+        things = tuple(sorted(things, key=lambda thing: thing.cell))
+        is_test = zlib.crc32(repr((setting, things)).encode()) % TEST_SHARE == 0
+        if is_test == (split == "test"):
+            return Scene(seed, setting, things)
+
+
+def labels(scene):
+    """Per-cell truth for pretraining the vision tower: (kinds, colours, numbers, setting).
+
+    Three lists of nine: index into KINDS plus 1, into COLOURS plus 1, and the number; 0 where the
+    cell is empty. The last is the setting's index into SCENES.
+    """
+    kinds, colours, numbers = [0] * 9, [0] * 9, [0] * 9
+    for thing in scene.things:
+        kinds[thing.cell] = 1 + list(KINDS).index(thing.kind)
+        colours[thing.cell] = 1 + list(COLOURS).index(thing.colour)
+        numbers[thing.cell] = thing.number
+    return kinds, colours, numbers, list(SCENES).index(scene.type)
+
+
+# ---------------------------------------------------------------------------------- the drawings
+# "shape paint numbers, numbers ...; shape paint ...", in percent of the sprite (or of the picture),
+# y downwards. poly x y ...; rect and oval x0 y0 x1 y1; pie x0 y0 x1 y1 from to (degrees, clockwise
+# from the right); ring and line have their width before the paint. Later shapes cover earlier ones.
+
+PAINT = {
+    "black": (35, 35, 40), "grey": (140, 140, 148), "snow": (250, 250, 250), "brown": (125, 80, 45),
+    "orange": (245, 140, 30), "leaf": (50, 130, 50), "glass": (195, 228, 245),
+}
+DRAWINGS = {
+    "car": """poly main 2 68 4 50 24 46 36 26 66 26 80 46 95 50 98 68;
+        poly glass 30 46 39 32 49 32 49 46, 54 46 54 32 64 32 74 46; oval black 13 56 37 80;
+        oval grey 20 63 30 73; oval black 64 56 88 80; oval grey 71 63 81 73""",
+    "bus": """rect main 2 16 98 76; rect glass 8 24 27 44, 31 24 50 44, 54 24 73 44, 78 24 94 70;
+        rect dark 2 54 74 60; oval black 14 64 36 86; oval grey 21 71 29 79; oval black 54 64 76 86;
+        oval grey 61 71 69 79""",
+    "bicycle": """ring 7 main 0 44 42 86, 58 44 100 86; line 6 main 21 65 36 36 70 36 48 65 21 65,
+        79 65 66 20; line 6 black 60 20 80 17; line 7 black 27 31 45 31""",
+    "house": """rect dark 70 8 82 34; poly dark 50 4 99 48 1 48; rect main 12 48 88 94;
+        rect brown 42 62 58 94; rect glass 19 58 35 74, 65 58 81 74""",
+    "tree": """rect brown 42 60 58 98; oval main 8 30 58 74, 42 30 92 74, 22 3 78 58;
+        oval dark 28 46 40 56, 60 44 72 54, 44 20 56 30""",
+    "dog": """line 9 main 18 52 3 26; oval main 12 42 76 74; rect main 16 60 27 94, 32 62 42 94,
+        50 62 60 94, 64 56 75 94; oval main 54 14 88 52, 72 28 100 48; oval black 91 28 100 37,
+        74 24 81 31; poly dark 56 14 68 18 66 50 52 46""",
+    "cat": """line 9 main 66 90 90 88 94 62; oval main 26 46 74 98; poly main 20 36 20 0 46 16,
+        80 36 80 0 54 16; oval main 16 10 84 60; oval black 31 27 41 39, 59 27 69 39;
+        poly orange 45 41 55 41 50 47; line 3 dark 18 46 36 46, 82 46 64 46, 42 70 42 96,
+        58 70 58 96""",
+    "duck": """line 5 orange 40 82 40 96 50 96, 56 82 56 96 66 96; poly main 2 40 30 50 20 72;
+        oval main 8 44 82 86, 54 6 88 44; rect main 58 30 80 60; poly orange 85 20 100 28 85 34;
+        oval black 70 16 78 24; oval dark 24 54 60 76""",
+    "boat": """line 5 brown 50 70 50 2; poly snow 55 6 55 60 94 60; poly main 45 14 45 60 10 60,
+        2 66 98 66 80 92 20 92; line 4 dark 8 74 92 74""",
+    "umbrella": """line 5 brown 50 50 50 86 56 93 64 92 68 84; pie main 2 6 98 102 180 360;
+        pie dark 34 6 66 102 180 360; line 5 black 50 6 50 0""",
+    "ball": """oval main 6 6 94 94; pie snow 6 6 94 94 0 60, 6 6 94 94 120 180, 6 6 94 94 240 300;
+        oval dark 42 42 58 58""",
+    "kite": """line 4 black 50 72 42 82 56 88 48 100; poly main 50 0 88 34 50 74 12 34;
+        poly dark 50 0 88 34 50 34, 50 74 12 34 50 34; poly main 34 80 46 84 36 92,
+        64 80 54 86 62 94""",
+    "cup": """ring 9 main 56 38 96 76; rect main 14 28 72 88; oval main 14 78 72 98;
+        oval dark 14 18 72 38; oval brown 20 22 66 35""",
+    "pot": """line 9 black 0 54 100 54; rect main 14 44 86 84; oval main 14 72 86 94;
+        pie dark 12 22 88 70 180 360; oval black 42 12 58 28""",
+    "apple": """line 6 brown 50 34 56 6; oval leaf 56 6 86 24; oval main 6 24 60 96, 40 24 94 96;
+        oval light 18 38 32 56""",
+    "bottle": """rect main 41 8 59 34; rect black 39 0 61 12; poly main 30 50 41 28 59 28 70 50;
+        rect main 30 48 70 99; rect snow 30 58 70 80; line 3 dark 36 66 64 66, 36 73 64 73""",
+    "chair": """rect main 20 2 31 98, 69 2 80 98, 20 6 80 16, 20 24 80 34;
+        poly main 18 50 82 50 90 64 10 64; rect dark 10 62 90 68; rect main 10 66 20 99,
+        80 66 90 99""",
+    "clock": """line 8 black 26 84 16 98, 74 84 84 98; oval main 8 2 42 34, 58 2 92 34, 10 14 90 94;
+        oval dark 21 25 79 83; oval snow 25 29 75 79; line 6 black 50 34 50 55 64 62""",
+    "lamp": """line 8 brown 50 50 50 90; oval brown 24 84 76 99; poly main 32 4 68 4 92 54 8 54;
+        line 5 dark 12 48 88 48""",
+    "bed": """rect brown 0 18 10 92, 90 44 100 92, 6 74 94 82; rect snow 10 56 90 74;
+        oval snow 11 40 42 60; poly main 36 48 86 46 92 54 92 78 36 78; line 4 dark 38 56 90 56""",
+    "book": """rect snow 20 10 86 96; rect main 14 4 80 88; rect dark 14 4 26 88;
+        rect snow 36 20 70 40; line 4 black 40 27 66 27, 40 34 58 34; line 3 grey 28 92 84 92""",
+    "hat": """oval main 0 58 100 86; pie main 22 14 78 122 180 360;
+        poly dark 23 58 77 58 78 70 22 70""",
+    "flower": """line 7 leaf 50 50 50 99; oval leaf 24 72 50 88, 50 66 76 82; oval main 34 0 66 32,
+        58 12 90 44, 52 36 84 68, 16 36 48 68, 10 12 42 44, 34 40 66 70; oval orange 38 24 62 48""",
+    "tractor": """line 6 black 82 44 82 14; rect glass 20 14 52 46; line 6 black 20 12 20 50,
+        52 12 52 50; rect main 12 6 58 15, 10 40 94 68; oval black 0 42 52 94;
+        oval main 15 57 37 79; oval black 62 58 96 92; oval main 72 68 86 82""",
+}
+BACKGROUNDS = {  # pale, so that all six colours stand out
+    "street": """rect #c3d3de 0 0 100 100; rect #b3b3b8 2 14 24 62; rect #bdb5ae 26 6 52 62;
+        rect #aeb6ba 56 18 76 62; rect #bab4b8 78 4 99 62; rect #cfcfcf 0 62 100 70;
+        rect #8f9094 0 70 100 100; rect #e6e6dc 4 84 24 86, 38 84 60 86, 74 84 96 86""",
+    "kitchen": """rect #efe2c8 0 0 100 66; line 0.8 #dccba8 0 16 100 16, 0 33 100 33, 0 50 100 50,
+        20 0 20 66, 40 0 40 66, 60 0 60 66, 80 0 80 66; rect #c9a77c 0 66 100 72;
+        rect #b58f63 0 72 100 100; line 1 #98754c 33 74 33 100, 66 74 66 100""",
+    "beach": """rect #bfe3f5 0 0 100 36; oval #fff3b0 80 3 93 16; rect #86c1d6 0 36 100 58;
+        line 1 #d8f0f7 6 44 30 44, 52 50 84 50; rect #ecd9a6 0 58 100 100; oval #e2cc92 10 80 40 86,
+        60 70 88 75""",
+    "farm": """rect #cfe6f2 0 0 100 34; rect #c7cf8c 0 34 100 100; line 1.5 #a9b36e 0 60 100 50,
+        0 76 100 64, 0 94 100 80; line 1.5 #9b7a52 0 30 100 30, 0 36 100 36;
+        line 2 #9b7a52 10 26 10 42, 36 26 36 42, 62 26 62 42, 88 26 88 42""",
+    "park": """rect #d9eef7 0 0 100 26; oval #a5cf9b -20 12 60 70; oval #9cc792 40 14 130 70;
+        rect #add6a0 0 42 100 100; poly #e4d9bd 40 42 50 42 84 100 50 100;
+        oval #a9d5e6 4 76 38 92""",
+    "bedroom": """rect #ead9e2 0 0 100 70; line 1.5 #dfc8d5 12 0 12 70, 37 0 37 70, 62 0 62 70,
+        87 0 87 70; rect #c8ad8e 0 70 100 100; line 1 #ad9070 0 80 100 80, 0 90 100 90;
+        rect #f6f6f2 70 8 96 44; rect #bcd9ea 73 11 93 41; line 1.5 #f6f6f2 83 10 83 42""",
+}
+LAYOUT = {  # number: (sprite's side, centres), in cells
+    1: (0.84, ((0.5, 0.5),)),
+    2: (0.5, ((0.24, 0.5), (0.76, 0.5))),
+    3: (0.46, ((0.5, 0.26), (0.24, 0.74), (0.76, 0.74))),
+}
+JITTER = 2  # pixels at 72, either way
+
+
+def _paint(image, drawing, paints):
+    """Draws the primitives of one table entry over the whole of `image`."""
+    pen, unit = ImageDraw.Draw(image), image.width / 100
+    for primitive in drawing.split(";"):
+        shape, *words = primitive.split()
+        width = round(float(words.pop(0)) * unit) if shape in ("ring", "line") else 0
+        fill = paints.get(words[0], words[0])  # a name, or #rrggbb
+        for numbers in " ".join(words[1:]).split(","):
+            xy = [float(number) * unit for number in numbers.split()]
+            if shape == "poly":
+                pen.polygon(xy, fill)
+            elif shape == "rect":
+                pen.rectangle(xy, fill)
+            elif shape == "oval":
+                pen.ellipse(xy, fill)
+            elif shape == "ring":
+                pen.ellipse(xy, None, fill, width)
+            elif shape == "pie":
+                pen.pieslice(xy[:4], xy[4] / unit, xy[5] / unit, fill)
+            else:
+                pen.line(xy, fill, width, joint="curve")
+
+
+@lru_cache(maxsize=None)  # 24 kinds x 6 colours x 3 sizes
+def _sprite(kind, colour, side):
+    main = COLOURS[colour]
+    paints = PAINT | {"main": main, "dark": tuple(int(0.62 * c) for c in main),
+                      "light": tuple((c + 255) // 2 for c in main)}
+    scale = max(4, 96 // side)  # supersampling, so that edges are smooth
+    inner = Image.new("RGBA", (side * scale,) * 2)
+    _paint(inner, DRAWINGS[kind], {name: (*rgb, 255) for name, rgb in paints.items()})
+    # A dark rim sets a thing off from any background: the silhouette, grown, goes underneath.
+    rim, margin = round(0.035 * side * scale), 1 + side // 30
+    whole = Image.new("RGBA", ((side + 2 * margin) * scale,) * 2)
+    whole.paste(inner, (margin * scale,) * 2)
+    shadow = Image.new("RGBA", whole.size, (30, 30, 35, 0))
+    shadow.putalpha(whole.getchannel("A").filter(ImageFilter.MaxFilter(2 * rim + 1)))
+    return Image.alpha_composite(shadow, whole).reduce(scale)
+
+
+@lru_cache(maxsize=None)
+def _background(setting, size):
+    image = Image.new("RGB", (4 * size,) * 2)
+    _paint(image, BACKGROUNDS[setting], {})
+    return image.reduce(4)
+
+
+def draw(scene, size=72):
+    """The scene as an RGB image of size x size pixels; the same picture at every size."""
+    image, cell, rng = _background(scene.type, size).copy(), size / 3, Random(f"draw {scene.seed}")
+    for thing in scene.things:
+        left, top = (cell * (thing.cell % 3) + rng.randint(-JITTER, JITTER) * size / 72,
+                     cell * (thing.cell // 3) + rng.randint(-JITTER, JITTER) * size / 72)
+        share, centres = LAYOUT[thing.number]
+        sprite = _sprite(thing.kind, thing.colour, round(share * cell))
+        for x, y in centres:
+            corner = (round(left + x * cell - sprite.width / 2),
+                      round(top + y * cell - sprite.height / 2))
+            image.paste(sprite, corner, sprite)
+    return image
+
+
+# --------------------------------------------------------------------------------- what is said
+
+OPENINGS = ("The picture shows a {}.", "This is a picture of a {}.", "This is a {}.")
+SENTENCES = ("there {be} {thing} {place}.", "{thing} {be} {place}.", "{place} there {be} {thing}.",
+             "you can see {thing} {place}.")
+DESCRIBE_PROMPTS_TRAIN = (
+    "Describe the picture.", "What can you see in the picture?", "Tell me what you see.",
+    "What is in this picture? Tell me everything.", "Look at the picture and describe it.",
+    "Give a long description of this picture.", "Describe everything that you see.",
+    "Please tell me about this picture.",
+)
+DESCRIBE_PROMPTS_EVAL = (  # other wordings, but no word that the training prompts lack
+    "Please describe this picture.", "Tell me everything about the picture.",
+    "What can you see? Describe it.", "Look at this picture and tell me what is in it.",
+    "Give a description of everything you see.", "Describe what you see in the picture.",
+    "Please look at this picture. What is in it?", "Tell me about everything in this picture.",
+)
+QUESTION_PROMPTS_TRAIN = {
+    "exists": ("Is there {a_kind}?", "Can you see {a_kind}?", "Is there {a_kind} in this picture?"),
+    "colour": ("What colour {be} the {noun}?", "Tell me the colour of the {noun}."),
+    "number": ("How many {kinds} are there?", "How many {kinds} can you see?"),
+    "place": ("Where {be} the {noun}?", "Where can you see the {noun}?"),
+    "scene": ("What place is this?", "What place can you see in the picture?"),
+    "comparison": ("{Be} the {noun} {relation} the {other}?",
+                   "In this picture, {be} the {noun} {relation} the {other}?"),
+    "more": ("Are there more {kinds} than {others}?",),
+    "what": ("What is {place}?", "What can you see {place}?"),
+}
+QUESTION_PROMPTS_EVAL = {
+    "exists": ("Can you see {a_kind} in the picture?", "Is there {a_kind} in the picture?"),
+    "colour": ("What is the colour of the {noun}?", "Tell me what colour the {noun} {be}."),
+    "number": ("How many {kinds} are in the picture?", "Tell me how many {kinds} there are."),
+    "place": ("Where in the picture {be} the {noun}?", "Tell me where the {noun} {be}."),
+    "scene": ("What place is in the picture?", "Tell me what place this is."),
+    "comparison": ("In the picture, {be} the {noun} {relation} the {other}?",),
+    "more": ("Can you see more {kinds} than {others}?",),
+    "what": ("What is there {place}?", "Tell me what is {place}."),
+}
+TOPICS = {  # topic: how often `questions` asks about it
+    "exists": 8, "colour": 3, "number": 3, "place": 3, "scene": 1, "comparison": 3, "what": 3,
+}
+RELATIONS = {  # between two things
+    "to the left of": lambda a, b: a.cell % 3 < b.cell % 3,
+    "to the right of": lambda a, b: a.cell % 3 > b.cell % 3,
+    "above": lambda a, b: a.cell // 3 < b.cell // 3,
+    "below": lambda a, b: a.cell // 3 > b.cell // 3,
+    "more": lambda a, b: a.number > b.number,
+}
+
+
+def plural(kind):
+    return kind + ("es" if kind.endswith("s") else "s")
+
+
+def with_article(noun):
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def _noun(thing):
+    return thing.kind if thing.number == 1 else plural(thing.kind)
+
+
+def _be(thing):
+    return "is" if thing.number == 1 else "are"
+
+
+def _phrase(thing):
+    """'a red car', 'two red cars'."""
+    number = "a" if thing.number == 1 else NUMBERS[thing.number]
+    return f"{number} {thing.colour} {_noun(thing)}"
+
+
+def _capital(text):
+    return text[0].upper() + text[1:]
+
+
+def _sentence(thing, rng):
+    template = rng.choice(SENTENCES)
+    return _capital(template.format(be=_be(thing), thing=_phrase(thing), place=PLACES[thing.cell]))
+
+
+def _describe(scene, things):
+    """One text for `things`; the wording is the scene's own, so only what is said can differ."""
+    rng = Random(f"words {scene.seed}")
+    sentences = [rng.choice(OPENINGS).format(scene.type)]
+    return " ".join(sentences + [_sentence(thing, rng) for thing in things])
+
+
+def describe(scene):
+    """A true and complete description, 25 to 55 words."""
+    return _describe(scene, scene.things)
+
+
+def annotate(scene, rng, rates=Rates()):
+    """What the noisy annotator writes: the true description, with the habits that `Rates` lists."""
+    said = []
+    for thing in scene.things:
+        if thing.colour != KINDS[thing.kind] and rng.random() < rates.usual_colour:
+            thing = replace(thing, colour=KINDS[thing.kind])
+        if rng.random() < {1: 0, 2: rates.two_as_one, 3: rates.three_as_two}[thing.number]:
+            thing = replace(thing, number=thing.number - 1)
+        if rng.random() < rates.wrong_place:
+            row, column = divmod(thing.cell, 3)
+            near = [c for c in range(9) if abs(c // 3 - row) + abs(c % 3 - column) == 1]
+            thing = replace(thing, cell=rng.choice(near))
+        said.append(thing)
+    if rng.random() < rates.extra_object:
+        popular = SCENES[scene.type]
+        kind = _weighted(rng, {kind: popular[kind] for kind in scene.absent(popular)})
+        free = set(range(9)) - {thing.cell for thing in scene.things}
+        said.append(Thing(kind, KINDS[kind], 1, rng.choice(sorted(free))))
+    return _describe(scene, said)
+
+
+def facts(scene, rng):
+    """Short true captions in random order: one for each thing, one for the setting."""
+    captions = [f"{_phrase(thing)} {PLACES[thing.cell]}" for thing in scene.things]
+    captions.append(f"a picture of a {scene.type}")
+    return rng.sample(captions, len(captions))
+
+
+def statements(scene, rng, count):
+    """`count` pairs (sentence of a description, is it true?), half of them true on average.
+
+    A false sentence differs from a true one in one respect: kind, colour, number, place or setting.
+    """
+    pairs = []
+    for _ in range(count):
+        is_true = rng.random() < 0.5
+        field = rng.choice(("kind", "kind", "colour", "number", "cell", "type"))
+        if field == "type":
+            others = [setting for setting in SCENES if setting != scene.type]
+            setting = scene.type if is_true else rng.choice(others)
+            pairs.append((rng.choice(OPENINGS).format(setting), is_true))
+            continue
+        thing = rng.choice(scene.things)
+        if not is_true:
+            others = {"kind": scene.absent(), "colour": COLOURS, "number": NUMBERS,
+                      "cell": range(9)}[field]
+            others = [value for value in others if value != getattr(thing, field)]
+            thing = replace(thing, **{field: rng.choice(others)})
+        pairs.append((_sentence(thing, rng), is_true))
+    return pairs
+
+
+# ------------------------------------------------------------------------- questions and answers
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    answer: str
+    topic: str  # a key of TOPICS
+
+
+def exists_question(scene, kind, rng, held_out=False):
+    """Is there a `kind`? The question of the POPE benchmark, with its true answer."""
+    prompts = QUESTION_PROMPTS_EVAL if held_out else QUESTION_PROMPTS_TRAIN
+    text = rng.choice(prompts["exists"]).format(a_kind=with_article(kind))
+    thing = scene.find(kind)
+    return Question(text, f"Yes, {PLACES[thing.cell]}." if thing else "No.", "exists")
+
+
+def question(scene, topic, rng, held_out=False):
+    """One question about `topic`; `held_out` takes the wordings that training never uses.
+
+    Yes and no are equally likely to be right. Absent objects are asked about in equal parts at
+    random and from the setting's typical kinds, where habit says yes.
+    """
+    prompts = QUESTION_PROMPTS_EVAL if held_out else QUESTION_PROMPTS_TRAIN
+    thing = rng.choice(scene.things)
+    if topic == "exists":
+        kind = thing.kind
+        if rng.random() < 0.5:
+            kind = rng.choice(scene.absent(KINDS if rng.random() < 0.5 else SCENES[scene.type]))
+        return exists_question(scene, kind, rng, held_out)
+    if topic == "comparison":
+        return _comparison(scene, rng, prompts)
+    cell = thing.cell
+    if topic == "what" and rng.random() < 0.3:
+        cell = rng.choice(sorted(set(range(9)) - {each.cell for each in scene.things}))
+    answer = {
+        "colour": thing.colour, "number": NUMBERS[thing.number], "place": PLACES[cell],
+        "scene": with_article(scene.type),
+        "what": _phrase(thing) if cell == thing.cell else "nothing",
+    }[topic]
+    text = rng.choice(prompts[topic]).format(be=_be(thing), noun=_noun(thing), place=PLACES[cell],
+                                             kinds=plural(thing.kind))
+    return Question(text, _capital(answer) + ".", topic)
+
+
+def _comparison(scene, rng, prompts):
+    """Which of two things is where, or more; for each relation yes is right as often as no."""
+    pairs = [(a, b) for a in scene.things for b in scene.things if a != b]
+    relation = rng.choice([name for name, holds in RELATIONS.items()
+                           if any(holds(a, b) for a, b in pairs)])  # then (b, a) is a no
+    wanted = rng.random() < 0.5
+    a, b = rng.choice([pair for pair in pairs if RELATIONS[relation](*pair) == wanted])
+    text = rng.choice(prompts[relation if relation == "more" else "comparison"]).format(
+        Be=_capital(_be(a)), be=_be(a), noun=_noun(a), other=_noun(b), relation=relation,
+        kinds=plural(a.kind), others=plural(b.kind))
+    return Question(text, "Yes." if wanted else "No.", "comparison")
+
+
+def questions(scene, rng, count, held_out=False):
+    """`count` different questions, topics mixed as TOPICS says. At most about 30 are sensible."""
+    asked = {}
+    while len(asked) < count:
+        new = question(scene, _weighted(rng, TOPICS), rng, held_out)
+        asked.setdefault(new.text, new)
+    return list(asked.values())
+
+
+# ----------------------------------------------------------------------------------- the oracles
+
+def _any(words):
+    return "|".join(sorted(words, key=len, reverse=True))
+
+
+NOUNS = {form: kind for kind in KINDS for form in (kind, plural(kind))}
+VALUES = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3}
+SENTENCE = re.compile(r"(?P<said>[^\s.!?;](?:[^.!?;\n]*[^\s.!?;])?)[.!?;]*")
+MENTION = re.compile(  # the noun, the number before it and the verb beside it
+    rf"(?:\bthere\s+(?P<there>is|are)\s+)?(?:\b(?P<number>{_any(VALUES)})\s+(?:\w+\s+){{0,2}}?)?"
+    rf"\b(?P<noun>{_any(NOUNS)})\b(?:\s+(?P<verb>is|are)\b)?", re.I)
+COLOUR = re.compile(rf"\b(?:{_any(COLOURS)})\b", re.I)
+PLACE = re.compile(rf"\b(?:{_any(PLACES)})\b", re.I)
+SETTING = re.compile(rf"\b(?:{_any(SCENES)})\b", re.I)
+DENIAL = re.compile(r"\b(?:not|without|no\s+\w)|\?\s*$", re.I)  # nothing is said to be there
+LINK = re.compile(r"\s*,?\s+and\s+|\s*,\s+", re.I)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A false part of an answer, `answer[start:end]`, and what a minimal correction puts there."""
+    start: int
+    end: int
+    kind: str  # object | attribute | position | number | other (wrong setting)
+    replacement: str  # "" where the span is to be deleted
+
+
+def _clauses(answer):
+    """Yields for each asserting sentence its (end, [(clause start, clause end, mention)]).
+
+    A clause is what is said about one mention. Most sentences are one clause; one that mentions
+    several kinds is divided at the last comma or "and" between two of them, or else before the
+    second. The full stop belongs to the sentence and to no clause.
+    """
+    for sentence in SENTENCE.finditer(answer):
+        if DENIAL.search(sentence[0]):
+            continue
+        found = list(MENTION.finditer(answer, *sentence.span()))
+        cuts = [sentence.start()]
+        for before, after in zip(found, found[1:]):
+            links = list(LINK.finditer(answer, before.end(), after.start()))
+            cuts.append(links[-1].start() if links else after.start())
+        cuts.append(sentence.end("said"))
+        yield sentence.end(), list(zip(cuts, cuts[1:], found))
+
+
+def _like(old, new):
+    return _capital(new) if old[0].isupper() else new
+
+
+def _clause_edits(thing, answer, start, end, mention):
+    """Edits to one clause about a thing that is there; grammar follows a changed number."""
+    for pattern, kind, truth in ((COLOUR, "attribute", thing.colour),
+                                 (PLACE, "position", PLACES[thing.cell])):
+        for found in pattern.finditer(answer, start, end):
+            if found[0].lower() != truth:
+                yield Span(*found.span(), kind, _like(found[0], truth))
+    number = mention["number"]
+    if number and VALUES[number.lower()] != thing.number:
+        adjective = answer[mention.end("number"):mention.start("noun")].split()
+        article = with_article((adjective + [thing.kind])[0]).split()[0]
+        truth = article if thing.number == 1 else NUMBERS[thing.number]
+        yield Span(*mention.span("number"), "number", _like(number, truth))
+        for group, word in (("there", _be(thing)), ("noun", _noun(thing)), ("verb", _be(thing))):
+            if mention[group] and mention[group].lower() != word:
+                yield Span(*mention.span(group), "agreement", _like(mention[group], word))
+
+
+def _deletion(i, clauses, is_there, end):
+    """What to delete for the false object of clause i, so that the sentence still reads."""
+    left, right, mention = clauses[i]
+    if not any(is_there):  # the whole sentence goes; in as many parts as it has false objects
+        return left, end if i == len(clauses) - 1 else right
+    if any(is_there[:i]):
+        return left, right
+    following = clauses[i + 1][2]  # the sentence's beginning stays for the object that follows
+    keeps_verb = mention["number"] and not following["there"]
+    return mention.start("number" if keeps_verb else 0), following.start()
+
+
+def _edits(scene, answer):
+    """The false spans, and the changes of grammar (kind "agreement") that correcting them needs."""
+    edits, deleted = [], []
+    for end, clauses in _clauses(answer):
+        things = [scene.find(NOUNS[mention["noun"].lower()]) for _, _, mention in clauses]
+        for i, thing in enumerate(things):
+            if thing:
+                edits += _clause_edits(thing, answer, *clauses[i])
+            else:
+                deleted.append(Span(*_deletion(i, clauses, things, end), "object", ""))
+    edits += [Span(*found.span(), "other", _like(found[0], scene.type))
+              for found in SETTING.finditer(answer) if found[0].lower() != scene.type]
+    edits = [edit for edit in edits
+             if not any(span.start <= edit.start < span.end for span in deleted)]
+    return sorted(edits + deleted, key=lambda edit: edit.start)
+
+
+def hallucinations(scene, answer):
+    """Every false span of a free-form answer, in order; spans never overlap.
+
+    For an absent kind the span is its whole sentence (or its clause, where the sentence mentions
+    other kinds as well); otherwise the false colour, number, place or setting alone. Text outside
+    the world's language says nothing and is never false, nor are questions and denials.
+    """
+    return [edit for edit in _edits(scene, answer) if edit.kind != "agreement"]
+
+
+def correct(scene, answer):
+    """The answer with minimal edits that make it true; all else stays as it is, byte for byte.
+
+    Sentences about absent objects go, with the white space before them (after, for the first);
+    wrong words are replaced, and is/are and the noun follow a changed number.
+    """
+    while edits := _edits(scene, answer):  # a second round only where a clause lost its neighbour
+        for edit in reversed(edits):
+            before, after = answer[:edit.start], answer[edit.end:]
+            if not edit.replacement:
+                before = before if after[:1].strip() else before.rstrip()
+                after = after if before else after.lstrip()
+            answer = before + edit.replacement + after
+    return answer
+
+
+def mentions(answer):
+    """The kinds that an answer says are there, in order, repeated where it repeats them."""
+    return [NOUNS[mention["noun"].lower()]
+            for _, clauses in _clauses(answer) for _, _, mention in clauses]
+
+
+def rank(scene, first, second, rng, noise=0.1):
+    """0 if the first answer is better, 1 if the second; wrong with probability `noise`.
+
+    Better is: fewer false spans, then more of the objects mentioned, then either.
+    """
+    scores = [(-len(hallucinations(scene, answer)),
+               len({kind for kind in mentions(answer) if scene.find(kind)}))
+              for answer in (first, second)]
+    better = rng.randrange(2) if scores[0] == scores[1] else int(scores[1] > scores[0])
+    return 1 - better if rng.random() < noise else better
+
+
+CONTENT = {  # topic: what an answer to it must say, and say alone
+    "exists": "^yes|^no", "comparison": "^yes|^no", "colour": _any(COLOURS), "number": _any(VALUES),
+    "place": _any(PLACES), "scene": _any(SCENES),
+    "what": "|".join((_any(VALUES), _any(COLOURS), _any(NOUNS), "nothing")),
+}
+
+
+def answer_is_right(question, answer):
+    """Whether the first sentence of an answer says what the true answer says.
+
+    Only the words that matter to the topic count, so "It is red" is right where "Red." is.
+    """
+    content = re.compile(rf"\b(?:{CONTENT[question.topic]})\b", re.I)
+
+    def said(text):
+        words = map(str.lower, content.findall(re.split(r"[.!?\n]", text.strip())[0]))
+        return [NOUNS.get(word, VALUES.get(word, word)) for word in words]
+    return said(answer) == said(question.answer)
