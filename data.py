@@ -14,12 +14,14 @@ an index into the hidden states and not a shift by one.
 import difflib
 import io
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from glob import glob
 from pathlib import Path
+from random import Random
 
 import sentencepiece
 import torch
@@ -91,12 +93,31 @@ def prompt_text(question: str, image: bool = True) -> str:
     return f"{SYSTEM} USER: {IMAGE + chr(10) if image else ''}{question} ASSISTANT:"
 
 
+def facts_text(facts: Sequence[str]) -> str:
+    """Captions as a prompt states them."""
+    return f"Facts: {'; '.join(facts)}."
+
+
 def prompt_tokens(tokenizer: Tokenizer, text: str, patches: int) -> list[int]:
     """Begin-of-sequence and `text`, every `<image>` widened to one token per image feature."""
     ids = []
     for token in tokenizer.encode(text, bos=True):
         ids.extend([token] * (patches if token == tokenizer.image_token else 1))
     return ids
+
+
+def train_tokenizer(texts: Iterator[str], path, vocab_size: int = 800) -> None:
+    """A small sentencepiece model of `texts`, in LLaMA's manner (BPE, byte fallback, text as it is).
+
+    Deterministic: one thread, and the texts decide everything.
+    """
+    proto = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_writer=proto, vocab_size=vocab_size, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        hard_vocab_limit=False, num_threads=1, minloglevel=2, unk_id=0, bos_id=1, eos_id=2,
+    )
+    Path(path).write_bytes(proto.getvalue())
 
 
 # ------------------------------------------------------------------------------- corrected segments
@@ -140,6 +161,12 @@ class Response:
 
     tokens: list[int]
     weight: list[float]
+
+
+def turn(tokenizer: "Tokenizer", given: str, answer: str, weight: float = 1.0) -> Response:
+    """A branch that is given `given` and learns to go on with `answer` and end-of-sequence."""
+    before, after = tokenizer.encode(given), tokenizer.encode(answer, eos=True)
+    return Response(before + after, [0.0] * len(before) + [weight] * len(after))
 
 
 @dataclass
@@ -250,6 +277,31 @@ def check_lengths(example: Example, max_length: int) -> None:
                 f"{example.name}: prompt and response have {length} tokens, the context holds "
                 f"{max_length}; shorten the text or leave the row out (--skip_bad_rows)"
             )
+
+
+def split(items: Sequence, size: int) -> list[Sequence]:
+    """Consecutive parts of at most `size` items."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+class Epochs:
+    """Examples in a seeded order, a new one every epoch. A step's number decides what it sees."""
+
+    def __init__(self, examples: list[Example], config, seed: int):
+        """`config` has batch_size, epochs and steps (`config.Training`)."""
+        self.all, self.batch_size, self.seed = examples, config.batch_size, seed
+        self.steps = config.steps or math.ceil(config.epochs * len(examples) / config.batch_size)
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def _permutation(self, epoch: int) -> list[int]:
+        order = list(range(len(self.all)))
+        Random(f"epoch {self.seed} {epoch}").shuffle(order)
+        return order
+
+    def examples(self, step: int) -> list[Example]:
+        first = step * self.batch_size
+        places = (divmod(i, len(self.all)) for i in range(first, first + self.batch_size))
+        return [self.all[self._order(epoch)[i]] for epoch, i in places]
 
 
 # ------------------------------------------------------------------------------------------ readers
@@ -403,3 +455,16 @@ def pair_example(
     ]
     prompt = prompt_tokens(tokenizer, prompt_text(pair.question), patches)
     return Example(pair.name, image, prompt, responses)
+
+
+def marked(response: Response, tokenizer: Tokenizer) -> str:
+    """The response's text with its corrected segments in [brackets]."""
+    text, out, start = "", "", 0
+    for end in range(1, len(response.tokens) + 1):
+        if end < len(response.tokens) and response.weight[end] == response.weight[start]:
+            continue
+        whole = tokenizer.decode(response.tokens[:end])  # so that no character is cut in two
+        segment = whole[len(text) :] + "</s>" * (response.tokens[end - 1] == tokenizer.eos_token)
+        out += f"[{segment}]" if response.weight[start] > 1 else segment
+        text, start = whole, end
+    return out

@@ -58,7 +58,7 @@ class LLaVAConfig:
 
 
 class LoRA(nn.Module):
-    """A low-rank update B A x * alpha / rank (Hu et al. 2021); B starts at zero, so does the update."""
+    """A low-rank update B A x * alpha / rank (Hu et al. 2021); B, and so the update, starts at 0."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, generator=None):
         super().__init__()
@@ -73,8 +73,10 @@ class LoRA(nn.Module):
         return self.B @ self.A * (self.alpha / self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(x.to(self.A.dtype), self.A)
-        return F.linear(low, self.B) * (self.alpha / self.rank)
+        # A and B are kept and trained in float32 but multiplied in the activations' dtype: float32
+        # products beside a bfloat16 base would cost more than the base's own.
+        low = F.linear(x, self.A.to(x.dtype)) * (self.alpha / self.rank)  # (..., rank)
+        return F.linear(low, self.B.to(x.dtype))
 
 
 class Linear(nn.Linear):
@@ -88,7 +90,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         if self.active is not None:
-            y = (y + self.adapters[self.active](x)).to(y.dtype)
+            y = y + self.adapters[self.active](x)
         return y
 
     def merged(self, name: str) -> Tensor:
@@ -210,7 +212,10 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Zeros, for `init_weights` or a file to fill: drawing them here would draw 131 million
+        # numbers for nothing, and on the meta device cost a second's import of torch's compiler.
+        start = torch.zeros(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(start, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False

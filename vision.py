@@ -92,7 +92,8 @@ class ViT(nn.Module):
         self.patch_embedding = nn.Conv2d(
             3, width, kernel_size=config.patch_size, stride=config.patch_size, bias=False
         )
-        self.position_embedding = nn.Embedding(config.patches + 1, width)
+        start = torch.zeros(config.patches + 1, width)  # zeros: see model.Decoder
+        self.position_embedding = nn.Embedding.from_pretrained(start, freeze=False)
         self.pre_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(ViTBlock(config) for _ in range(config.num_hidden_layers))
         # CLIP pools through this norm; LLaVA never does, but the public weights contain it.

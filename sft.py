@@ -1,0 +1,213 @@
+"""The supervised stages: a tower that sees, and a model that describes and answers.
+
+`--algo vision` pretrains the small tower of the built-in world on dense labels: which kind, colour,
+number and cell lies under each patch, and which setting. Real LLaVA takes CLIP's tower ready-made;
+learning to see from captions alone would need far more text than a laptop can read.
+
+`--algo sft` maximises the mean log-probability of answers that are given (Liu et al. 2023, arXiv
+2304.08485): of corrected answers, or of conversations.
+
+`--algo base` does so for the built-in world's own model, from random words on. An image is a trunk,
+and a noisy description and a dozen questions about it are its branches: the picture is read once for
+all of them, and no answer can be copied from another.
+"""
+
+from dataclasses import dataclass
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import world
+from config import Training, option
+from data import Batch, Example, Response, Tokenizer, collate, prompt_tokens
+from model import LLaVA, LLaVAConfig, TextConfig
+from vision import ImageSettings, VisionConfig, preprocess
+
+WORLD_IMAGES = ImageSettings(size=72, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), mode="pad")
+
+
+def world_model(tokenizer: Tokenizer) -> LLaVAConfig:
+    """Shape of the built-in world's model: 0.8 M parameters to see, 2 M to speak.
+
+    A decoder position has to find a patch by its content, from any distance. Rotary positions
+    disturb that in all dimensions but the slow ones, so theta is large (as in LLaMA 3) and the
+    heads are as wide as in the large models (64).
+    """
+    return LLaVAConfig(
+        vision=VisionConfig(128, 512, 4, 4, image_size=72, patch_size=12),
+        text=TextConfig(
+            tokenizer.vocab_size, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+            num_attention_heads=3, num_key_value_heads=3, max_position_embeddings=512,
+            rope_theta=1e6,
+        ),
+        image_token=tokenizer.image_token, pad_token=tokenizer.pad_token,
+        eos_token=tokenizer.eos_token, vision_feature_layer=-1,
+    )
+
+
+def world_texts(scenes: int = 300):
+    """What the built-in world's tokenizer is trained on: a little of everything that is ever said."""
+    rng = Random("tokenizer")
+    for i in range(scenes):
+        scene = world.make_scene(i)
+        said = [(q.text, q.answer) for q in world.questions(scene, rng, 8)]
+        said += [(prompt, world.annotate(scene, rng)) for prompt in world.DESCRIBE_PROMPTS_TRAIN]
+        for prompt, answer in said:
+            yield from (data.prompt_text(prompt, image=False), answer)
+        yield data.facts_text(world.facts(scene, rng))
+
+
+def draw_pixels(scenes: list[world.Scene], settings: ImageSettings) -> Tensor:
+    """(N, 3, size, size) tower input of scenes."""
+    return torch.stack([
+        preprocess(world.draw(scene), settings.size, settings.mean, settings.std, settings.mode)
+        for scene in scenes
+    ])
+
+
+# ------------------------------------------------------------------------------------------- vision
+
+
+@dataclass
+class TowerConfig(Training):
+    learning_rate: float = option(2e-3, "peak learning rate of AdamW")
+    muon_rate: float = option(0.02, "peak learning rate of Muon, for the blocks' matrices")
+    batch_size: int = option(64, "drawn scenes per step, each seen once")
+    micro_batch: int = option(64, "scenes per forward pass")
+    steps: int = option(500, "optimizer steps")
+    optimizer: str = option("muon", "AdamW at the same rate sees 80 % of the kinds where Muon "
+                            "sees 97 %", choices=("muon", "adamw"))
+
+
+class Tower:
+    """Dense pretraining of the built-in world's tower."""
+
+    def __init__(self, model: LLaVA, config: TowerConfig, seed: int, settings: ImageSettings):
+        self.model, self.config, self.seed, self.settings = model, config, seed, settings
+        # Logits per patch for: kind or nothing, colour or none, number or none, cell; and setting.
+        self.sizes = [len(world.KINDS) + 1, len(world.COLOURS) + 1, 4, 9, len(world.SCENES)]
+        self.readout = nn.Linear(model.config.vision.hidden_size, sum(self.sizes))
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.readout.weight, 0, 0.02, generator=generator)
+        nn.init.zeros_(self.readout.bias)
+        side = settings.size // model.config.vision.patch_size
+        rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        self.cell = (rows * 3 // side * 3 + columns * 3 // side).flatten()  # (patches,)
+        model.requires_grad_(False)
+        model.vision_tower.requires_grad_(True)
+        self.modules = nn.ModuleDict({"tower": model.vision_tower, "readout": self.readout})
+        self.steps = config.steps
+
+    def batches(self, step: int) -> list[tuple[Tensor, list[Tensor]]]:
+        first = step * self.config.batch_size
+        scenes = [
+            world.make_scene(f"tower {self.seed} {i}")
+            for i in range(first, first + self.config.batch_size)
+        ]
+        truth = [torch.tensor(column) for column in zip(*map(world.labels, scenes))]
+        kind, colour, number = (column[:, self.cell] for column in truth[:3])  # (B, patches)
+        labels = [kind, colour, number, self.cell.expand(len(scenes), -1), truth[3]]
+        return [(draw_pixels(scenes, self.settings), labels)]
+
+    def size(self, batch) -> int:
+        return len(batch[0])
+
+    def loss(self, batch) -> tuple[Tensor, dict[str, float]]:
+        pixels, labels = batch
+        features = self.model.image_features(pixels)
+        logits = self.readout(features).split(self.sizes, dim=-1)  # each (B, patches, classes)
+        per_patch = [logit.flatten(0, 1) for logit in logits[:4]]
+        losses = [F.cross_entropy(p, t.flatten()) for p, t in zip(per_patch, labels)]
+        losses.append(F.cross_entropy(logits[4].mean(1), labels[4]))
+        thing = labels[0] > 0
+        right = (logits[0].argmax(-1) == labels[0])[thing].float().mean()
+        return sum(losses), {"accuracy/kind": right.item()}
+
+
+# ---------------------------------------------------------------------------------------------- SFT
+
+
+@dataclass
+class BaseConfig(Training):
+    """For the built-in world's base, from random weights."""
+
+    learning_rate: float = option(3e-3, "peak learning rate of AdamW (embeddings, head, norms)")
+    muon_rate: float = option(0.02, "peak learning rate of Muon, for the blocks' matrices")
+    optimizer: str = option("muon", "muon learns look-ups several times sooner", ("muon", "adamw"))
+    steps: int = option(2000, "optimizer steps")
+    warmup: float = option(0.05, "share of the steps over which the learning rate rises linearly")
+    questions: int = option(12, "questions per image, each a branch of its own")
+    scenes: int = option(6000, "different training scenes")
+
+
+@dataclass
+class SFTConfig(Training):
+    """For answers that somebody wrote, on top of a model that can already speak."""
+
+    learning_rate: float = option(2e-5, "peak learning rate (LLaVA-1.5's)")
+
+
+def supervised_loss(logp: Tensor) -> Tensor:
+    """Negative mean log-probability of the answers' tokens, (R,) -> scalar."""
+    return -logp.mean()
+
+
+class SFT:
+    """Supervised fine-tuning on examples with any number of responses each."""
+
+    def __init__(self, model: LLaVA, config: BaseConfig | SFTConfig, source):
+        """`source` has `steps` and `examples(step)`; see `WorldConversations` and `data.Epochs`."""
+        self.model, self.config, self.source = model, config, source
+        self.modules = nn.ModuleDict({"model": model})
+        self.steps = source.steps
+
+    def batches(self, step: int) -> list[Batch]:
+        context = self.model.config.text.max_position_embeddings
+        return [
+            collate(examples, self.model.config.pad_token, context)
+            for examples in data.split(self.source.examples(step), self.config.micro_batch)
+        ]
+
+    def size(self, batch: Batch) -> int:
+        return len(batch.target)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        hidden = self.model(batch.images, batch.tokens, batch.position, batch.branch)
+        logp = self.model.head(hidden.flatten(0, 1)[batch.source], batch.target)
+        return supervised_loss(logp), {"padding": batch.padding}
+
+
+class WorldConversations:
+    """Conversations about drawn scenes: the images are fixed, the questions new at every step."""
+
+    def __init__(
+        self, model: LLaVA, tokenizer: Tokenizer, settings: ImageSettings,
+        config: BaseConfig, seed: int,
+    ):
+        self.tokenizer, self.config, self.seed = tokenizer, config, seed
+        self.steps = config.steps or -(-config.epochs * config.scenes // config.batch_size)
+        self.scenes = [world.make_scene(f"sft {seed} {i}") for i in range(config.scenes)]
+        self.texts = [world.annotate(s, Random(f"annotator {s.seed}")) for s in self.scenes]
+        with torch.no_grad():
+            self.features = torch.cat([
+                model.image_features(draw_pixels(part, settings))
+                for part in data.split(self.scenes, 100)
+            ])  # (scenes, patches, D_vision)
+        self.seen = prompt_tokens(
+            tokenizer, f"{data.SYSTEM} USER: {data.IMAGE}", model.config.vision.patches
+        )
+
+    def examples(self, step: int) -> list[Example]:
+        rng = Random(f"conversations {self.seed} {step}")
+        chosen = rng.sample(range(len(self.scenes)), self.config.batch_size)
+        return [self.example(i, rng) for i in chosen]
+
+    def example(self, i: int, rng: Random) -> Example:
+        scene = self.scenes[i]
+        turns = [(rng.choice(world.DESCRIBE_PROMPTS_TRAIN), self.texts[i])]
+        turns += [(q.text, q.answer) for q in world.questions(scene, rng, self.config.questions)]
+        responses = [data.turn(self.tokenizer, f"\n{q} ASSISTANT:", a) for q, a in turns]
+        return Example(f"scene {scene.seed}", self.features[i], self.seen, responses)

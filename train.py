@@ -1,0 +1,490 @@
+"""The command line and the one training loop.
+
+    python train.py --algo ddpo                       the built-in world, nothing to download
+    python train.py --algo ddpo --model llava-1.5-7b-hf --data rows.jsonl --images DIR --lora 64
+
+Whatever a step needs and does not find (a tower, a base, corrections of that base's answers) is made
+first and kept under runs/world. A run is a function of its settings: same seed, same machine, same
+result; interrupted and resumed, the same to the bit (on a CPU).
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import checkpoint
+import collect
+import config as options
+import data
+import ddpo
+import evaluate
+import sft
+from config import option
+from model import LLaVA, add_adapter, carriers, init_weights, select_trainable
+from vision import ImageSettings
+
+VERSION = "0.1"
+BASE = Path(__file__).parent / "base"  # the built-in world's base model, shipped
+WORLD = Path("runs/world")  # what the built-in world's steps make and reuse
+CORRECTIONS = 1400  # as many prompts as RLHF-V's annotators corrected
+
+ALGORITHMS = {"vision": sft.TowerConfig, "base": sft.BaseConfig, "sft": sft.SFTConfig,
+              "dpo": ddpo.DPOConfig, "ddpo": ddpo.DDPOConfig}
+BUILT_IN = ("vision", "base")  # steps of the built-in world that take no data
+
+
+@dataclass
+class Run:
+    """What every run has, whatever its algorithm."""
+
+    algo: str = option("ddpo", "what to run", choices=tuple(ALGORITHMS))
+    out: str = option("", "output folder; default runs/<algo>")
+    model: str | None = option(None, "folder of a LLaVA model; default: the built-in world's base")
+    data: list[str] | None = option(
+        None, "JSONL or parquet files of corrections; 'world': corrections of the base's own answers")
+    images: str | None = option(None, "folder of the images that JSONL rows name")
+    seed: int = option(0, "decides every random choice")
+    lora: int = option(0, "train low-rank adapters of this rank; 0: all of decoder and projector")
+    lora_alpha: float = option(16.0, "LoRA's scale: the update is B A alpha / rank")
+    device: str = option("auto", "cpu, cuda, cuda:1 ...")
+    dtype: str = option("auto", "of computation; auto: bfloat16 on a GPU, float32 on a CPU",
+                        choices=("auto", "float32", "bfloat16"))
+    corrections: int = option(CORRECTIONS, "corrections to collect (built-in world)")
+    scenes: int = option(500, "held-out scenes of the evaluation (built-in world)")
+    save_every: int = option(100, "steps between checkpoints")
+    log_every: int = option(10, "steps between lines of metrics.jsonl")
+    skip_bad_rows: bool = option(False, "leave unusable rows out and list them, instead of stopping")
+    from_scratch: bool = option(False, "make the built-in base here instead of using the shipped one")
+    dry_run: bool = option(False, "show what would be trained on, and stop")
+    resume: bool = option(False, "go on with the interrupted run in the output folder")
+    overwrite: bool = option(False, "replace whatever run is in the output folder")
+
+
+TRANSIENT = {"resume", "overwrite", "dry_run", "save_every", "log_every"}  # do not change a result
+
+
+class Interrupted(Exception):
+    """A signal asked for an end; the run was saved."""
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message says at which step and with which rows."""
+
+
+# ------------------------------------------------------------------------------------ the one loop
+
+
+class Loop:
+    """Optimises `algorithm.modules` on its batches, with logging, checkpoints and a clean end.
+
+    An algorithm has `modules` (an nn.ModuleDict), `config` (a `config.Training`), `steps`,
+    `batches(step)` (the micro-batches of a step), `size(batch)` (its weight in the step's mean) and
+    `loss(batch) -> (loss, metrics)`.
+    """
+
+    def __init__(self, algorithm, folder: Path, run: Run, device: torch.device):
+        self.algorithm, self.folder, self.run, self.device = algorithm, folder, run, device
+        self.weights = {n: p for n, p in algorithm.modules.named_parameters() if p.requires_grad}
+        self.optimizers = make_optimizers(self.weights, algorithm.config)
+        self.step = 0
+        self.stop = False
+
+    def train(self) -> None:
+        previous = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        bar = tqdm(total=self.algorithm.steps, initial=self.step, desc=self.folder.name,
+                   disable=None, leave=False)
+        try:
+            while self.step < self.algorithm.steps:
+                metrics = self.one_step()
+                self.step += 1
+                bar.update()
+                bar.set_postfix(loss=f"{metrics['loss']:.4f}")
+                last = self.step == self.algorithm.steps
+                if self.step % self.run.log_every == 0 or last:
+                    with (self.folder / "metrics.jsonl").open("a") as file:
+                        file.write(json.dumps({"step": self.step, **metrics}) + "\n")
+                if self.stop or self.step % self.run.save_every == 0 and not last:
+                    self.save()
+                if self.stop:
+                    raise Interrupted(
+                        f"stopped and saved at step {self.step} of {self.algorithm.steps}; "
+                        "the same command with --resume goes on")
+        finally:
+            bar.close()
+            for which, handler in previous.items():
+                signal.signal(which, handler)
+
+    def ask_to_stop(self, *_) -> None:
+        if self.stop:  # asked twice: at once
+            raise KeyboardInterrupt
+        self.stop = True
+
+    def one_step(self) -> dict[str, float]:
+        started = time.perf_counter()
+        rate = schedule(self.step, self.algorithm.steps, self.algorithm.config.warmup)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+            optimizer.zero_grad()
+        batches = self.algorithm.batches(self.step)
+        total = sum(self.algorithm.size(batch) for batch in batches)
+        metrics: dict[str, float] = {}
+        for batch in batches:
+            share = self.algorithm.size(batch) / total
+            with compute_dtype(self.run.dtype, self.device):
+                loss, values = self.algorithm.loss(to_device(batch, self.device))
+            if not math.isfinite(loss.item()):
+                self.fail(f"the loss is {loss.item()}", batch)
+            (loss * share).backward()
+            for name, value in {"loss": loss.item(), **values}.items():
+                metrics[name] = metrics.get(name, 0.0) + value * share
+        norm = nn.utils.clip_grad_norm_(
+            self.weights.values(), self.algorithm.config.max_grad_norm).item()
+        if not math.isfinite(norm):
+            self.fail(f"the gradient's norm is {norm}", batches[0])
+        for optimizer in self.optimizers:
+            optimizer.step()
+        seconds = time.perf_counter() - started
+        return metrics | {
+            "learning_rate": self.optimizers[0].param_groups[0]["lr"], "grad_norm": norm,
+            "rows_per_second": self.algorithm.config.batch_size / seconds,
+        }
+
+    def fail(self, what: str, batch) -> None:
+        rows = ", ".join(getattr(batch, "names", [])[:8])
+        kept = checkpoint.latest_state(self.folder)
+        raise TrainingError(
+            f"{what} at step {self.step + 1} (rows: {rows}); the weights before it are "
+            f"{f'kept in {kept}' if kept else 'those the run began with'}; "
+            "try a smaller --learning_rate"
+        )
+
+    def save(self) -> None:
+        """What resuming needs; older checkpoints of the run are removed afterwards."""
+        folder = self.folder / f"checkpoint-{self.step}"
+        checkpoint.save_state(folder, {
+            "step": self.step,
+            "weights": {name: weight.detach() for name, weight in self.weights.items()},
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "rng": torch.get_rng_state(),
+        })
+        for old in self.folder.glob("checkpoint-*"):
+            if old != folder:
+                shutil.rmtree(old)
+
+    def load(self, folder: Path) -> None:
+        state = checkpoint.load_state(folder)
+        if state["weights"].keys() != self.weights.keys():
+            raise ValueError(f"{folder}: belongs to a run that trains other weights")
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(state["weights"][name])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        torch.set_rng_state(state["rng"])
+        self.step = state["step"]
+        log = self.folder / "metrics.jsonl"
+        if log.exists():  # lines after the checkpoint will be written again
+            lines = log.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+            checkpoint.write_atomic(log, "".join(kept))
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine down to nothing."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def make_optimizers(weights: dict[str, nn.Parameter], config) -> list[torch.optim.Optimizer]:
+    """AdamW; where asked for, Muon (orthogonalised momentum) for the matrices of the blocks.
+
+    Weight decay spares vectors (norms, biases). `peak` is the rate that `schedule` scales.
+    """
+    muon = {
+        name: weight for name, weight in weights.items()
+        if getattr(config, "optimizer", "adamw") == "muon" and ".layers." in name and weight.ndim == 2
+    }
+    rest = [weight for name, weight in weights.items() if name not in muon]
+    groups = [
+        {"params": [w for w in rest if w.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [w for w in rest if w.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW([g for g in groups if g["params"]], config.learning_rate, betas=(0.9, 0.95))
+    ]
+    if muon:
+        optimizers.append(torch.optim.Muon(
+            list(muon.values()), lr=config.muon_rate, weight_decay=config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def compute_dtype(name: str, device: torch.device):
+    """Matrix products in bfloat16, weights and sums in float32, where `name` says so."""
+    low = name == "bfloat16" or name == "auto" and device.type == "cuda"
+    return torch.autocast(device.type, torch.bfloat16, enabled=low)
+
+
+def to_device(batch, device: torch.device):
+    return batch.to(device) if isinstance(batch, data.Batch) else batch
+
+
+# ------------------------------------------------------------------- what a run is given and makes
+
+
+def start_folder(folder: Path, settings: dict, run: Run) -> bool:
+    """Make the output folder ours; True if an interrupted run in it is to be gone on with."""
+    file = folder / "config.json"
+    if run.overwrite and file.exists():
+        shutil.rmtree(folder)
+    if file.exists():
+        old = checkpoint.read_json(file)["settings"]
+        changed = sorted(k for k in old.keys() | settings.keys() if old.get(k) != settings.get(k))
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run with other settings ({', '.join(changed)} differ); "
+                "choose another --out, or --overwrite it"
+            )
+        if not run.resume and checkpoint.latest_state(folder):
+            raise ValueError(f"{folder} holds an unfinished run; --resume goes on, --overwrite restarts")
+    elif run.resume:
+        raise ValueError(f"{folder} holds no run to resume")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run of ours; choose another --out")
+    if not run.resume and folder.exists():
+        shutil.rmtree(folder)  # a finished run with the same settings: made again, with one result
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {"plumbline": VERSION, "torch": torch.__version__, "python": platform.python_version()}
+    checkpoint.write_atomic(file, {"settings": settings, "versions": versions})
+    return run.resume
+
+
+def fresh_model(run: Run) -> tuple[LLaVA, data.Tokenizer, ImageSettings]:
+    """The built-in world's model with random weights, and its tokenizer, trained at first use."""
+    path = WORLD / "tokenizer.model"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.train_tokenizer(sft.world_texts(), path)
+    tokenizer = data.Tokenizer(path)
+    model = LLaVA(sft.world_model(tokenizer))
+    init_weights(model, run.seed)
+    return model, tokenizer, sft.WORLD_IMAGES
+
+
+def made(algo: str, run: Run) -> Path:
+    """The model folder of a built-in step, which is run first if it has not been."""
+    out = WORLD / (algo if run.seed == 0 else f"{algo}-seed{run.seed}")
+    if not (out / "model" / "config.json").exists():
+        print(f"{algo}: not found in {out}, making it first", file=sys.stderr)
+        step = Run(algo=algo, out=str(out), seed=run.seed, scenes=0, device=run.device,
+                   dtype=run.dtype, resume=(out / "config.json").exists())
+        execute(step, ALGORITHMS[algo]())
+    return out / "model"
+
+
+def base_folder(run: Run) -> Path:
+    if run.model:
+        return Path(run.model)
+    if run.from_scratch or not BASE.exists():
+        return made("base", run)
+    return BASE
+
+
+def world_corrections(run: Run, model, tokenizer, settings) -> Path:
+    """The folder of corrections of this base's own answers, collected if it is not there yet."""
+    name = f"corrections-{checkpoint.fingerprint(model)[:8]}-{run.seed}-{run.corrections}"
+    folder = WORLD / name
+    if not (folder / "corrections.jsonl").exists():
+        print(f"collecting {run.corrections} corrections of the base's answers in {folder}",
+              file=sys.stderr)
+        collect.corrections(model, tokenizer, settings, folder, run.corrections, run.seed)
+    return folder
+
+
+def read_examples(run: Run, config, model, tokenizer, settings, device) -> list[data.Example]:
+    """Every row as an Example, checked and with its image seen by the frozen tower, once."""
+    patterns, images = run.data, run.images
+    if patterns in (None, ["world"]):
+        folder = world_corrections(run, model, tokenizer, settings)
+        patterns, images = [folder / "corrections.jsonl"], folder / "images"
+    skipped: list[str] | None = [] if run.skip_bad_rows else None
+    pairs = data.read_pairs(patterns, images, skipped)
+    weights = {name: getattr(config, name) for name in ("gamma", "min_match", "replacements_only")
+               if hasattr(config, name)}
+    examples = []
+    for pair in tqdm(pairs, desc="images", disable=None, leave=False):
+        try:
+            image = evaluate.image_features(model, settings, [data.open_image(pair.name, pair.image)])
+            example = data.pair_example(
+                pair, image[0], tokenizer, model.config.vision.patches, **weights)
+            if run.algo == "sft":
+                example.responses = example.responses[:1]
+            data.check_lengths(example, model.config.text.max_position_embeddings)
+            examples.append(example)
+        except data.DataError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+    if skipped:
+        print(f"{len(skipped)} rows left out:", *skipped, sep="\n  ", file=sys.stderr)
+    if not examples:
+        raise data.DataError("no usable row is left")
+    return examples
+
+
+def make_algorithm(run: Run, config, model, tokenizer, settings, folder: Path, device):
+    """What the loop will optimise: the algorithm with its data."""
+    if run.algo == "vision":
+        return sft.Tower(model, config, run.seed, settings)
+    adapter = "default" if run.lora else None
+    if run.algo == "base":
+        source = sft.WorldConversations(model, tokenizer, settings, config, run.seed)
+        select_trainable(model)
+        return sft.SFT(model, config, source)
+    examples = read_examples(run, config, model, tokenizer, settings, device)
+    if run.algo != "sft":
+        cached_reference(run, config, model, examples, folder / "reference.json", device)
+    if adapter:
+        add_adapter(model, adapter, run.lora, run.lora_alpha, seed=run.seed)
+        for module in carriers(model, adapter):
+            module.active = adapter
+    select_trainable(model, adapter)
+    if run.algo == "sft":
+        return sft.SFT(model, config, data.Epochs(examples, config, run.seed))
+    return ddpo.DDPO(model, config, run.seed, examples)
+
+
+def cached_reference(run: Run, config, model, examples, path: Path, device) -> None:
+    """Give every example the reference's scores, from the run's folder where they belong to it."""
+    digest = hashlib.sha256(checkpoint.fingerprint(model).encode())
+    for example in examples:
+        for response in example.responses:
+            digest.update(repr((example.prompt, response, config.normalize)).encode())
+    key = digest.hexdigest()
+    saved = checkpoint.read_json(path) if path.exists() else None
+    if saved and saved["key"] != key:
+        raise ValueError(f"{path} belongs to another model, other data or settings; delete it")
+    if not saved:
+        bar = lambda parts: tqdm(parts, desc="reference", disable=None, leave=False)
+        saved = {"key": key, "scores": ddpo.reference_scores(model, examples, config, device, bar)}
+        checkpoint.write_atomic(path, saved)
+    for example, scores in zip(examples, saved["scores"]):
+        example.reference = scores
+
+
+def show_pairs(examples: list[data.Example], tokenizer: data.Tokenizer) -> None:
+    """Print every response with its corrected segments in [brackets]."""
+    for example in examples:
+        print(example.name)
+        for label, response in zip(("chosen", "rejected"), example.responses):
+            print(f"  {label:9}{data.marked(response, tokenizer)}")
+    tokens = sum(len(r.tokens) for e in examples for r in e.responses)
+    marked = sum(w > 1 for e in examples for r in e.responses for w in r.weight)
+    print(f"{len(examples)} rows, {tokens} response tokens, {marked} of them in corrected segments")
+
+
+def execute(run: Run, config) -> None:
+    """One run from its settings to its files."""
+    started = time.perf_counter()
+    device = torch.device(run.device if run.device != "auto"
+                          else "cuda" if torch.cuda.is_available() else "cpu")
+    folder = Path(run.out or f"runs/{run.algo}")
+    settings = {k: v for k, v in {**asdict(run), **asdict(config)}.items() if k not in TRANSIENT}
+    resume = not run.dry_run and start_folder(folder, settings, run)
+    if run.algo == "vision":
+        model, tokenizer, images = fresh_model(run)
+    else:
+        source = made("vision", run) if run.algo == "base" else base_folder(run)
+        model, tokenizer, images = checkpoint.load_llava(source, device, torch.float32)
+    if run.dry_run:
+        show_pairs(read_examples(run, config, model, tokenizer, images, device), tokenizer)
+        return
+    measured = run.scenes and run.algo not in BUILT_IN and run.data in (None, ["world"])
+    before = measure(run, model, tokenizer, images) if measured else None
+    algorithm = make_algorithm(run, config, model, tokenizer, images, folder, device)
+    loop = Loop(algorithm, folder, run, device)
+    state = checkpoint.latest_state(folder) if resume else None
+    if state:
+        loop.load(state)
+        print(f"resumed at step {loop.step} of {algorithm.steps}", file=sys.stderr)
+    loop.train()
+    save_result(run, model, tokenizer, images, folder)
+    if measured:
+        after = evaluate.measure_world(model, tokenizer, images, run.scenes)
+        print(evaluate.table(before[0], after[0]))
+        evaluate.write_results(folder / "results.json", before, after)
+    print(f"{folder}: {algorithm.steps} steps, {time.perf_counter() - started:.0f} s in all; "
+          f"the model is in {folder / 'model'}", file=sys.stderr)
+
+
+def measure(run: Run, model, tokenizer, images) -> tuple[dict, list[dict]]:
+    """The starting model's measures, kept beside the corrections: every run compares with them."""
+    path = WORLD / f"before-{checkpoint.fingerprint(model)[:8]}-{run.scenes}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = evaluate.measure_world(model, tokenizer, images, run.scenes)
+        evaluate.write_results(path, None, result)
+    return evaluate.read_results(path)["after"]
+
+
+def save_result(run: Run, model, tokenizer, images, folder: Path) -> None:
+    """The trained model in the public layout; with LoRA the adapter too; resume files go."""
+    adapter = "default" if run.lora else None
+    checkpoint.save_llava(model, tokenizer, images, folder / "model", adapter=adapter)
+    if adapter:
+        checkpoint.save_adapter(model, adapter, folder / "adapter", base=str(base_folder(run)))
+    for old in folder.glob("checkpoint-*"):
+        shutil.rmtree(old)
+
+
+# --------------------------------------------------------------------------------- the command line
+
+
+def parse(arguments: list[str] | None) -> tuple[Run, options.Training]:
+    """Two passes: the algorithm first, for its hyperparameters decide what else may be given."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--algo", choices=tuple(ALGORITHMS), default="ddpo")
+    algo = first.parse_known_args([a for a in arguments or sys.argv[1:] if a not in ("-h", "--help")])
+    config = ALGORITHMS[algo[0].algo]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    options.add_options(parser.add_argument_group("the run"), Run)
+    options.add_options(parser.add_argument_group(f"hyperparameters of {algo[0].algo}"), config)
+    given = parser.parse_args(arguments)
+    return options.from_options(Run, given), options.from_options(config, given)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    run, config = parse(arguments)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        execute(run, config)
+    except Interrupted as stopped:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
