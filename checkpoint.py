@@ -1,183 +1,37 @@
-"""Weights on disk: models in the public layouts, and what resuming a run needs.
+"""Models, adapters and resume states on disk.
 
 A model's folder holds config.json, safetensors (one file, or shards with an index), tokenizer.model
-and small files for `transformers`; `layouts.py` knows how everything in it is called. Every weight
-is accounted for: one that is missing, left over or of another shape is an error that names it.
-Weights are memory-mapped, so that a model on the CPU in its stored dtype costs no copy at all, and
-any other target one tensor's. Nothing here unpickles objects: pickled weights are refused with the
-command that converts them. Whatever is written is complete or absent, never half.
+and small files for `transformers`. `layouts.py` knows how everything in it is called, `files.py`
+how a file is written whole and mapped into memory. Here every weight is accounted for: one that is
+missing, left over or of another shape is an error that names it. A model on the CPU in its stored
+dtype costs no copy of its weights at all, any other target no second copy.
+
+LoRA adapters have PEFT's format, so that `peft` loads ours over the public model and we load its.
+An adapter is only right over the base it was trained on: ours carry that base's fingerprint, in the
+file's metadata, and are refused elsewhere.
 """
 
-import contextlib
-import glob
 import hashlib
-import json
-import os
 import re
-import shutil
 import sys
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 import layouts
-from model import LLaVA, LLaVAConfig, Linear
+from files import (
+    WeightFile, convert_pickles, open_file, open_weights, read_json, whole_folder, write_atomic,
+)
+from model import Linear, LLaVA, LLaVAConfig, add_adapter, carriers
 from vision import ImageSettings
 
 SHARD_BYTES = 5 * 1000**3  # the size at which public checkpoints are split
-
-# --------------------------------------------------------------------------------- small file tools
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file, or one sentence about what is wrong with the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{path}: no such file; is its folder the right one?") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); copy the file again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds no JSON object; copy the file again")
-    return values
-
-
-def sync(path: Path) -> None:
-    """Force a file's content, or a folder's list of names, onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path | str, content: str | bytes | dict | list) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, nothing between.
-
-    Args:
-        content: text, bytes, or anything JSON can hold.
-    """
-    path = Path(path)
-    if not isinstance(content, str | bytes):
-        content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-@contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling to fill, which takes the name `path` only once it is complete on disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a killed run
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            file.chmod(temporary.stat().st_mode & 0o666)  # safetensors lets only the owner read
-            sync(file)
-        sync(temporary)
-        if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
-        sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
+VOCABULARY = ("decoder.embed_tokens.weight", "head.weight")
 
 # ------------------------------------------------------------------------------------------ reading
-
-
-class WeightFile:
-    """An entry of a safetensors file: shape and dtype from the header, values on demand."""
-
-    def __init__(self, file: Path, name: str, handle):
-        self.file, self.name, self.handle = file, name, handle
-        header = handle.get_slice(name)
-        self.shape, self.dtype = tuple(header.get_shape()), header.get_dtype()
-
-    def read(self) -> Tensor:
-        """The stored values, memory-mapped: nothing is read before it is touched."""
-        return self.handle.get_tensor(self.name)
-
-
-def open_file(file: Path) -> dict[str, WeightFile]:
-    try:
-        handle = safe_open(file, "pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file}: not a whole safetensors file ({error}); download or copy it again"
-        ) from None
-    return {name: WeightFile(file, name, handle) for name in handle.keys()}
-
-
-def open_weights(folder: Path) -> dict[str, WeightFile]:
-    """Everything stored in a folder, under the names of its files.
-
-    Raises:
-        FileNotFoundError: no weights, or a shard that the index names is not there.
-        ValueError: weights that are only there as pickles, or a broken file.
-    """
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        return open_file(folder / "model.safetensors")
-    if index.exists():
-        weights = {}
-        for shard in sorted(set(read_json(index).get("weight_map", {}).values())):
-            if not (folder / shard).exists():
-                raise FileNotFoundError(f"{index}: names {shard}, which is not in the folder")
-            weights |= open_file(folder / shard)
-        return weights
-    if pickles := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pth")):
-        raise ValueError(
-            f"{pickles[0]}: pickled weights can run code and are not opened; "
-            f"convert them once with: python checkpoint.py {folder}"
-        )
-    raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
-
-
-def match(
-    folder: Path, wanted: dict[str, tuple], weights: dict[str, WeightFile]
-) -> dict[str, WeightFile]:
-    """Stored entries under our names; every missing, unexpected and mis-shaped one is listed."""
-    spelled = {public: name for name in wanted for public in layouts.public_names(name)}
-    found, twice = {}, []
-    for public, entry in weights.items():
-        if public in spelled:
-            twice += [public] if spelled[public] in found else []
-            found[spelled[public]] = entry
-    problems = {
-        "stored twice": twice,
-        "missing": [layouts.public_names(name)[0] for name in wanted if name not in found],
-        "unexpected": [p for p in weights if p not in spelled and not layouts.IGNORED.search(p)],
-        "mis-shaped": [
-            f"{entry.name} {entry.shape}, not {tuple(wanted[name])}"
-            for name, entry in found.items() if entry.shape != tuple(wanted[name])
-        ],
-        "of a dtype that is no float": [
-            f"{entry.name} {entry.dtype}"
-            for entry in found.values() if entry.dtype not in ("F64", "F32", "F16", "BF16")
-        ],
-    }
-    if any(problems.values()):
-        listed = "; ".join(
-            f"{len(names)} {kind} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
-            for kind, names in problems.items() if names
-        )
-        raise ValueError(f"{folder}: the weights do not fit config.json: {listed}")
-    return found
 
 
 def load_llava(
@@ -217,11 +71,45 @@ def load_llava(
             del wanted["projector.linear_2.weight"], wanted["projector.linear_2.bias"]
     found = match(folder, wanted, weights)
     dtype = dtype or found["head.weight"].read().dtype
-    state = {name: entry.read().to(device=device, dtype=dtype) for name, entry in found.items()}
+    with ThreadPoolExecutor(4) as pool:  # a dtype to convert to keeps more than one core busy
+        read = pool.map(lambda entry: entry.read().to(device=device, dtype=dtype), found.values())
+        state = dict(zip(found, read))
     if original:
         complete_original(state, config)
     model.load_state_dict(state, assign=True)
     return model, tokenizer, settings
+
+
+def match(
+    folder: Path, wanted: dict[str, tuple], weights: dict[str, WeightFile]
+) -> dict[str, WeightFile]:
+    """Stored entries under our names; every missing, unexpected and mis-shaped one is listed."""
+    spelled = {public: name for name in wanted for public in layouts.public_names(name)}
+    found, twice = {}, []
+    for public, entry in weights.items():
+        if public in spelled:
+            twice += [public] if spelled[public] in found else []
+            found[spelled[public]] = entry
+    problems = {
+        "stored twice": twice,
+        "missing": [layouts.public_names(name)[0] for name in wanted if name not in found],
+        "unexpected": [p for p in weights if p not in spelled and not layouts.IGNORED.search(p)],
+        "mis-shaped": [
+            f"{entry.name} {entry.shape}, not {tuple(wanted[name])}"
+            for name, entry in found.items() if entry.shape != tuple(wanted[name])
+        ],
+        "of a dtype that is no float": [
+            f"{entry.name} {entry.dtype}"
+            for entry in found.values() if entry.dtype not in ("F64", "F32", "F16", "BF16")
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(
+            f"{len(names)} {kind} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
+            for kind, names in problems.items() if names
+        )
+        raise ValueError(f"{folder}: the weights do not fit config.json: {listed}")
+    return found
 
 
 def read_config(folder: Path, tower: Path | None) -> tuple[LLaVAConfig, bool]:
@@ -274,9 +162,6 @@ def read_image_settings(folder: Path, config: LLaVAConfig, tower: Path | None) -
     pad = read_json(folder / "config.json").get("image_aspect_ratio") == "pad"
     values = read_json(file) if file else {}
     return layouts.image_settings(file, values, config.vision.image_size, pad)
-
-
-VOCABULARY = ("decoder.embed_tokens.weight", "head.weight")
 
 
 def complete_original(state: dict[str, Tensor], config: LLaVAConfig) -> None:
@@ -423,31 +308,95 @@ def latest_state(run: Path | str) -> Path | None:
     return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
-# ------------------------------------------------------------------------------------- conversion
+# ---------------------------------------------------------------------------------------- adapters
+
+WRAPPER = "base_model.model."  # what PEFT puts before the path of a module
+# The only settings that model.LoRA computes; the first is what an absent field means.
+SUPPORTED = {
+    "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "use_rslora": (False,),
+    "fan_in_fan_out": (False,), "lora_bias": (False,), "modules_to_save": (None, []),
+    "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
+    # PiSSA, OLoRA and their like also change the base's weights.
+    "init_lora_weights": (True, False, None, "gaussian"),
+}
 
 
-def convert_pickles(folder: Path) -> None:
-    """Write safetensors and an index beside pickled weights; only plain tensors are unpickled."""
-    pickles = sorted(folder.glob("pytorch_model*.bin")) or sorted(
-        path for path in (*folder.glob("*.bin"), *folder.glob("*.pth"))
-        if path.name != "training_args.bin"
-    )
-    if not pickles:
-        raise FileNotFoundError(f"{folder}: no *.bin or *.pth file to convert")
-    weight_map = {}
-    for i, pickle in enumerate(pickles, 1):
-        try:
-            tensors = torch.load(pickle, map_location="cpu", weights_only=True, mmap=True)
-            # Copies, because safetensors cannot hold two names for one storage.
-            tensors = {key: value.clone().contiguous() for key, value in tensors.items()}
-        except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{pickle}: not a plain file of weights ({reason})") from None
-        name = f"model-{i:05}-of-{len(pickles):05}.safetensors"
-        save_file(tensors, folder / name, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-        print(f"{pickle} -> {name}: {len(tensors)} tensors")
-    write_atomic(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+def save_adapter(model: LLaVA, name: str, path: Path | str, base: str | Path = "") -> None:
+    """Write one adapter.
+
+    Args:
+        path: the folder; it appears when it is complete.
+        base: folder or hub name of the base model, for `peft` and for the record.
+
+    Raises:
+        ValueError: the model has no such adapter.
+    """
+    lora = carriers(model, name)[0].adapters[name]
+    tensors, targets = {}, []
+    for module_path, module in model.named_modules():
+        if isinstance(module, Linear) and name in module.adapters:
+            # The second spelling is that of the modules of transformers >= 4.52.
+            public = layouts.public_names(module_path)[1]
+            targets.append(public)
+            for side in ("A", "B"):
+                weight = getattr(module.adapters[name], side).detach().cpu().contiguous()
+                tensors[f"{WRAPPER}{public}.lora_{side}.weight"] = weight
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
+        "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none",
+        # Whole paths and not bare names, which would also match the vision tower's projections.
+        "target_modules": targets,
+        "inference_mode": True, "fan_in_fan_out": False, "init_lora_weights": True,
+    }
+    with whole_folder(Path(path)) as out:
+        metadata = {"format": "pt", "base": fingerprint(model)}
+        save_file(tensors, out / "adapter_model.safetensors", metadata)
+        write_atomic(out / "adapter_config.json", config)
+
+
+def load_adapter(model: LLaVA, path: Path | str, name: str) -> None:
+    """Add an adapter to a model under a name of its own.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or broken, the adapter was trained over
+            another base, or it does what model.LoRA cannot.
+    """
+    folder = Path(path)
+    file = folder / "adapter_model.safetensors"
+    config = read_json(folder / "adapter_config.json")
+    layouts.only(folder / "adapter_config.json", config, SUPPORTED)
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such file; it belongs beside adapter_config.json")
+    weights = open_file(file)
+    base = config.get("base_model_name_or_path") or "unknown"
+    linears = {path: m for path, m in model.named_modules() if isinstance(m, Linear)}
+    spelled = {
+        f"{WRAPPER}{public}.lora_{side}.weight": (path, side)
+        for path in linears for public in layouts.public_names(path) for side in "AB"
+    }
+    found = {spelled[key]: entry for key, entry in weights.items() if key in spelled}
+    paths, rank = sorted({path for path, _ in found}), config.get("r", 8)
+    shapes = {
+        (path, side): (rank, linears[path].in_features) if side == "A"
+        else (linears[path].out_features, rank)
+        for path in paths for side in "AB"
+    }
+    wrong = [key for key in weights if key not in spelled]
+    wrong += [f"no lora_{side} of {path}" for path, side in shapes.keys() - found.keys()]
+    wrong += [
+        f"{entry.name} {entry.shape}, not {shapes[key]}"
+        for key, entry in found.items() if entry.shape != shapes[key]
+    ]
+    if wrong or not found:
+        listed = ", ".join(sorted(wrong)[:8]) or "it is empty"
+        raise ValueError(f"{file}: an adapter for another model ({base}): {listed}")
+    trained_over = next(iter(found.values())).handle.metadata().get("base")
+    if trained_over not in (None, fingerprint(model)):
+        raise ValueError(f"{file}: trained over other base weights than these, those of {base}")
+    add_adapter(model, name, rank, config.get("lora_alpha", 8), paths)
+    with torch.no_grad():
+        for (path, side), entry in found.items():
+            getattr(linears[path].adapters[name], side).copy_(entry.read())
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """What CHAIR needs to know about COCO: its 80 kinds of objects, and the words people use for them.
 
 CHAIR (Rohrbach et al. 2018, arXiv 1809.02156) reads the objects that a text mentions and compares
-them with those in the image. A mention is found by the longest phrase of `WORDS` that stands at word
-boundaries, so a hot dog is no dog, a teddy bear no bear and a toilet seat no seat; phrases in
-`NOTHING` are read over in the same way, because a train station need not have a train.
+them with those in the image. A mention is the longest phrase of `WORDS` that stands at word
+boundaries, so a hot dog is no dog and a teddy bear no bear; phrases in `NOTHING` are read over in
+the same way, because a train station need not have a train.
 
 The table is this repository's own. Left out on purpose are words that often mean something outside
-the 80 kinds (glass, glove, computer, plant, seat, chicken, baseball the game): a missed mention costs
-a little coverage, a wrong one accuses the model of a hallucination. As in the original, a mention is
-a mention: "there is no dog" mentions a dog.
+the 80 kinds (glass, glove, computer, plant, seat, chicken, baseball the game): a missed mention
+costs a little coverage, a wrong one accuses the model of a hallucination. As in the original, a
+mention is a mention: "there is no dog" mentions a dog.
 """
 
 import re
@@ -16,47 +16,50 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from checkpoint import read_json
+from files import read_json
 from data import DataError
 
 WORDS = {  # kind: other words for it, singular; the kind's own name goes without saying
-    "person": """man, woman, boy, girl, child, kid, baby, toddler, infant, guy, lady, gentleman, adult,
-        teenager, teen, youth, human, pedestrian, passenger, rider, driver, cyclist, bicyclist, biker,
-        motorcyclist, skier, snowboarder, skateboarder, skater, surfer, swimmer, player, athlete,
-        batter, catcher, umpire, referee, goalkeeper, worker, chef, waiter, waitress, farmer, soldier, officer, policeman, policewoman, fireman,
-        firefighter, doctor, nurse, student, teacher, bride, groom, couple, crowd, family, audience,
-        spectator, bystander, onlooker, tourist, shopper, customer, vendor, mother, father, parent,
-        son, daughter, sister, brother, grandmother, grandfather, friend, cowboy, somebody, someone""",
+    "person": """man, woman, boy, girl, child, kid, baby, toddler, infant, guy, lady, gentleman,
+        adult, teenager, teen, youth, human, pedestrian, passenger, rider, driver, cyclist,
+        bicyclist, biker, motorcyclist, skier, snowboarder, skateboarder, skater, surfer, swimmer,
+        player, athlete, batter, catcher, umpire, referee, goalkeeper, worker, chef, waiter,
+        waitress, farmer, soldier, officer, policeman, policewoman, fireman, firefighter, doctor,
+        nurse, student, teacher, bride, groom, couple, crowd, family, audience, spectator,
+        bystander, onlooker, tourist, shopper, customer, vendor, son, daughter, sister, brother,
+        grandmother, grandfather, friend, cowboy, somebody, someone""",
     "bicycle": "bike, mountain bike, road bike, pushbike",
-    "car": """automobile, sedan, suv, hatchback, coupe, convertible, minivan, van, jeep, taxi, cab,
-        taxicab, limousine, limo, police car, race car, sports car, station wagon""",
-    "motorcycle": "motorbike, motor bike, motor cycle, dirt bike, scooter, motor scooter, moped, vespa",
-    "airplane": """plane, aeroplane, aircraft, jet, jetliner, airliner, biplane, seaplane,
-        fighter jet, jumbo jet""",
-    "bus": "minibus, school bus, tour bus, double decker, double-decker, double decker bus, "
-           "double-decker bus",
+    "car": """automobile, sedan, suv, hatchback, coupe, convertible, minivan, van, jeep, taxi,
+        cab, taxicab, limousine, limo, police car, race car, sports car, station wagon""",
+    "motorcycle": """motorbike, motor bike, motor cycle, dirt bike, scooter, motor scooter, moped,
+        vespa""",
+    "airplane": """plane, aeroplane, aircraft, jet, jetliner, airliner, biplane, seaplane, fighter
+        jet, jumbo jet""",
+    "bus": """minibus, school bus, tour bus, double decker, double-decker, double decker bus,
+        double-decker bus""",
     "train": "locomotive, tram, subway train, freight train, passenger train, steam engine",
-    "truck": "pickup, pickup truck, pick-up truck, lorry, fire truck, firetruck, fire engine, "
-             "dump truck, tow truck, food truck, semi truck, semi-truck",
-    "boat": """ship, sailboat, sailing boat, rowboat, motorboat, speedboat, canoe, kayak, ferry, yacht,
-        gondola, dinghy, barge, raft, catamaran""",
+    "truck": """pickup, pickup truck, pick-up truck, lorry, fire truck, firetruck, fire engine,
+        dump truck, tow truck, food truck, semi truck, semi-truck""",
+    "boat": """ship, sailboat, sailing boat, rowboat, motorboat, speedboat, canoe, kayak, ferry,
+        yacht, gondola, dinghy, barge, raft, catamaran""",
     "traffic light": "traffic signal, stoplight, stop light",
     "fire hydrant": "hydrant, fireplug",
     "stop sign": "",
     "parking meter": "",
     "bench": "park bench",
-    "bird": """pigeon, dove, duck, duckling, goose, swan, seagull, gull, sparrow, crow, raven, parrot,
-        parakeet, owl, eagle, hawk, falcon, penguin, ostrich, flamingo, pelican, heron, stork, peacock,
-        hummingbird, finch, rooster, hen, cockatoo""",
+    "bird": """pigeon, dove, duck, duckling, goose, swan, seagull, gull, sparrow, crow, raven,
+        parrot, parakeet, owl, eagle, hawk, falcon, penguin, ostrich, flamingo, pelican, heron,
+        stork, peacock, hummingbird, finch, rooster, hen, cockatoo""",
     "cat": "kitten, kitty, tabby, house cat",
-    "dog": """puppy, pup, doggy, hound, poodle, terrier, bulldog, labrador, golden retriever, retriever,
-        corgi, dachshund, beagle, dalmatian, husky, chihuahua, pug, collie, german shepherd,
-        sheepdog""",
+    "dog": """puppy, pup, doggy, hound, poodle, terrier, bulldog, labrador, golden retriever,
+        retriever, corgi, dachshund, beagle, dalmatian, husky, chihuahua, pug, collie, german
+        shepherd, sheepdog""",
     "horse": "pony, foal, mare, stallion, colt, horse-drawn",
     "sheep": "lamb, ewe",
     "cow": "cattle, bull, calf, ox, heifer",
     "elephant": "",
-    "bear": "grizzly, polar bear, grizzly bear, brown bear, black bear, bear cub, panda, panda bear",
+    "bear": """grizzly, polar bear, grizzly bear, brown bear, black bear, bear cub, panda, panda
+        bear""",
     "zebra": "",
     "giraffe": "",
     "backpack": "rucksack, knapsack, back pack",
@@ -67,8 +70,8 @@ WORDS = {  # kind: other words for it, singular; the kind's own name goes withou
     "frisbee": "flying disc, flying disk",
     "skis": "ski",
     "snowboard": "",
-    "sports ball": """ball, tennis ball, soccer ball, basket ball, beach ball, golf ball, rugby ball,
-        volley ball, bowling ball, soccerball""",
+    "sports ball": """ball, tennis ball, soccer ball, basket ball, beach ball, golf ball, rugby
+        ball, volley ball, bowling ball, soccerball""",
     "kite": "",
     "baseball bat": "bat",
     "baseball glove": "baseball mitt, catcher's mitt, catchers mitt, mitt",
@@ -96,15 +99,16 @@ WORDS = {  # kind: other words for it, singular; the kind's own name goes withou
     "couch": "sofa, loveseat, love seat, settee",
     "potted plant": "houseplant, house plant, pot plant, plant pot, flower pot, flowerpot",
     "bed": "bunk bed",
-    "dining table": "table, desk, coffee table, kitchen table, picnic table, wooden table, side table",
+    "dining table": """table, desk, coffee table, kitchen table, picnic table, wooden table, side
+        table""",
     "toilet": "urinal, toilet seat, toilet bowl",
     "tv": "television, tv set, television set, tv screen, monitor, computer monitor, flat screen",
     "laptop": "laptop computer, notebook computer, macbook, netbook",
     "mouse": "computer mouse",
     "remote": "remote control, tv remote, wii remote, game controller, wiimote",
     "keyboard": "computer keyboard",
-    "cell phone": """cellphone, phone, mobile phone, smartphone, smart phone, iphone,
-        cellular phone""",
+    "cell phone": """cellphone, phone, mobile phone, smartphone, smart phone, iphone, cellular
+        phone""",
     "microwave": "microwave oven",
     "oven": "stove, stovetop, stove top, toaster oven, pizza oven",
     "toaster": "",
@@ -119,35 +123,36 @@ WORDS = {  # kind: other words for it, singular; the kind's own name goes withou
     "toothbrush": "tooth brush, electric toothbrush",
 }
 IRREGULAR = {
-    "person": "people", "man": "men", "woman": "women", "child": "children", "policeman": "policemen",
-    "policewoman": "policewomen", "fireman": "firemen", "goose": "geese", "calf": "calves",
+    "person": "people", "man": "men", "woman": "women", "child": "children",
+    "policeman": "policemen", "policewoman": "policewomen", "fireman": "firemen",
+    "goose": "geese", "calf": "calves",
     "ox": "oxen", "knife": "knives", "mouse": "mice", "gentleman": "gentlemen", "sheep": "sheep",
     "cattle": "cattle", "broccoli": "broccoli", "skis": "skis", "scissors": "scissors",
     "luggage": "luggage", "baggage": "baggage", "aircraft": "aircraft",
 }
-NOTHING = """train station, train track, train platform, train yard, train car, bus stop, bus station,
-    bus lane, bus shelter, car park, cable car, bike lane, bike path, bike rack, bicycle lane,
-    bicycle rack, boat dock, boat house, dog house, dog bed, dog food, dog bowl, corn dog, prairie dog,
-    cat food, cat bed, sea horse, bird feeder, bird house, bird bath, bird cage, bear hug, gummy bear,
-    toy dog, toy car, toy train, toy truck, toy horse, rubber duck, stuffed dog, ski slope, ski lift,
-    ski resort, ski pole, ski jacket, ski suit, ski boot, jet ski, tie dye, tie-dye, ball game,
-    ball field, super bowl, fruit bat, apple tree, apple logo, apple computer, apple store,
-    banana tree, orange tree, orange juice, pizza box, pizza parlor, cake stand, cup holder,
-    chair lift, table tennis, flower bed, bed of flowers, river bed, truck bed, bed of a truck,
-    bed of the truck, bed sheet, toilet paper, tv stand, tv show, television show, mouse pad,
-    mickey mouse, remote area, remote location, remote island, remote beach, remote village, mobile home,
-    piano keyboard, phone booth, phone number, book shelf, book store, fork in the road,
-    umbrella stand, bottle cap, bottle opener, knife block, bench press, bears a, bears the, bears some,
-    bear in mind, couple of, oven mitt, passenger seat, passenger side, driver's seat, family room,
-    child seat, baby carriage, baby stroller, cowboy hat, cowboy boot, record player, dvd player,
-    cd player"""
+NOTHING = """train station, train track, train platform, train yard, train car, bus stop, bus
+    station, bus lane, bus shelter, car park, cable car, bike lane, bike path, bike rack, bicycle
+    lane, bicycle rack, boat dock, boat house, dog house, dog bed, dog food, dog bowl, corn dog,
+    prairie dog, cat food, cat bed, sea horse, bird feeder, bird house, bird bath, bird cage,
+    bear hug, gummy bear, toy dog, toy car, toy train, toy truck, toy horse, rubber duck, stuffed
+    dog, ski slope, ski lift, ski resort, ski pole, ski jacket, ski suit, ski boot, jet ski, tie
+    dye, tie-dye, ball game, ball field, super bowl, fruit bat, apple tree, apple logo, apple
+    computer, apple store, banana tree, orange tree, orange juice, pizza box, pizza parlor, cake
+    stand, cup holder, chair lift, table tennis, flower bed, bed of flowers, river bed, truck
+    bed, bed of a truck, bed of the truck, bed sheet, toilet paper, tv stand, tv show, television
+    show, mouse pad, mickey mouse, remote area, remote location, remote island, remote beach,
+    remote village, mobile home, piano keyboard, phone booth, phone number, book shelf, book
+    store, fork in the road, umbrella stand, bottle cap, bottle opener, knife block, bench press,
+    bears a, bears the, bears some, bear in mind, couple of, oven mitt, passenger seat, passenger
+    side, driver's seat, family room, child seat, baby carriage, baby stroller, cowboy hat,
+    cowboy boot, record player, dvd player, cd player"""
 ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe")
 AGES = ("baby", "adult", "mother", "father", "infant")  # of an animal: no person is meant
-# "An orange on a plate" is a fruit, "an orange cat" and "the hat is orange" are not: the fruit has an
-# article before it and no noun behind it.
+# "An orange on a plate" is a fruit, "an orange cat" and "the hat is orange" are not: the fruit has
+# an article before it and no noun behind it.
 FRUIT = re.compile(
-    r"(?<![\w-])(?:an|the|one|another|half an)\s+orange(?=\s*(?:$|[.,;:!?)]|(?:on|in|at|is|was|next|"
-    r"with|beside|near|by|from|that|which|sits|lies|lying|sitting|cut)\b|(?:and|or)\s+"
+    r"(?<![\w-])(?:an|the|one|another|half an)\s+orange(?=\s*(?:$|[.,;:!?)]|(?:on|in|at|is|was|"
+    r"next|with|beside|near|by|from|that|which|sits|lies|lying|sitting|cut)\b|(?:and|or)\s+"
     r"(?:an?|the|one|two|three|some|several)\b))", re.I)
 
 
@@ -156,7 +161,10 @@ def listed(text: str) -> list[str]:
 
 
 def plural(word: str) -> str:
-    """Of the last word of a phrase: "teddy bear" -> "teddy bears"."""
+    """Of a phrase's noun: "teddy bear" -> "teddy bears", "slice of pizza" -> "slices of pizza"."""
+    if " of " in word:
+        noun, of, rest = word.partition(" of ")
+        return plural(noun) + of + rest
     before, _, last = word.rpartition(" ")
     if last in IRREGULAR:
         last = IRREGULAR[last]
@@ -232,22 +240,34 @@ def read_objects(paths: Iterable[Path | str]) -> tuple[dict[str, set[str]], dict
     for path in map(Path, paths):
         content = read_json(path)
         try:
-            if "annotations" in content:
-                for image in content.get("images", ()):
-                    objects.setdefault(image_key(image["id"]), set())
-                    files[image_key(image["id"])] = image["file_name"]
-                names = {c["id"]: c["name"] for c in content.get("categories", ())}
-                rows = [(a["image_id"], a.get("caption") or names[a["category_id"]])
-                        for a in content["annotations"]]
-            else:
-                rows = [(image, ", ".join(found)) for image, found in content.items()]
-                files |= {image_key(image): image for image in content}
+            named, found = (coco_rows if "annotations" in content else plain_rows)(content)
         except (KeyError, TypeError, AttributeError):
             raise DataError(
                 f"{path}: neither COCO annotations (instances or captions) nor "
                 '{"image.jpg": ["object", ...]}'
             ) from None
-        for image, text in rows:
-            known = [text] if text in WORDS else mentions(text)
-            objects.setdefault(image_key(image), set()).update(known)
+        for image, name in named:
+            files[image_key(image)] = name
+            objects.setdefault(image_key(image), set())
+        for image, text in found:
+            kinds = [text] if text in WORDS else mentions(text)
+            objects.setdefault(image_key(image), set()).update(kinds)
     return objects, files
+
+
+def coco_rows(content: dict) -> tuple[list, list]:
+    """[(image, file name)] and [(image, kind or caption)] of COCO annotations."""
+    kinds = {each["id"]: each["name"] for each in content.get("categories", ())}
+    return (
+        [(image["id"], image["file_name"]) for image in content.get("images", ())],
+        [(each["image_id"], each.get("caption") or kinds[each["category_id"]])
+         for each in content["annotations"]],
+    )
+
+
+def plain_rows(content: dict) -> tuple[list, list]:
+    """The same of {image: [objects]}."""
+    if not all(isinstance(names, list) for names in content.values()):
+        raise TypeError("not a list of objects")
+    found = [(image, str(name)) for image, names in content.items() for name in names]
+    return [(image, image) for image in content], found

@@ -10,9 +10,9 @@ from pathlib import Path
 from random import Random
 
 import world
-from checkpoint import write_atomic
+from ask import answers
 from data import Tokenizer
-from evaluate import answers
+from files import write_atomic
 from model import LLaVA
 from vision import ImageSettings
 

@@ -14,6 +14,9 @@ from types import UnionType
 from typing import get_args, get_type_hints
 
 
+ALGORITHMS = ("vision", "base", "sft", "dpo", "ddpo")
+
+
 def option(default, help: str, choices: tuple | None = None):
     """A dataclass field that is also a command-line option."""
     return field(default=default, metadata={"help": help, "choices": choices})
@@ -31,6 +34,33 @@ class Training:
     warmup: float = option(0.1, "share of the steps over which the learning rate rises linearly")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
+
+
+@dataclass
+class Run:
+    """What every run has, whatever its algorithm."""
+
+    algo: str = option("ddpo", "what to run", choices=ALGORITHMS)
+    out: str = option("", "output folder; default runs/<algo>")
+    model: str | None = option(None, "folder of a LLaVA model; default: the built-in world's base")
+    data: list[str] | None = option(
+        None, "JSONL or parquet files of corrections; 'world': corrections of the base's own answers")
+    images: str | None = option(None, "folder of the images that JSONL rows name")
+    seed: int = option(0, "decides every random choice")
+    lora: int = option(0, "train low-rank adapters of this rank; 0: all of decoder and projector")
+    lora_alpha: float = option(16.0, "LoRA's scale: the update is B A alpha / rank")
+    device: str = option("auto", "cpu, cuda, cuda:1 ...")
+    dtype: str = option("auto", "of computation; auto: bfloat16 on a GPU, float32 on a CPU",
+                        choices=("auto", "float32", "bfloat16"))
+    corrections: int = option(1400, "corrections to collect on the built-in world; as many as RLHF-V's people made")
+    test_scenes: int = option(500, "held-out scenes of the evaluation (built-in world)")
+    save_every: int = option(100, "steps between checkpoints")
+    log_every: int = option(10, "steps between lines of metrics.jsonl")
+    skip_bad_rows: bool = option(False, "leave unusable rows out and list them, instead of stopping")
+    from_scratch: bool = option(False, "make the built-in base here instead of using the shipped one")
+    dry_run: bool = option(False, "show what would be trained on, and stop")
+    resume: bool = option(False, "go on with the interrupted run in the output folder")
+    overwrite: bool = option(False, "replace whatever run is in the output folder")
 
 
 def add_options(parser: argparse.ArgumentParser, config: type) -> None:

@@ -93,9 +93,12 @@ def prompt_text(question: str, image: bool = True) -> str:
     return f"{SYSTEM} USER: {IMAGE + chr(10) if image else ''}{question} ASSISTANT:"
 
 
-def facts_text(facts: Sequence[str]) -> str:
-    """Captions as a prompt states them."""
-    return f"Facts: {'; '.join(facts)}."
+def judging_request(facts: Sequence[str] = ()) -> str:
+    """The question behind an answer that is to be judged, with the image's captions if given.
+
+    LLaVA-RLHF's factual augmentation: the judge is shown the facts (arXiv 2309.14525, section 2.3).
+    """
+    return "Is this true?" + (f" Facts: {'; '.join(facts)}." if facts else "")
 
 
 def prompt_tokens(tokenizer: Tokenizer, text: str, patches: int) -> list[int]:
@@ -197,7 +200,7 @@ class Batch:
 
     def to(self, device) -> "Batch":
         move = lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
-        return Batch(**{name: move(value) for name, value in vars(self).items()})
+        return type(self)(**{name: move(value) for name, value in vars(self).items()})
 
     @property
     def padding(self) -> float:
@@ -358,8 +361,8 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     return paths
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
-    """(name, row) of each non-empty line."""
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict | DataError]]:
+    """(name, row) of each non-empty line; a broken line is an error in place of its row."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -367,11 +370,11 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
                 try:
                     row = json.loads(line)
                 except ValueError as error:
-                    raise DataError(f"{name}: not valid JSON ({error})") from None
+                    row = DataError(f"{name}: not valid JSON ({error})")
                 yield name, row
 
 
-def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
+def read_parquet(path: Path) -> Iterator[tuple[str, dict | DataError]]:
     """(name, row) of an RLHF-V-Dataset or RLAIF-V-Dataset file, one row group in memory at a time."""
     try:
         import pyarrow.parquet as parquet
@@ -389,13 +392,15 @@ def read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
             if isinstance(row.get("text"), str):  # RLHF-V keeps question and answers as JSON
                 try:
                     row |= json.loads(row["text"])
-                except ValueError as error:
-                    raise DataError(f"{name}: text is not valid JSON ({error})") from None
+                except (ValueError, TypeError) as error:
+                    row = DataError(f"{name}: text is not valid JSON ({error})")
             yield name, row
 
 
-def make_pair(name: str, row: dict, images: str | None) -> Pair:
+def make_pair(name: str, row: dict | DataError, images: str | None) -> Pair:
     """A checked Pair from a row of any of the public formats."""
+    if isinstance(row, DataError):
+        raise row
     if not isinstance(row, dict):
         raise DataError(f"{name}: expected an object with image, question, chosen, rejected")
     row = {"question": row.get("prompt"), **row}

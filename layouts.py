@@ -215,7 +215,7 @@ def image_settings(file: Path, values: dict, size: int, pad: bool) -> ImageSetti
     return ImageSettings(size, tuple(mean), tuple(std), "pad" if pad else "crop")
 
 
-# ----------------------------------------------------------------------- writing the llava-hf layout
+# ---------------------------------------------------------------------- writing the llava-hf layout
 
 
 def public_config(model: LLaVA) -> dict:

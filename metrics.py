@@ -1,13 +1,13 @@
 """Measures with intervals: ratios of sums, one bootstrap for all of them, tables and results.json.
 
-A *measure* is a list of terms (coefficient, numerators, denominators), one number per item (a scene,
-an image, a question) in either array; its value is the sum over terms of
+A *measure* is a list of terms (coefficient, numerators, denominators), one number per item (a
+scene, an image, a question) in either array; its value is the sum over terms of
 
     coefficient * sum(numerators) / sum(denominators)
 
-Rates, accuracy, F1 = 2 TP / (2 TP + FP + FN) and differences of rates all have this form. A bootstrap
-resample is then a vector of weights on the items, and the values of a measure in a thousand resamples
-are two matrix products. The same resamples for two models that answered the same items give *paired*
+Rates, accuracy, F1 = 2 TP / (2 TP + FP + FN) and differences of rates all have this form. A
+bootstrap resample is then a vector of weights on the items, and a measure in a thousand resamples
+is two matrix products. The same resamples for two models that answered the same items give *paired*
 differences: what makes a scene hard for both cancels out.
 """
 
@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint import read_json, write_atomic
+from files import read_json, write_atomic
 
 Terms = list[tuple[float, np.ndarray, np.ndarray]]
 RESAMPLES = 1000
-PER_KIND = "mmhal/kind/"  # measures that the tables leave out; results.json and the report have them
+PER_KIND = "mmhal/kind/"  # measures that the tables leave out; results.json has them
 
 
 def resampled(items: int, seed: int) -> np.ndarray:
@@ -33,6 +33,23 @@ def values(terms: Terms, weights: np.ndarray) -> np.ndarray:
     """A measure under each row of weights (W, items): (W,); nan where a denominator is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return sum(c * (weights @ above) / (weights @ below) for c, above, below in terms)
+
+
+def grouped(measures: dict[str, Terms], groups: Sequence | None) -> dict[str, Terms]:
+    """The same measures with the items of one group (of one image) added up to one item.
+
+    Items of a group are then resampled together: eight answers about one image are not eight
+    independent observations. Groups come in order of first appearance; None groups nothing.
+    """
+    if groups is None:
+        return measures
+    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    index = np.array([number[group] for group in groups], dtype=int)
+    total = lambda numbers: np.bincount(index, numbers, len(number))
+    return {
+        name: [(c, total(above), total(below)) for c, above, below in terms]
+        for name, terms in measures.items()
+    }
 
 
 def interval(value: float, samples: np.ndarray) -> dict:

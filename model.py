@@ -58,7 +58,7 @@ class LLaVAConfig:
 
 
 class LoRA(nn.Module):
-    """A low-rank update B A x * alpha / rank (Hu et al. 2021); B, and so the update, starts at 0."""
+    """A low-rank update B A x * alpha / rank (Hu et al. 2021); B and so the update start at 0."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, generator=None):
         super().__init__()
@@ -107,7 +107,10 @@ class Head(nn.Linear):
     def forward(self, hidden: Tensor, target: Tensor | None = None) -> Tensor:
         if target is None:
             return super().forward(hidden)  # (..., V)
-        return kernels.token_logp(hidden, self.weight, target)  # (R,)
+        dtype = self.weight.dtype
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+        return kernels.token_logp(hidden.to(dtype), self.weight.to(dtype), target)  # (R,)
 
 
 class KVCache:

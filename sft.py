@@ -9,7 +9,8 @@ learning to see from captions alone would need far more text than a laptop can r
 
 `--algo base` does so for the built-in world's own model, from random words on. An image is a trunk,
 and a noisy description and a dozen questions about it are its branches: the picture is read once for
-all of them, and no answer can be copied from another.
+all of them, and no answer can be copied from another. Some branches ask for a verdict on a statement,
+with or without captions beside it: a skill that a reward model needs (reward models start from here).
 """
 
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def world_texts(scenes: int = 300):
         said += [(prompt, world.annotate(scene, rng)) for prompt in world.DESCRIBE_PROMPTS_TRAIN]
         for prompt, answer in said:
             yield from (data.prompt_text(prompt, image=False), answer)
-        yield data.facts_text(world.facts(scene, rng))
+        yield data.judging_request(world.facts(scene, rng))
 
 
 def draw_pixels(scenes: list[world.Scene], settings: ImageSettings) -> Tensor:
@@ -124,7 +125,9 @@ class Tower:
         losses.append(F.cross_entropy(logits[4].mean(1), labels[4]))
         thing = labels[0] > 0
         right = (logits[0].argmax(-1) == labels[0])[thing].float().mean()
-        return sum(losses), {"accuracy/kind": right.item()}
+        # Unit-sized features: the projector's input, as after CLIP's own training.
+        size = features.square().mean()
+        return sum(losses) + 0.01 * size, {"accuracy/kind": right.item(), "features": size.item()}
 
 
 # ---------------------------------------------------------------------------------------------- SFT
@@ -137,9 +140,10 @@ class BaseConfig(Training):
     learning_rate: float = option(3e-3, "peak learning rate of AdamW (embeddings, head, norms)")
     muon_rate: float = option(0.02, "peak learning rate of Muon, for the blocks' matrices")
     optimizer: str = option("muon", "muon learns look-ups several times sooner", ("muon", "adamw"))
-    steps: int = option(2000, "optimizer steps")
+    steps: int = option(1500, "optimizer steps")
     warmup: float = option(0.05, "share of the steps over which the learning rate rises linearly")
-    questions: int = option(12, "questions per image, each a branch of its own")
+    questions: int = option(10, "questions per image, each a branch of its own")
+    verdicts: int = option(2, "statements per image to be judged, half of them beside captions")
     scenes: int = option(6000, "different training scenes")
 
 
@@ -207,7 +211,12 @@ class WorldConversations:
 
     def example(self, i: int, rng: Random) -> Example:
         scene = self.scenes[i]
-        turns = [(rng.choice(world.DESCRIBE_PROMPTS_TRAIN), self.texts[i])]
+        describe = rng.choice(world.DESCRIBE_PROMPTS_TRAIN)
+        turns = [(describe, self.texts[i])]
         turns += [(q.text, q.answer) for q in world.questions(scene, rng, self.config.questions)]
+        for sentence, is_true in world.statements(scene, rng, self.config.verdicts):
+            facts = world.facts(scene, rng) if rng.random() < 0.5 else []
+            asked = f"{describe} ASSISTANT: {sentence} USER: {data.judging_request(facts)}"
+            turns.append((asked, "Yes." if is_true else "No."))
         responses = [data.turn(self.tokenizer, f"\n{q} ASSISTANT:", a) for q, a in turns]
         return Example(f"scene {scene.seed}", self.features[i], self.seen, responses)

@@ -16,9 +16,9 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-import adapters
 import checkpoint
 import data
+import files
 import layouts
 import model as models
 from vision import ImageSettings, preprocess
@@ -360,7 +360,7 @@ def test_our_adapter_in_peft(folder, public, tmp_path):
         with models.use_adapter(ours, name):
             assert_equal_logits(ours, public)  # B is zero as yet
         randomise(models.select_trainable(ours, name))
-        adapters.save_adapter(ours, name, tmp_path / name, base=folder)
+        checkpoint.save_adapter(ours, name, tmp_path / name, base=folder)
     assert_equal_logits(ours, public)
     for name in ("policy", "critic"):
         theirs = peft.PeftModel.from_pretrained(public_model(), tmp_path / name)
@@ -387,10 +387,13 @@ def test_their_adapter_here(folder, tmp_path, targets):
     randomise(w for w in theirs.parameters() if w.requires_grad)
     theirs.save_pretrained(tmp_path / "adapter")
     ours, *_ = checkpoint.load_llava(folder)
-    adapters.load_adapter(ours, tmp_path / "adapter", "sft")
+    checkpoint.load_adapter(ours, tmp_path / "adapter", "sft")
     with models.use_adapter(ours, "sft"):
         assert_equal_logits(ours, theirs.eval())
-    adapters.save_adapter(ours, "sft", tmp_path / "again")
+    checkpoint.save_adapter(ours, "sft", tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(public_model(), tmp_path / "again")
+    with models.use_adapter(ours, "sft"):
+        assert_equal_logits(ours, again.eval())
     before = load_file(tmp_path / "adapter/adapter_model.safetensors")
     after = load_file(tmp_path / "again/adapter_model.safetensors")
     assert before.keys() == after.keys()
@@ -438,7 +441,7 @@ def saved(folder, tmp_path_factory):
     ours, tokenizer, settings = checkpoint.load_llava(folder)
     checkpoint.save_llava(ours, tokenizer, ImageSettings(28, mode="pad"), path)
     theirs = transformers.AutoTokenizer.from_pretrained(path)
-    processor = transformers.AutoProcessor.from_pretrained(path, use_fast=False)
+    processor = transformers.AutoProcessor.from_pretrained(path, backend="pil")
     return SimpleNamespace(path=path, tokenizer=tokenizer, theirs=theirs, processor=processor)
 
 
@@ -512,7 +515,7 @@ def pictures() -> dict[str, Image.Image]:
 def test_pixels_are_those_of_the_public_processors(folder, tmp_path, mode, size):
     values = layouts.image_processor(ImageSettings(size, mode=mode))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
-    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     for name, picture in pictures().items():
         wanted = theirs(picture, return_tensors="pt").pixel_values[0]
         mine = preprocess(picture, size, mode=mode)
@@ -665,27 +668,27 @@ def test_pickles_are_refused_with_the_command_that_converts_them(folder, public,
 def test_converting_runs_no_code_from_a_pickle(tmp_path):
     torch.save({"weight": Path("x")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="not a plain file of weights"):
-        checkpoint.convert_pickles(tmp_path)
+        files.convert_pickles(tmp_path)
 
 
 def test_adapters_for_another_base_are_refused(folder, tmp_path, tokenizer_model):
     ours, tokenizer, settings = checkpoint.load_llava(folder)
     models.add_adapter(ours, "a", rank=2, alpha=2)
-    adapters.save_adapter(ours, "a", tmp_path / "a", base="my-llava")
+    checkpoint.save_adapter(ours, "a", tmp_path / "a", base="my-llava")
     half, *_ = checkpoint.load_llava(folder, dtype=torch.bfloat16)
-    adapters.load_adapter(half, tmp_path / "a", "a")  # rounding does not make another base
+    checkpoint.load_adapter(half, tmp_path / "a", "a")  # rounding does not make another base
     with torch.no_grad():
         ours.head.weight.add_(1)
     with pytest.raises(ValueError, match="other base weights than these, those of my-llava"):
-        adapters.load_adapter(ours, tmp_path / "a", "b")
+        checkpoint.load_adapter(ours, tmp_path / "a", "b")
     for changes in ({"intermediate_size": 64}, {"num_hidden_layers": 4}):
         config = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.up_proj")
         peft.get_peft_model(public_model(text=changes), config).save_pretrained(tmp_path / "b")
         with pytest.raises(ValueError, match="an adapter for another model"):
-            adapters.load_adapter(ours, tmp_path / "b", "b")
+            checkpoint.load_adapter(ours, tmp_path / "b", "b")
     edit_json(tmp_path / "a/adapter_config.json", use_dora=True)
     with pytest.raises(ValueError, match="use_dora is True"):
-        adapters.load_adapter(ours, tmp_path / "a", "b")
+        checkpoint.load_adapter(ours, tmp_path / "a", "b")
 
 
 def test_unknown_adapter_names_are_told_apart(folder):

@@ -9,7 +9,6 @@ result; interrupted and resumed, the same to the bit (on a CPU).
 """
 
 import argparse
-import hashlib
 import json
 import math
 import platform
@@ -17,7 +16,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,51 +24,21 @@ from torch import nn
 from tqdm import tqdm
 
 import checkpoint
-import collect
 import config as options
 import data
 import ddpo
 import evaluate
+import files
+import prepare
 import sft
-from config import option
-from model import LLaVA, add_adapter, carriers, init_weights, select_trainable
-from vision import ImageSettings
+from config import Run
+from model import add_adapter, carriers, select_trainable
 
 VERSION = "0.1"
-BASE = Path(__file__).parent / "base"  # the built-in world's base model, shipped
-WORLD = Path("runs/world")  # what the built-in world's steps make and reuse
-CORRECTIONS = 1400  # as many prompts as RLHF-V's annotators corrected
 
 ALGORITHMS = {"vision": sft.TowerConfig, "base": sft.BaseConfig, "sft": sft.SFTConfig,
               "dpo": ddpo.DPOConfig, "ddpo": ddpo.DDPOConfig}
 BUILT_IN = ("vision", "base")  # steps of the built-in world that take no data
-
-
-@dataclass
-class Run:
-    """What every run has, whatever its algorithm."""
-
-    algo: str = option("ddpo", "what to run", choices=tuple(ALGORITHMS))
-    out: str = option("", "output folder; default runs/<algo>")
-    model: str | None = option(None, "folder of a LLaVA model; default: the built-in world's base")
-    data: list[str] | None = option(
-        None, "JSONL or parquet files of corrections; 'world': corrections of the base's own answers")
-    images: str | None = option(None, "folder of the images that JSONL rows name")
-    seed: int = option(0, "decides every random choice")
-    lora: int = option(0, "train low-rank adapters of this rank; 0: all of decoder and projector")
-    lora_alpha: float = option(16.0, "LoRA's scale: the update is B A alpha / rank")
-    device: str = option("auto", "cpu, cuda, cuda:1 ...")
-    dtype: str = option("auto", "of computation; auto: bfloat16 on a GPU, float32 on a CPU",
-                        choices=("auto", "float32", "bfloat16"))
-    corrections: int = option(CORRECTIONS, "corrections to collect (built-in world)")
-    scenes: int = option(500, "held-out scenes of the evaluation (built-in world)")
-    save_every: int = option(100, "steps between checkpoints")
-    log_every: int = option(10, "steps between lines of metrics.jsonl")
-    skip_bad_rows: bool = option(False, "leave unusable rows out and list them, instead of stopping")
-    from_scratch: bool = option(False, "make the built-in base here instead of using the shipped one")
-    dry_run: bool = option(False, "show what would be trained on, and stop")
-    resume: bool = option(False, "go on with the interrupted run in the output folder")
-    overwrite: bool = option(False, "replace whatever run is in the output folder")
 
 
 TRANSIENT = {"resume", "overwrite", "dry_run", "save_every", "log_every"}  # do not change a result
@@ -199,7 +168,7 @@ class Loop:
         if log.exists():  # lines after the checkpoint will be written again
             lines = log.read_text().splitlines(keepends=True)
             kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-            checkpoint.write_atomic(log, "".join(kept))
+            files.write_atomic(log, "".join(kept))
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
@@ -255,7 +224,7 @@ def start_folder(folder: Path, settings: dict, run: Run) -> bool:
     if run.overwrite and file.exists():
         shutil.rmtree(folder)
     if file.exists():
-        old = checkpoint.read_json(file)["settings"]
+        old = files.read_json(file)["settings"]
         changed = sorted(k for k in old.keys() | settings.keys() if old.get(k) != settings.get(k))
         if changed:
             raise ValueError(
@@ -272,81 +241,8 @@ def start_folder(folder: Path, settings: dict, run: Run) -> bool:
         shutil.rmtree(folder)  # a finished run with the same settings: made again, with one result
     folder.mkdir(parents=True, exist_ok=True)
     versions = {"plumbline": VERSION, "torch": torch.__version__, "python": platform.python_version()}
-    checkpoint.write_atomic(file, {"settings": settings, "versions": versions})
+    files.write_atomic(file, {"settings": settings, "versions": versions})
     return run.resume
-
-
-def fresh_model(run: Run) -> tuple[LLaVA, data.Tokenizer, ImageSettings]:
-    """The built-in world's model with random weights, and its tokenizer, trained at first use."""
-    path = WORLD / "tokenizer.model"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data.train_tokenizer(sft.world_texts(), path)
-    tokenizer = data.Tokenizer(path)
-    model = LLaVA(sft.world_model(tokenizer))
-    init_weights(model, run.seed)
-    return model, tokenizer, sft.WORLD_IMAGES
-
-
-def made(algo: str, run: Run) -> Path:
-    """The model folder of a built-in step, which is run first if it has not been."""
-    out = WORLD / (algo if run.seed == 0 else f"{algo}-seed{run.seed}")
-    if not (out / "model" / "config.json").exists():
-        print(f"{algo}: not found in {out}, making it first", file=sys.stderr)
-        step = Run(algo=algo, out=str(out), seed=run.seed, scenes=0, device=run.device,
-                   dtype=run.dtype, resume=(out / "config.json").exists())
-        execute(step, ALGORITHMS[algo]())
-    return out / "model"
-
-
-def base_folder(run: Run) -> Path:
-    if run.model:
-        return Path(run.model)
-    if run.from_scratch or not BASE.exists():
-        return made("base", run)
-    return BASE
-
-
-def world_corrections(run: Run, model, tokenizer, settings) -> Path:
-    """The folder of corrections of this base's own answers, collected if it is not there yet."""
-    name = f"corrections-{checkpoint.fingerprint(model)[:8]}-{run.seed}-{run.corrections}"
-    folder = WORLD / name
-    if not (folder / "corrections.jsonl").exists():
-        print(f"collecting {run.corrections} corrections of the base's answers in {folder}",
-              file=sys.stderr)
-        collect.corrections(model, tokenizer, settings, folder, run.corrections, run.seed)
-    return folder
-
-
-def read_examples(run: Run, config, model, tokenizer, settings, device) -> list[data.Example]:
-    """Every row as an Example, checked and with its image seen by the frozen tower, once."""
-    patterns, images = run.data, run.images
-    if patterns in (None, ["world"]):
-        folder = world_corrections(run, model, tokenizer, settings)
-        patterns, images = [folder / "corrections.jsonl"], folder / "images"
-    skipped: list[str] | None = [] if run.skip_bad_rows else None
-    pairs = data.read_pairs(patterns, images, skipped)
-    weights = {name: getattr(config, name) for name in ("gamma", "min_match", "replacements_only")
-               if hasattr(config, name)}
-    examples = []
-    for pair in tqdm(pairs, desc="images", disable=None, leave=False):
-        try:
-            image = evaluate.image_features(model, settings, [data.open_image(pair.name, pair.image)])
-            example = data.pair_example(
-                pair, image[0], tokenizer, model.config.vision.patches, **weights)
-            if run.algo == "sft":
-                example.responses = example.responses[:1]
-            data.check_lengths(example, model.config.text.max_position_embeddings)
-            examples.append(example)
-        except data.DataError as error:
-            if skipped is None:
-                raise
-            skipped.append(str(error))
-    if skipped:
-        print(f"{len(skipped)} rows left out:", *skipped, sep="\n  ", file=sys.stderr)
-    if not examples:
-        raise data.DataError("no usable row is left")
-    return examples
 
 
 def make_algorithm(run: Run, config, model, tokenizer, settings, folder: Path, device):
@@ -358,9 +254,9 @@ def make_algorithm(run: Run, config, model, tokenizer, settings, folder: Path, d
         source = sft.WorldConversations(model, tokenizer, settings, config, run.seed)
         select_trainable(model)
         return sft.SFT(model, config, source)
-    examples = read_examples(run, config, model, tokenizer, settings, device)
+    examples = prepare.read_examples(run, config, model, tokenizer, settings, device)
     if run.algo != "sft":
-        cached_reference(run, config, model, examples, folder / "reference.json", device)
+        prepare.cached_reference(run, config, model, examples, folder / "reference.json", device)
     if adapter:
         add_adapter(model, adapter, run.lora, run.lora_alpha, seed=run.seed)
         for module in carriers(model, adapter):
@@ -371,53 +267,25 @@ def make_algorithm(run: Run, config, model, tokenizer, settings, folder: Path, d
     return ddpo.DDPO(model, config, run.seed, examples)
 
 
-def cached_reference(run: Run, config, model, examples, path: Path, device) -> None:
-    """Give every example the reference's scores, from the run's folder where they belong to it."""
-    digest = hashlib.sha256(checkpoint.fingerprint(model).encode())
-    for example in examples:
-        for response in example.responses:
-            digest.update(repr((example.prompt, response, config.normalize)).encode())
-    key = digest.hexdigest()
-    saved = checkpoint.read_json(path) if path.exists() else None
-    if saved and saved["key"] != key:
-        raise ValueError(f"{path} belongs to another model, other data or settings; delete it")
-    if not saved:
-        bar = lambda parts: tqdm(parts, desc="reference", disable=None, leave=False)
-        saved = {"key": key, "scores": ddpo.reference_scores(model, examples, config, device, bar)}
-        checkpoint.write_atomic(path, saved)
-    for example, scores in zip(examples, saved["scores"]):
-        example.reference = scores
-
-
-def show_pairs(examples: list[data.Example], tokenizer: data.Tokenizer) -> None:
-    """Print every response with its corrected segments in [brackets]."""
-    for example in examples:
-        print(example.name)
-        for label, response in zip(("chosen", "rejected"), example.responses):
-            print(f"  {label:9}{data.marked(response, tokenizer)}")
-    tokens = sum(len(r.tokens) for e in examples for r in e.responses)
-    marked = sum(w > 1 for e in examples for r in e.responses for w in r.weight)
-    print(f"{len(examples)} rows, {tokens} response tokens, {marked} of them in corrected segments")
-
-
 def execute(run: Run, config) -> None:
     """One run from its settings to its files."""
     started = time.perf_counter()
+    if first := prepare.missing(run):
+        execute(first, ALGORITHMS[first.algo]())
     device = torch.device(run.device if run.device != "auto"
                           else "cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(run.out or f"runs/{run.algo}")
     settings = {k: v for k, v in {**asdict(run), **asdict(config)}.items() if k not in TRANSIENT}
     resume = not run.dry_run and start_folder(folder, settings, run)
     if run.algo == "vision":
-        model, tokenizer, images = fresh_model(run)
+        model, tokenizer, images = prepare.fresh_model(run)
     else:
-        source = made("vision", run) if run.algo == "base" else base_folder(run)
-        model, tokenizer, images = checkpoint.load_llava(source, device, torch.float32)
+        model, tokenizer, images = checkpoint.load_llava(prepare.start(run), device, torch.float32)
     if run.dry_run:
-        show_pairs(read_examples(run, config, model, tokenizer, images, device), tokenizer)
+        prepare.show_pairs(prepare.read_examples(run, config, model, tokenizer, images, device), tokenizer)
         return
-    measured = run.scenes and run.algo not in BUILT_IN and run.data in (None, ["world"])
-    before = measure(run, model, tokenizer, images) if measured else None
+    measured = run.test_scenes and run.algo not in BUILT_IN and prepare.on_world(run)
+    before = prepare.measure(run, model, tokenizer, images) if measured else None
     algorithm = make_algorithm(run, config, model, tokenizer, images, folder, device)
     loop = Loop(algorithm, folder, run, device)
     state = checkpoint.latest_state(folder) if resume else None
@@ -427,21 +295,11 @@ def execute(run: Run, config) -> None:
     loop.train()
     save_result(run, model, tokenizer, images, folder)
     if measured:
-        after = evaluate.measure_world(model, tokenizer, images, run.scenes)
+        after = evaluate.measure_world(model, tokenizer, images, run.test_scenes)
         print(evaluate.table(before[0], after[0]))
         evaluate.write_results(folder / "results.json", before, after)
     print(f"{folder}: {algorithm.steps} steps, {time.perf_counter() - started:.0f} s in all; "
           f"the model is in {folder / 'model'}", file=sys.stderr)
-
-
-def measure(run: Run, model, tokenizer, images) -> tuple[dict, list[dict]]:
-    """The starting model's measures, kept beside the corrections: every run compares with them."""
-    path = WORLD / f"before-{checkpoint.fingerprint(model)[:8]}-{run.scenes}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result = evaluate.measure_world(model, tokenizer, images, run.scenes)
-        evaluate.write_results(path, None, result)
-    return evaluate.read_results(path)["after"]
 
 
 def save_result(run: Run, model, tokenizer, images, folder: Path) -> None:
@@ -449,7 +307,7 @@ def save_result(run: Run, model, tokenizer, images, folder: Path) -> None:
     adapter = "default" if run.lora else None
     checkpoint.save_llava(model, tokenizer, images, folder / "model", adapter=adapter)
     if adapter:
-        checkpoint.save_adapter(model, adapter, folder / "adapter", base=str(base_folder(run)))
+        checkpoint.save_adapter(model, adapter, folder / "adapter", base=str(prepare.start(run)))
     for old in folder.glob("checkpoint-*"):
         shutil.rmtree(old)
 

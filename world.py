@@ -304,7 +304,10 @@ DESCRIBE_PROMPTS_TRAIN = (
     "Describe the picture.", "What can you see in the picture?", "Tell me what you see.",
     "What is in this picture? Tell me everything.", "Look at the picture and describe it.",
     "Give a long description of this picture.", "Describe everything that you see.",
-    "Please tell me about this picture.",
+    "Please tell me about this picture.", "Describe what is in this picture.",
+    "Look at this. What do you see?", "Can you describe this picture?",
+    "Please give a description of what you see.", "Tell me about everything that is in it.",
+    "Please look at the picture and tell me everything.",
 )
 DESCRIBE_PROMPTS_EVAL = (  # other wordings, but no word that the training prompts lack
     "Please describe this picture.", "Tell me everything about the picture.",
@@ -313,15 +316,27 @@ DESCRIBE_PROMPTS_EVAL = (  # other wordings, but no word that the training promp
     "Please look at this picture. What is in it?", "Tell me about everything in this picture.",
 )
 QUESTION_PROMPTS_TRAIN = {
-    "exists": ("Is there {a_kind}?", "Can you see {a_kind}?", "Is there {a_kind} in this picture?"),
-    "colour": ("What colour {be} the {noun}?", "Tell me the colour of the {noun}."),
-    "number": ("How many {kinds} are there?", "How many {kinds} can you see?"),
-    "place": ("Where {be} the {noun}?", "Where can you see the {noun}?"),
-    "scene": ("What place is this?", "What place can you see in the picture?"),
+    "exists": ("Is there {a_kind}?", "Can you see {a_kind}?", "Is there {a_kind} in this picture?",
+               "Tell me, is there {a_kind}?", "Look at the picture. Is there {a_kind} in it?"),
+    "colour": ("What colour {be} the {noun}?", "Tell me the colour of the {noun}.",
+               "What colour {be} the {noun} in this picture?", "What is the {noun}'s colour?",
+               "Can you tell me what colour the {noun} {be}?"),
+    "number": ("How many {kinds} are there?", "How many {kinds} can you see?",
+               "How many {kinds} are there in this picture?", "Tell me how many {kinds} you see.",
+               "Can you tell me how many {kinds} there are?"),
+    "place": ("Where {be} the {noun}?", "Where can you see the {noun}?",
+              "Where {be} the {noun} in this picture?", "Where in this picture can you see the {noun}?",
+              "Can you tell me where the {noun} {be}?"),
+    "scene": ("What place is this?", "What place can you see in the picture?",
+              "Tell me what place you see.", "What place is this a picture of?",
+              "Can you tell me what place this is?"),
     "comparison": ("{Be} the {noun} {relation} the {other}?",
-                   "In this picture, {be} the {noun} {relation} the {other}?"),
-    "more": ("Are there more {kinds} than {others}?",),
-    "what": ("What is {place}?", "What can you see {place}?"),
+                   "In this picture, {be} the {noun} {relation} the {other}?",
+                   "Tell me, {be} the {noun} {relation} the {other}?"),
+    "more": ("Are there more {kinds} than {others}?", "Tell me, are there more {kinds} than {others}?",
+             "Can you see if there are more {kinds} than {others}?"),
+    "what": ("What is {place}?", "What can you see {place}?", "Tell me what you see {place}.",
+             "What is there in this picture {place}?", "Can you tell me what is {place}?"),
 }
 QUESTION_PROMPTS_EVAL = {
     "exists": ("Can you see {a_kind} in the picture?", "Is there {a_kind} in the picture?"),
@@ -642,11 +657,15 @@ def rank(scene, first, second, rng, noise=0.1):
 
     Better is: fewer false spans, then more of the objects mentioned, then either.
     """
-    scores = [(-len(hallucinations(scene, answer)),
-               len({kind for kind in mentions(answer) if scene.find(kind)}))
-              for answer in (first, second)]
+    scores = [merit(scene, answer) for answer in (first, second)]
     better = rng.randrange(2) if scores[0] == scores[1] else int(scores[1] > scores[0])
     return 1 - better if rng.random() < noise else better
+
+
+def merit(scene, answer):
+    """What `rank` goes by, greater is better: (minus the false spans, objects rightly mentioned)."""
+    return (-len(hallucinations(scene, answer)),
+            len({kind for kind in mentions(answer) if scene.find(kind)}))
 
 
 CONTENT = {  # topic: what an answer to it must say, and say alone

@@ -1,0 +1,147 @@
+"""What a run starts from: a model, data, and whatever the built-in world has to make first.
+
+The built-in world's models, corrections and measures are kept in runs/world and reused; their names
+say which model and seed they belong to. A user's own model and data take the same path from there.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import collect
+import data
+import ddpo
+import evaluate
+import sft
+from checkpoint import fingerprint
+from config import Run
+from files import read_json, write_atomic
+from model import LLaVA, init_weights
+from vision import ImageSettings
+
+BASE = Path(__file__).parent / "base"  # the built-in world's base model, shipped
+WORLD = Path("runs/world")  # what the built-in world's steps make and reuse
+
+
+def fresh_model(run: Run) -> tuple[LLaVA, data.Tokenizer, ImageSettings]:
+    """The built-in world's model with random weights, and its tokenizer, trained at first use."""
+    path = WORLD / "tokenizer.model"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.train_tokenizer(sft.world_texts(), path)
+    tokenizer = data.Tokenizer(path)
+    model = LLaVA(sft.world_model(tokenizer))
+    init_weights(model, run.seed)
+    return model, tokenizer, sft.WORLD_IMAGES
+
+
+def missing(run: Run) -> Run | None:
+    """The built-in step that this run starts from, if it has not been made yet."""
+    algo = {"vision": None, "base": "vision"}.get(run.algo, "base")
+    if algo is None or (algo == "base" and start(run) in (BASE, Path(run.model or ""))):
+        return None
+    if (start(run) / "config.json").exists():
+        return None
+    out = start(run).parent
+    print(f"{algo}: not found in {out}, making it first", file=sys.stderr)
+    return Run(algo=algo, out=str(out), seed=run.seed, test_scenes=0, device=run.device,
+               dtype=run.dtype, resume=(out / "config.json").exists())
+
+
+def start(run: Run) -> Path:
+    """The folder of the model that a run starts from: the user's, the shipped one, or one made here."""
+    if run.model:
+        return Path(run.model)
+    if run.algo != "base" and BASE.exists() and not run.from_scratch:
+        return BASE
+    name = "vision" if run.algo == "base" else "base"
+    return WORLD / (name if run.seed == 0 else f"{name}-seed{run.seed}") / "model"
+
+
+def on_world(run: Run) -> bool:
+    """Whether a run learns from the built-in world's feedback."""
+    return run.data in (None, ["world"])
+
+
+def world_corrections(run: Run, model, tokenizer, settings) -> Path:
+    """The folder of corrections of this base's own answers, collected if it is not there yet."""
+    name = f"corrections-{fingerprint(model)[:8]}-{run.seed}-{run.corrections}"
+    folder = WORLD / name
+    if not (folder / "corrections.jsonl").exists():
+        print(f"collecting {run.corrections} corrections of the base's answers in {folder}",
+              file=sys.stderr)
+        collect.corrections(model, tokenizer, settings, folder, run.corrections, run.seed)
+    return folder
+
+
+def read_examples(run: Run, config, model, tokenizer, settings, device) -> list[data.Example]:
+    """Every row as an Example, checked and with its image seen by the frozen tower, once."""
+    patterns, images = run.data, run.images
+    if on_world(run):
+        folder = world_corrections(run, model, tokenizer, settings)
+        patterns, images = [folder / "corrections.jsonl"], folder / "images"
+    skipped: list[str] | None = [] if run.skip_bad_rows else None
+    pairs = data.read_pairs(patterns, images, skipped)
+    weights = {name: getattr(config, name) for name in ("gamma", "min_match", "replacements_only")
+               if hasattr(config, name)}
+    examples = []
+    for pair in tqdm(pairs, desc="images", disable=None, leave=False):
+        try:
+            image = evaluate.image_features(model, settings, [data.open_image(pair.name, pair.image)])
+            example = data.pair_example(
+                pair, image[0], tokenizer, model.config.vision.patches, **weights)
+            if run.algo == "sft":
+                example.responses = example.responses[:1]
+            data.check_lengths(example, model.config.text.max_position_embeddings)
+            examples.append(example)
+        except data.DataError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+    if skipped:
+        print(f"{len(skipped)} rows left out:", *skipped, sep="\n  ", file=sys.stderr)
+    if not examples:
+        raise data.DataError("no usable row is left")
+    return examples
+
+
+def cached_reference(run: Run, config, model, examples, path: Path, device) -> None:
+    """Give every example the reference's scores, from the run's folder where they belong to it."""
+    digest = hashlib.sha256(fingerprint(model).encode())
+    for example in examples:
+        for response in example.responses:
+            digest.update(repr((example.prompt, response, config.normalize)).encode())
+    key = digest.hexdigest()
+    saved = read_json(path) if path.exists() else None
+    if saved and saved["key"] != key:
+        raise ValueError(f"{path} belongs to another model, other data or settings; delete it")
+    if not saved:
+        bar = lambda parts: tqdm(parts, desc="reference", disable=None, leave=False)
+        saved = {"key": key, "scores": ddpo.reference_scores(model, examples, config, device, bar)}
+        write_atomic(path, saved)
+    for example, scores in zip(examples, saved["scores"]):
+        example.reference = scores
+
+
+def show_pairs(examples: list[data.Example], tokenizer: data.Tokenizer) -> None:
+    """Print every response with its corrected segments in [brackets]."""
+    for example in examples:
+        print(example.name)
+        for label, response in zip(("chosen", "rejected"), example.responses):
+            print(f"  {label:9}{data.marked(response, tokenizer)}")
+    tokens = sum(len(r.tokens) for e in examples for r in e.responses)
+    marked = sum(w > 1 for e in examples for r in e.responses for w in r.weight)
+    print(f"{len(examples)} rows, {tokens} response tokens, {marked} of them in corrected segments")
+
+
+def measure(run: Run, model, tokenizer, images) -> tuple[dict, list[dict]]:
+    """The starting model's measures, kept beside the corrections: every run compares with them."""
+    path = WORLD / f"before-{fingerprint(model)[:8]}-{run.test_scenes}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = evaluate.measure_world(model, tokenizer, images, run.test_scenes)
+        evaluate.write_results(path, None, result)
+    return evaluate.read_results(path)["after"]
