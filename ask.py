@@ -11,11 +11,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (
-    DataError, image_path, open_image, prompt_text, prompt_tokens, read_jsonl, read_parquet,
-)
+from data import prompt_text, prompt_tokens
 from files import write_atomic
 from model import LLaVA, generate
+from rows import DataError, ParquetImage, Source, image_path, open_image, read_rows
 from vision import ImageSettings, preprocess
 
 # ------------------------------------------------------------------------------------- in batches
@@ -101,26 +100,9 @@ class Ask:
     """One question about one image, from a row of a file."""
 
     name: str  # for error messages: file and row
-    image: Path | bytes
+    image: Source
     question: str
     fields: dict  # what the answers file repeats of the row
-
-
-def read_rows(path: Path) -> list[tuple[str, dict]]:
-    """(name, row) of a parquet file, a JSON list or JSON lines."""
-    if path.suffix == ".parquet":
-        return list(read_parquet(path))
-    try:
-        with path.open(encoding="utf-8") as file:
-            is_list = file.read(1) == "["
-            file.seek(0)
-            if is_list:
-                return [(f"{path} row {i}", row) for i, row in enumerate(json.load(file), 1)]
-        return list(read_jsonl(path))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: not valid JSON ({error})") from None
 
 
 def read_asks(
@@ -144,7 +126,9 @@ def read_asks(
     return asks
 
 
-def make_ask(name: str, row: dict, images: str | None, prompt: str | None) -> Ask:
+def make_ask(name: str, row, images: str | None, prompt: str | None) -> Ask:
+    if isinstance(row, DataError):
+        raise row
     if not isinstance(row, dict):
         raise DataError(f"{name}: expected an object with image and question")
     question = row.get("question") or row.get("prompt") or row.get("text") or prompt
@@ -154,11 +138,9 @@ def make_ask(name: str, row: dict, images: str | None, prompt: str | None) -> As
         raise DataError(f"{name}: field {missing!r} is missing or empty")
     fields = {k: v for k, v in row.items() if isinstance(v, str | int | float) and k != "text"}
     fields["question"] = question = str(question).replace("<image>", "").strip()
-    if isinstance(image, dict):
-        if not image.get("bytes"):
-            raise DataError(f"{name}: the image holds no bytes")
-        fields["image"] = str(image.get("path") or row.get("image_path") or name)
-        return Ask(name, image["bytes"], question, fields)
+    if isinstance(image, ParquetImage):
+        fields["image"] = image.name or name
+        return Ask(name, image, question, fields)
     return Ask(name, image_path(name, image, images), question, fields)
 
 

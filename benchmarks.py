@@ -15,9 +15,8 @@ import numpy as np
 
 import coco
 import world
-from ask import read_rows
-from data import DataError
 from metrics import PER_KIND, Terms, grouped, with_intervals
+from rows import DataError, whole_rows
 
 # ---------------------------------------------------------------------------------------- POPE
 
@@ -161,7 +160,7 @@ def mmhal(replies: Sequence[str]) -> dict:
 
 def read_mmhal(path: Path) -> list[dict]:
     """MMHal's response_template.json, checked."""
-    rows = [row for _, row in read_rows(path)]
+    rows = [row for _, row in whole_rows(path)]
     for number, row in enumerate(rows, 1):
         missing = [name for name in MMHAL_FIELDS if not isinstance(row, dict) or name not in row]
         if missing:
@@ -176,7 +175,7 @@ def read_replies(path: Path, count: int) -> list[str]:
     OpenAI's chat completions.
     """
     replies = {}
-    for number, (name, row) in enumerate(read_rows(path)):
+    for number, (name, row) in enumerate(whole_rows(path)):
         try:
             if isinstance(row, str):
                 row = {"reply": row}

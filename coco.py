@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from files import read_json
-from data import DataError
+from rows import DataError
 
 WORDS = {  # kind: other words for it, singular; the kind's own name goes without saying
     "person": """man, woman, boy, girl, child, kid, baby, toddler, infant, guy, lady, gentleman,

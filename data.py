@@ -1,4 +1,6 @@
-"""From files to batches: tokenizer and template, readers, segment diff, and the one `Batch`.
+"""From records to batches: tokenizer and template, segment diff, and the one `Batch`.
+
+    python data.py convert IN OUT      between the formats of preference data, see convert.py
 
 Every algorithm scores responses to an image and a prompt, so every algorithm eats the same batch:
 rows of one *trunk* (image + prompt) and its *branches* (responses, one after another):
@@ -13,31 +15,25 @@ an index into the hidden states and not a shift by one.
 
 import difflib
 import io
-import json
 import math
-import warnings
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from glob import glob
 from pathlib import Path
 from random import Random
 
 import sentencepiece
 import torch
-from PIL import Image
 from torch import Tensor
 
-IMAGE = "<image>"
+from readers import IMAGE, Conversation, Pair, Turn
+from rows import DataError
+
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."
 )
-FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders that ever see a user's file
-
-
-class DataError(ValueError):
-    """Something in a user's file is wrong; the message names the file, the row and the remedy."""
 
 
 # ------------------------------------------------------------------------------ tokens and prompts
@@ -307,148 +303,31 @@ class Epochs:
         return [self.all[self._order(epoch)[i]] for epoch, i in places]
 
 
-# ------------------------------------------------------------------------------------------ readers
+# ------------------------------------------------------------------------- from records to examples
 
 
-@dataclass
-class Pair:
-    """One correction: a question about an image, the corrected and the original answer."""
-
-    name: str
-    image: Path | bytes
-    question: str
-    chosen: str
-    rejected: str
-
-
-def read_pairs(patterns: Sequence[str], images: str | None, skip: list[str] | None = None):
-    """Preference pairs from JSONL or parquet files.
+def trunk_tokens(
+    tokenizer: Tokenizer, history: Sequence[Turn], question: str, patches: int
+) -> list[int]:
+    """Earlier turns and the question, up to where the assistant speaks.
 
     Args:
-        patterns: files or glob patterns.
-        images: folder that the image names of JSONL rows are relative to.
-        skip: if given, messages of bad rows are collected here and the rows left out; otherwise
-            the first bad row raises.
-
-    Returns:
-        list of Pair.
-
-    Raises:
-        DataError: a file or row is wrong, or nothing was found.
+        patches: image features before the first question; 0 for text alone.
     """
-    pairs = []
-    for path in find_files(patterns):
-        rows = read_parquet(path) if path.suffix == ".parquet" else read_jsonl(path)
-        for name, row in rows:
-            try:
-                pairs.append(make_pair(name, row, images))
-            except DataError as error:
-                if skip is None:
-                    raise
-                skip.append(str(error))
-    if not pairs:
-        raise DataError(f"no usable row in {', '.join(map(str, patterns))}")
-    return pairs
+    questions = [*(asked for asked, _ in history), question]
+    ids = prompt_tokens(tokenizer, prompt_text(questions[0], patches > 0), patches)
+    for (_, answer), following in zip(history, questions[1:]):
+        ids += tokenizer.encode(answer, eos=True) + tokenizer.encode(next_question(following))
+    return ids
 
 
-def find_files(patterns: Sequence[str]) -> list[Path]:
-    paths = []
-    for pattern in patterns:
-        found = sorted(glob(str(pattern))) or ([pattern] if Path(pattern).exists() else [])
-        if not found:
-            raise DataError(f"{pattern}: no such file")
-        paths.extend(Path(path) for path in found)
-    return paths
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[str, dict | DataError]]:
-    """(name, row) of each non-empty line; a broken line is an error in place of its row."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                name = f"{path} row {number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    row = DataError(f"{name}: not valid JSON ({error})")
-                yield name, row
-
-
-def read_parquet(path: Path) -> Iterator[tuple[str, dict | DataError]]:
-    """(name, row) of an RLHF-V-Dataset or RLAIF-V-Dataset file, one row group in memory at a time."""
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise DataError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from None
-    try:
-        table = parquet.ParquetFile(path)
-    except Exception as error:
-        raise DataError(f"{path}: not a parquet file ({error})") from None
-    number = 0
-    for group in range(table.num_row_groups):
-        for row in table.read_row_group(group).to_pylist():
-            number += 1
-            name = f"{path} row {number}"
-            if isinstance(row.get("text"), str):  # RLHF-V keeps question and answers as JSON
-                try:
-                    row |= json.loads(row["text"])
-                except (ValueError, TypeError) as error:
-                    row = DataError(f"{name}: text is not valid JSON ({error})")
-            yield name, row
-
-
-def make_pair(name: str, row: dict | DataError, images: str | None) -> Pair:
-    """A checked Pair from a row of any of the public formats."""
-    if isinstance(row, DataError):
-        raise row
-    if not isinstance(row, dict):
-        raise DataError(f"{name}: expected an object with image, question, chosen, rejected")
-    row = {"question": row.get("prompt"), **row}
-    for key in ("image", "question", "chosen", "rejected"):
-        if not row.get(key) or (key != "image" and not str(row[key]).strip()):
-            raise DataError(f"{name}: field {key!r} is missing or empty")
-    if row["chosen"] == row["rejected"]:
-        raise DataError(f"{name}: chosen and rejected are the same; nothing was corrected")
-    image = row["image"]
-    if isinstance(image, dict):
-        image = image.get("bytes")
-        if not image:
-            raise DataError(f"{name}: the image holds no bytes")
-    else:
-        image = image_path(name, image, images)
-    texts = (str(row[key]).replace(IMAGE, "").strip() for key in ("question", "chosen", "rejected"))
-    return Pair(name, image, *texts)
-
-
-def image_path(name: str, image: str, images: str | None) -> Path:
-    """The file of an image name; it must lie inside the folder of images."""
-    folder = Path(images or ".").resolve()
-    path = (folder / str(image)).resolve()
-    if not path.is_relative_to(folder):
-        raise DataError(f"{name}: image {image!r} lies outside the image folder {folder}")
-    if not path.is_file():
-        raise DataError(f"{name}: no image {image!r} in {folder}; point --images at its folder")
-    return path
-
-
-def open_image(name: str, source: Path | bytes) -> Image.Image:
-    """A decoded RGB picture, or a DataError that names the row."""
-    label = source.name if isinstance(source, Path) else "its bytes"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            file = io.BytesIO(source) if isinstance(source, bytes) else source
-            with Image.open(file, formats=FORMATS) as image:
-                return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Warning) as error:
-        reason = str(error).split("<")[0].strip() or type(error).__name__
-        raise DataError(
-            f"{name}: cannot read image {label} ({reason}); only whole JPEG, PNG and WebP files"
-        ) from None
+def next_question(question: str) -> str:
+    """A later turn of the vicuna_v1 conversation; `</s>` alone stands between it and the answer."""
+    return f"USER: {question} ASSISTANT:"
 
 
 def pair_example(
-    pair: Pair, image: Tensor, tokenizer: Tokenizer, patches: int, gamma: float,
+    pair: Pair, image: Tensor | None, tokenizer: Tokenizer, patches: int, gamma: float = 1.0,
     min_match: int = 3, replacements_only: bool = False,
 ) -> Example:
     """A preference pair as an Example: weight gamma in corrected segments, 1 elsewhere (Eq. 5)."""
@@ -458,18 +337,42 @@ def pair_example(
         Response(tokens, torch.where(mask, gamma, 1.0).tolist())
         for tokens, mask in zip(answers, masks)
     ]
-    prompt = prompt_tokens(tokenizer, prompt_text(pair.question), patches)
+    prompt = trunk_tokens(tokenizer, pair.history, pair.question, patches)
     return Example(pair.name, image, prompt, responses)
 
 
+def conversation_example(
+    conversation: Conversation, image: Tensor | None, tokenizer: Tokenizer, patches: int
+) -> Example:
+    """A conversation as an Example whose one branch learns every answer and is given the questions.
+
+    Trunk and branch together are the tokens of the whole conversation, as LLaVA's preprocess_v1
+    makes them, and so are those that are learnt: each answer and its end-of-sequence.
+    """
+    patches = 0 if conversation.image is None else patches
+    (question, answer), *later = conversation.turns
+    turns = [turn(tokenizer, "", answer)]
+    turns += [turn(tokenizer, next_question(q), a) for q, a in later]
+    response = Response([t for x in turns for t in x.tokens], [w for x in turns for w in x.weight])
+    prompt = trunk_tokens(tokenizer, (), question, patches)
+    return Example(conversation.name, image, prompt, [response])
+
+
 def marked(response: Response, tokenizer: Tokenizer) -> str:
-    """The response's text with its corrected segments in [brackets]."""
+    """The response's text with corrected segments in [brackets], what is only given in {braces}."""
     text, out, start = "", "", 0
     for end in range(1, len(response.tokens) + 1):
         if end < len(response.tokens) and response.weight[end] == response.weight[start]:
             continue
         whole = tokenizer.decode(response.tokens[:end])  # so that no character is cut in two
         segment = whole[len(text) :] + "</s>" * (response.tokens[end - 1] == tokenizer.eos_token)
-        out += f"[{segment}]" if response.weight[start] > 1 else segment
+        weight = response.weight[start]
+        out += f"[{segment}]" if weight > 1 else segment if weight > 0 else f"{{{segment}}}"
         text, start = whole, end
     return out
+
+
+if __name__ == "__main__":
+    import convert
+
+    sys.exit(convert.main(sys.argv[1:]))

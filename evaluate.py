@@ -33,16 +33,16 @@ import torch
 
 import coco
 import world
-from ask import Ask, answer_file, answers, image_features, read_asks, read_rows, stream
+from ask import Ask, answer_file, answers, image_features, read_asks, stream
 from benchmarks import (
     chair, judge, judge_prompt, mmhal, pope, questionnaire, rating, read_mmhal, read_replies,
     world_metrics, world_terms,
 )
 from checkpoint import fingerprint, load_llava
-from data import DataError, find_files, image_path, open_image
 from files import write_atomic
 from metrics import comparison, listing, paired, read_results, table, write_results
 from model import LLaVA
+from rows import DataError, find_files, image_path, open_image, whole_rows
 from vision import ImageSettings
 
 __all__ = [  # what train.py, tests and other tools use; the last four are made elsewhere
@@ -181,7 +181,7 @@ def ask_all(given, asks: list[Ask], stem: str, tokens: int) -> list[dict]:
 def given_answers(path: str) -> list[dict]:
     """Rows of a file of answers made elsewhere, each with its text under "answer"."""
     rows = []
-    for name, row in read_rows(Path(path)):
+    for name, row in whole_rows(Path(path)):
         texts = [row[k] for k in ("answer", "caption", "text") if isinstance(row.get(k), str)]
         if not texts:
             raise DataError(f"{name}: no answer, caption or text")
@@ -199,7 +199,7 @@ def run_pope(given) -> None:
     """POPE on each of the given files of questions."""
     for path in find_files(given.pope):
         if given.answers:
-            questions = [row for _, row in read_rows(path)]
+            questions = [row for _, row in whole_rows(path)]
             rows = given_answers(given.answers)
             if len(rows) != len(questions):
                 raise DataError(

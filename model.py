@@ -15,7 +15,8 @@ positions (2104.09864), grouped-query attention (2305.13245), LLaVA-1.5 (2310.03
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+from generation import generate  # noqa: F401  (part of this file's interface)
 from vision import ViT, VisionConfig
 
 
@@ -104,54 +106,83 @@ class Head(nn.Linear):
     A module and not a bare weight, because sharded training (FSDP) gathers weights in `forward`.
     """
 
-    def forward(self, hidden: Tensor, target: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, target: Tensor | None = None, **pairs):
+        """What is asked of the hidden states that predict a token each.
+
+        Args:
+            hidden: (..., D); (R, D) with a target.
+            target: (R,) the tokens; None asks for the logits.
+            pairs: the further arguments of `kernels.ddpo_loss`, to ask for that.
+
+        Returns:
+            (..., V) logits, (R,) float32 log-probabilities, or what `kernels.ddpo_loss` returns.
+        """
         if target is None:
-            return super().forward(hidden)  # (..., V)
-        dtype = self.weight.dtype
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-        return kernels.token_logp(hidden.to(dtype), self.weight.to(dtype), target)  # (R,)
+            return super().forward(hidden)
+        dtype = product_dtype(self.weight)  # the kernels want one, and autocast does not reach them
+        kernel = kernels.ddpo_loss if pairs else kernels.token_logp
+        return kernel(hidden.to(dtype), self.weight.to(dtype), target, **pairs)
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """What matrix products with this weight are computed in: autocast's dtype, or its own."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 class KVCache:
-    """Static buffers for keys and values, and the branch of every slot filled so far."""
+    """Keys and values of all layers in static buffers, and the rotary tables of their positions.
 
-    def __init__(self, config: TextConfig, rows: int, slots: int, like: Tensor):
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
-        self.k = like.new_empty(shape)
-        self.v = like.new_empty(shape)
-        self.branch = torch.full((rows, slots), -1, device=like.device)
-        self.filled = 0
+    Which slots are looked at is the mask's business. Zeros and not unwritten memory, because a NaN
+    in a slot that nobody may look at would still reach the result (0 * NaN).
+    """
+
+    def __init__(self, config: TextConfig, rows: int, slots: int, device, dtype: torch.dtype):
+        shape = (rows, config.num_key_value_heads, slots, config.head_dim)
+        new = functools.partial(torch.zeros, shape, device=device, dtype=dtype)
+        self.k = [new() for _ in range(config.num_hidden_layers)]
+        self.v = [new() for _ in range(config.num_hidden_layers)]
+        position = torch.arange(slots, device=device)[None]
+        tables = rotary(position, config.head_dim, config.rope_theta, dtype)
+        self.cos, self.sin = (table[0, 0] for table in tables)  # (slots, head_dim)
+
+    def rotary(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """As the function of that name, looked up."""
+        return self.cos[position].unsqueeze(1), self.sin[position].unsqueeze(1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these: (rows,) indices or bool."""
+        self.k, self.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
 
 
-def attention_mask(branch: Tensor, cached: Tensor | None = None) -> Tensor:
+def attention_mask(branch: Tensor) -> Tensor:
     """Who may look at whom: causal, and the trunk or the own branch.
 
     Args:
-        branch: (B, T) of the queries: 0 trunk, 1.. branches, -1 padding.
-        cached: (B, S) of the slots that come before them, or None.
+        branch: (B, T): 0 trunk, 1.. branches, -1 padding.
 
     Returns:
-        (B, 1, T, S + T) bool, True = may look. Padding sees itself, so no row is empty.
+        (B, 1, T, T) bool, True = may look. Padding sees itself, so no row is empty.
     """
-    kv = branch if cached is None else torch.cat([cached, branch], dim=1)  # (B, S + T)
-    query = branch[:, :, None]
-    causal = torch.ones(branch.shape[1], kv.shape[1], dtype=torch.bool, device=branch.device)
-    causal = causal.tril(kv.shape[1] - branch.shape[1])
-    return (causal & ((kv[:, None] == 0) | (kv[:, None] == query))).unsqueeze(1)
+    causal = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool, device=branch.device)
+    kv, query = branch[:, None], branch[:, :, None]
+    return (causal.tril() & ((kv == 0) | (kv == query))).unsqueeze(1)
 
 
 def rotary(position: Tensor, head_dim: int, theta: float, dtype: torch.dtype):
-    """cos and sin for (B, T) positions, each (B, 1, T, head_dim); halves repeated as in LLaMA-HF."""
+    """cos and sin for (B, T) positions, each (B, 1, T, head_dim), as `rotate` takes them."""
     exponent = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim
-    angle = position[..., None].float() / theta**exponent  # (B, T, head_dim / 2)
-    angle = torch.cat([angle, angle], dim=-1).unsqueeze(1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = (position[..., None].float() / theta**exponent).unsqueeze(1)  # (B, 1, T, head_dim / 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Turn (first, second) halves of every head into (first cos - second sin, second cos + first sin).
+
+    The halves and not neighbours are paired, as in LLaMA-HF; `sin` carries the minus.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Attention(nn.Module):
@@ -165,17 +196,20 @@ class Attention(nn.Module):
         self.o_proj = Linear(width, width)
 
     def forward(self, x, cos, sin, mask, cache=None):
-        """x (B, T, D); mask (B, 1, T, S + T) or None for plain causal; cache: (k, v, filled)."""
+        """x (B, T, D); mask (B, 1, T, S) bool or added to the scores, None for plain causal.
+
+        cache: (keys, values, slots): x's own go to slots (T,), and the first S slots are looked at.
+        """
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (B, heads, T, hd)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            keys, values, start = cache
-            stop = start + x.shape[1]
-            keys[:, :, start:stop], values[:, :, start:stop] = k, v
-            k, v = keys[:, :, :stop], values[:, :, :stop]  # (B, kv_heads, S + T, hd)
+            keys, values, slots = cache
+            keys.index_copy_(2, slots, k.to(keys.dtype))
+            values.index_copy_(2, slots, v.to(keys.dtype))
+            k, v = keys[:, :, : mask.shape[-1]], values[:, :, : mask.shape[-1]]  # (B, kv, S, hd)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None,
             enable_gqa=self.config.num_key_value_heads != self.config.num_attention_heads,
@@ -223,11 +257,18 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
 
-    def forward(self, x, position, mask=None, cache: KVCache | None = None):
-        cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta, x.dtype)
+    def new_cache(self, rows: int, slots: int) -> KVCache:
+        weight = self.embed_tokens.weight
+        return KVCache(self.config, rows, slots, weight.device, product_dtype(weight))
+
+    def forward(self, x, position, mask=None, cache: KVCache | None = None, slots=None):
+        if cache is None:
+            cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta, x.dtype)
+        else:
+            cos, sin = cache.rotary(position)
         for i, block in enumerate(self.layers):
             if cache is not None:
-                x = block(x, cos, sin, mask, (cache.k[i], cache.v[i], cache.filled))
+                x = block(x, cos, sin, mask, (cache.k[i], cache.v[i], slots))
             elif self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(
                     block, x, cos, sin, mask, use_reentrant=False, context_fn=same_adapter(block)
@@ -370,11 +411,12 @@ class LLaVA(nn.Module):
             return x
         features = self.image_features(images) if images.ndim == 4 else images
         features = self.projector(features.to(x.dtype)).flatten(0, 1)  # (M * patches, D)
-        here = tokens == self.config.image_token
-        if here.sum() != len(features):
+        here = (tokens == self.config.image_token).flatten()
+        if not here.is_meta and here.sum() != len(features):
             raise ValueError(f"{here.sum()} image tokens for {len(features)} image features")
-        x[here] = features.to(x.dtype)
-        return x
+        # x[here] = features, but for the size of `here` known beforehand: works without values too
+        place = here.nonzero_static(size=len(features)).squeeze(1)
+        return x.flatten(0, 1).index_copy(0, place, features.to(x.dtype)).view_as(x)
 
     def forward(
         self,
@@ -382,7 +424,9 @@ class LLaVA(nn.Module):
         tokens: Tensor,
         position: Tensor | None = None,
         branch: Tensor | None = None,
+        mask: Tensor | None = None,
         cache: KVCache | None = None,
+        slots: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, (B, T, D).
 
@@ -391,19 +435,15 @@ class LLaVA(nn.Module):
             tokens: (B, T) long.
             position: (B, T) long rotary positions; None counts from 0.
             branch: (B, T) long, 0 trunk, 1.. branches, -1 padding; None is all trunk.
-            cache: buffers that this call's keys and values are appended to; needs `branch`.
+            mask: (B, 1, T, S), bool or added to the attention scores, in place of `branch`.
+            cache, slots: keep the tokens' keys and values in these slots (T,) of the buffers and
+                look at the first S slots.
         """
-        mask = None
         if branch is not None:
-            mask = attention_mask(branch, cache and cache.branch[:, : cache.filled])
+            mask = attention_mask(branch)
         if position is None:
             position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        hidden = self.decoder(self.embed(images, tokens), position, mask, cache)
-        if cache is not None:
-            stop = cache.filled + tokens.shape[1]
-            cache.branch[:, cache.filled : stop] = branch
-            cache.filled = stop
-        return hidden
+        return self.decoder(self.embed(images, tokens), position, mask, cache, slots)
 
     def logits(self, images: Tensor | None, tokens: Tensor) -> Tensor:
         """(B, T, V) logits of plain causal sequences; for parity checks and small models."""
@@ -420,77 +460,3 @@ def init_weights(model: LLaVA, seed: int) -> None:
                 weight.normal_(0, std or weight[0].numel() ** -0.5, generator=generator)
             else:
                 weight.fill_("norm" in name and name.endswith("weight"))
-
-
-@torch.no_grad()
-def generate(
-    model: LLaVA,
-    images: Tensor | None,
-    prompts: list[Tensor],
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    samples: int = 1,
-    generator: torch.Generator | None = None,
-    on_token: Callable[[Tensor], None] | None = None,
-) -> list[Tensor]:
-    """Answers to a batch of prompts: each prompt is read once, its samples are branches of it.
-
-    Args:
-        images: as for `LLaVA.embed`, for those prompts that have an image, in order.
-        prompts: 1-D token tensors, image tokens expanded.
-        max_new_tokens: answers are cut off here; a whole answer ends with end-of-sequence.
-        temperature: 0 takes the most likely token; above 0 samples from softmax(logits / t).
-        samples: answers per prompt.
-        on_token: called with each step's (B, samples) tokens, for streaming.
-
-    Returns:
-        len(prompts) * samples 1-D token tensors, the samples of one prompt side by side.
-
-    Raises:
-        ValueError: if a prompt leaves no room for an answer within the model's context.
-    """
-    config, device = model.config, model.head.weight.device
-    length = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    tokens = nn.utils.rnn.pad_sequence(
-        [prompt.to(device) for prompt in prompts], True, config.pad_token
-    )  # (B, T)
-    rows, width = tokens.shape
-    max_new_tokens = min(max_new_tokens, config.text.max_position_embeddings - width)
-    if max_new_tokens < 1:
-        raise ValueError(
-            f"a prompt of {width} tokens leaves no room for an answer in a context of "
-            f"{config.text.max_position_embeddings}"
-        )
-    slot = torch.arange(width, device=device).expand(rows, -1)
-    trunk = torch.where(slot < length[:, None], 0, -1)
-    cache = KVCache(config.text, rows, width + samples * max_new_tokens, model.head.weight)
-    hidden = model(images, tokens, slot, trunk, cache)
-    last = hidden[torch.arange(rows, device=device), length - 1]  # (B, D)
-    logits = model.head(last).unsqueeze(1).expand(-1, samples, -1)  # (B, samples, V)
-
-    branch = torch.arange(1, samples + 1, device=device).expand(rows, -1)
-    finished = torch.zeros(rows, samples, dtype=torch.bool, device=device)
-    answers = []
-    for step in range(max_new_tokens):
-        token = next_token(logits, config, temperature, generator)
-        answers.append(token.masked_fill(finished, config.pad_token))
-        if on_token:
-            on_token(answers[-1])
-        finished = finished | (token == config.eos_token)
-        # Asking whether all are done waits for the device: on a GPU not at every token.
-        if step + 1 == max_new_tokens or (device.type == "cpu" or step % 16 == 15) and finished.all():
-            break
-        position = (length[:, None] + step).expand(-1, samples)
-        logits = model.head(model(None, answers[-1], position, branch, cache))
-    flat = torch.stack(answers, dim=-1).flatten(0, 1)  # (B * samples, steps)
-    return [answer[answer != config.pad_token] for answer in flat]
-
-
-def next_token(logits: Tensor, config: LLaVAConfig, temperature: float, generator) -> Tensor:
-    """One token per row of (B, samples, V) logits; the image and padding tokens are never chosen."""
-    logits = logits.float().clone()
-    logits[..., [config.image_token, config.pad_token]] = -torch.inf
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs = (logits / temperature).softmax(-1)
-    return torch.multinomial(probs.flatten(0, 1), 1, generator=generator).view(logits.shape[:2])

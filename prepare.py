@@ -15,11 +15,13 @@ import collect
 import data
 import ddpo
 import evaluate
+import readers
 import sft
 from checkpoint import fingerprint
 from config import Run
 from files import read_json, write_atomic
 from model import LLaVA, init_weights
+from rows import open_image
 from vision import ImageSettings
 
 BASE = Path(__file__).parent / "base"  # the built-in world's base model, shipped
@@ -84,13 +86,13 @@ def read_examples(run: Run, config, model, tokenizer, settings, device) -> list[
         folder = world_corrections(run, model, tokenizer, settings)
         patterns, images = [folder / "corrections.jsonl"], folder / "images"
     skipped: list[str] | None = [] if run.skip_bad_rows else None
-    pairs = data.read_pairs(patterns, images, skipped)
+    pairs = readers.read_pairs(patterns, images, skipped)
     weights = {name: getattr(config, name) for name in ("gamma", "min_match", "replacements_only")
                if hasattr(config, name)}
     examples = []
     for pair in tqdm(pairs, desc="images", disable=None, leave=False):
         try:
-            image = evaluate.image_features(model, settings, [data.open_image(pair.name, pair.image)])
+            image = evaluate.image_features(model, settings, [open_image(pair.name, pair.image)])
             example = data.pair_example(
                 pair, image[0], tokenizer, model.config.vision.patches, **weights)
             if run.algo == "sft":

@@ -16,10 +16,12 @@ from pathlib import Path
 from PIL import Image
 
 import world
-from benchmarks import world_terms
-from data import DataError, Example, Pair, Response, Tokenizer, open_image
+from benchmarks import MMHAL_KINDS, world_terms
+from data import Example, Response, Tokenizer
 from files import read_json, write_atomic
-from metrics import bracket, paired, read_results, shown, unit
+from metrics import PER_KIND, bracket, paired, read_results, shown, unit
+from readers import Pair
+from rows import DataError, open_image
 
 SCENES = 12  # of the gallery: the first ones of the test split, not chosen
 PAIRS = 6
@@ -52,14 +54,15 @@ MEASURES = {  # section: (explanation, {measure: (label, 1 if more is better, -1
         f"question/{topic}": (topic, 1)
         for topic in ("colour", "number", "place", "what", "comparison", "scene")}),
     "Eight kinds of question (MMHal)": ("Rated 0 to 6; below 3 is a hallucination", {
-        "mmhal/score": ("mean rating", 1), "mmhal/hallucination": ("rated below 3", -1)}),
+        "mmhal/hallucination": ("rated below 3", -1), "mmhal/score": ("mean rating", 1)}
+        | {f"{PER_KIND}{kind}": (f"… {kind}", 1) for kind in MMHAL_KINDS}),
 }
 CURVES = (  # title, unit of the y axis, metrics drawn together
     ("Loss", "loss", ("loss",)),
     ("Implicit rewards", "β · log-ratio", ("rewards/chosen", "rewards/rejected")),
     ("Reward margin", "chosen − rejected", ("rewards/margins",)),
     ("Pairs ranked right", "share of the batch", ("rewards/accuracies",)),
-    ("Scores of the responses", "log-probability", ("logps/chosen", "logps/rejected")),
+    ("Response scores", "log-probability", ("logps/chosen", "logps/rejected")),
     ("KL to the reference", "nats", ("objective/kl",)),
     ("Gradient norm", "before clipping", ("grad_norm",)),
     ("Learning rate", "per step", ("learning_rate",)),
@@ -85,7 +88,7 @@ def write_report(run_folder: Path | str) -> Path:
     body = [
         f"<h1>{escape(folder.resolve().name)}</h1>",
         f"<p>{what_was_run(settings, steps)}</p>",
-        measures(measured), curves(steps), gallery(measured),
+        tiles(measured), gallery(measured), measures(measured), curves(steps),
         training_pairs(read_json(pairs)["pairs"]) if pairs.exists() else "",
         setting_table(settings, versions),
     ]
@@ -93,7 +96,8 @@ def write_report(run_folder: Path | str) -> Path:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="data:,">'
-        f"<title>{escape(folder.resolve().name)} · plumbline</title><style>{STYLE.read_text()}</style></head>\n"
+        f"<title>{escape(folder.resolve().name)} · plumbline</title>"
+        f"<style>{STYLE.read_text()}</style></head>\n"
         f"<body>{chr(10).join(part for part in body if part)}</body></html>\n"
     )
     path = folder / "report.html"
@@ -138,7 +142,7 @@ def setting_table(settings: dict, versions: dict) -> str:
 
 
 def measures(measured: dict) -> str:
-    """The figures at the top and the table of all measures."""
+    """The table of all measures."""
     if "after" not in measured:
         return ""
     before, after = (measured.get(name, ({}, []))[0] for name in ("before", "after"))
@@ -159,18 +163,21 @@ def measures(measured: dict) -> str:
         for name, (label, better) in known.items():
             rows.append(measure_row(name, label, better, before, after, change))
     return (
-        f"<h2>Before and after</h2><p>On {scenes} held-out pictures, asked in words that training "
-        "never used, answered greedily. Small print: 95 % intervals; those of the change are paired, "
-        f"so one that excludes 0 is more than chance.</p>{tiles(before, after)}"
+        f"<h2>Measures before and after</h2><p>On {scenes} held-out pictures, asked in words that training "
+        "never used, answered greedily. Small print: 95 % intervals; those of the change are "
+        "paired, so one that excludes 0 is more than chance.</p>"
         f'<p class="soft"><span class="key s1"></span>before<span class="key s0"></span>after</p>'
         f"<table>{''.join(rows)}</table>"
     )
 
 
-def tiles(before: dict, after: dict) -> str:
-    wanted = {"hallucination/any": "descriptions with any falsehood",
-              "hallucination/object": "with a false object", "coverage": "of the objects mentioned",
-              "pope/adversarial/accuracy": "right on “is there a …?”, trick questions"}
+def tiles(measured: dict) -> str:
+    """The figures at the top."""
+    wanted = {"hallucination/any": "of descriptions say something false",
+              "hallucination/object": "of descriptions name an object that is not there",
+              "coverage": "of the objects that are there get mentioned",
+              "pope/adversarial/accuracy": "right on “is there a …?”, asked about what is expected"}
+    before, after = (measured.get(name, ({}, []))[0] for name in ("before", "after"))
     cells = ""
     for name, label in wanted.items():
         if name in after:
@@ -246,10 +253,11 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 def chart(title: str, of: str, series: dict[str, Sequence[tuple[float, float]]]) -> str:
     """Lines over steps with axes, as inline SVG."""
-    width, height, left, bottom, top = 440, 240, 64, 40, 10
-    xs = ticks(0, max(x for points in series.values() for x, _ in points))
+    width, height, left, bottom, top = 360, 210, 58, 40, 10
+    last = max(x for points in series.values() for x, _ in points)
+    xs = [x for x in ticks(0, last) if x <= last]
     ys = ticks(*(f(y for points in series.values() for _, y in points) for f in (min, max)))
-    px = lambda x: left + (width - left - 14) * (x - xs[0]) / (xs[-1] - xs[0])
+    px = lambda x: left + (width - left - 14) * x / last
     py = lambda y: height - bottom - (height - bottom - top) * (y - ys[0]) / (ys[-1] - ys[0])
     number = lambda v: f"{v:.4g}".replace("e-0", "e-") if v else "0"
     parts = []
@@ -259,7 +267,8 @@ def chart(title: str, of: str, series: dict[str, Sequence[tuple[float, float]]])
                      f'text-anchor="end">{number(y)}</text>')
     for x in xs:
         parts.append(f'<line class="axis" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{height - bottom}" '
-                     f'y2="{height - bottom + 4}"/><text x="{px(x):.1f}" y="{height - bottom + 18}" '
+                     f'y2="{height - bottom + 4}"/>'
+                     f'<text x="{px(x):.1f}" y="{height - bottom + 18}" '
                      f'text-anchor="middle">{number(x)}</text>')
     parts.append(f'<text x="{(left + width) / 2}" y="{height - 4}" text-anchor="middle">step</text>'
                  f'<text transform="translate(12 {(height - bottom) / 2}) rotate(-90)" '
@@ -267,8 +276,9 @@ def chart(title: str, of: str, series: dict[str, Sequence[tuple[float, float]]])
     for i, points in enumerate(series.values()):
         line = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in points)
         parts.append(f'<path class="s{i}" d="M{line}"/>')
+    names = series if len(series) > 1 else ()
     legend = "".join(f'<span class="key s{i}"></span>{escape(name.split("/")[-1])}'
-                     for i, name in enumerate(series)) if len(series) > 1 else ""
+                     for i, name in enumerate(names))
     return (f'<figure class="card"><figcaption>{escape(title)} <small>{legend}</small></figcaption>'
             f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
             f'{"".join(parts)}</svg></figure>')
@@ -318,8 +328,8 @@ def gallery(measured: dict) -> str:
         return ""
     legend = "".join(f'<span><mark class="{kind}">{kind}</mark> {text}</span>'
                      for kind, text in KINDS.items())
-    return (f"<h2>What the model says</h2><p>The first {len(cards)} held-out pictures, enlarged, not "
-            f'chosen. False statements are marked:</p><div class="legend">{legend}</div>'
+    return (f"<h2>What the model says</h2><p>The first {len(cards)} held-out pictures, enlarged, "
+            f'not chosen. False statements are marked:</p><div class="legend">{legend}</div>'
             f'<div class="grid">{"".join(cards)}</div>')
 
 

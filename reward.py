@@ -112,10 +112,9 @@ def judge_batch(
     """
     examples = []
     for prompt, answers in rows:
-        facts = shuffled(prompt.captions, *seeds, prompt.name)
-        examples.append(Example(
-            prompt.name, prompt.image, prompt.tokens(tokenizer, model.config.vision.patches),
-            [judged(tokenizer, answer, facts) for answer in answers]))
+        facts = shuffled(prompt.facts, *seeds, prompt.name)
+        responses = [judged(tokenizer, answer, facts) for answer in answers]
+        examples.append(Example(prompt.name, prompt.image, prompt.tokens, responses))
     context = model.config.text.max_position_embeddings
     return collate(examples, model.config.pad_token, context)
 
@@ -130,16 +129,20 @@ class RMConfig(Training):
     head: str = option("verdict", "the scalar head starts from the rows of Yes and No, or from zero "
                        "(release)", choices=("verdict", "zero"))
     rankings: int = option(4000, "ranked pairs to collect on the built-in world (release: 10k)")
+    noise: float = option(0.1, "how often the built-in world's annotator ranks wrongly")
+    held_out: int = option(500, "pairs to measure agreement on; of own data a tenth at most")
 
 
 class RewardModel:
     """Training on ranked pairs."""
 
     def __init__(
-        self, judge: Judge, tokenizer: Tokenizer, config: RMConfig, seed: int, pairs: list[Ranked]
+        self, judge: Judge, tokenizer: Tokenizer, config: RMConfig, seed: int, pairs: list[Ranked],
+        held_out: list[Ranked], origin: dict[str, str],
     ):
-        """The pairs' images are features of the tower."""
+        """`held_out` is what `measure` measures on; `origin` goes into the file (see `lineage`)."""
         self.judge, self.tokenizer, self.config, self.seed = judge, tokenizer, config, seed
+        self.held_out, self.origin = held_out, origin
         if config.head == "verdict":
             judge.start_from_verdict(tokenizer)
         self.modules = nn.ModuleDict({"judge": judge})
@@ -168,9 +171,18 @@ class RewardModel:
             "padding": batch.padding,
         }
 
+    def measure(self) -> tuple[dict, list[dict]] | None:
+        """Agreement with the held-out pairs; None if there are none."""
+        if not self.held_out:
+            return None
+        return agreement(self.judge, self.tokenizer, self.held_out, self.config.micro_batch)
+
+    def save(self, folder: Path) -> None:
+        save_head(self.judge, folder, self.origin)
+
 
 def pair_batch(model: LLaVA, tokenizer: Tokenizer, pairs: Sequence[Ranked], seeds) -> Batch:
-    rows = [(p.prompt, [tokenizer.encode(text) for text in (p.chosen, p.rejected)]) for p in pairs]
+    rows = [(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
     return judge_batch(model, tokenizer, rows, seeds)
 
 
@@ -189,8 +201,10 @@ def agreement(
         batch = pair_batch(judge.model, tokenizer, part, (seed, "agreement")).to(device)
         rewards = judge(batch).view(-1, 2).tolist()
         for pair, (chosen, rejected) in zip(part, rewards):
-            records.append({"name": pair.prompt.name, "chosen": pair.chosen, "rejected": pair.rejected,
-                            "rewards": [chosen, rejected]})
+            records.append({
+                "name": pair.prompt.name, "question": pair.prompt.question,
+                "chosen": tokenizer.decode(pair.chosen), "rejected": tokenizer.decode(pair.rejected),
+                "rewards": [chosen, rejected]})
     both = torch.tensor([record["rewards"] for record in records], dtype=torch.float64)
     right = (both[:, 0] > both[:, 1]).double() + 0.5 * (both[:, 0] == both[:, 1])
     terms = {"agreement": [(1, right.numpy(), torch.ones(len(right)).double().numpy())]}
@@ -217,15 +231,16 @@ def symbolic_reward(text: str, truth: str | None) -> float:
     return 0.0
 
 
-def length_penalty(length: int, longest: int, factor: float = 1.0) -> float:
-    """-10 for an answer of the longest length, in proportion for shorter ones (release).
+def length_penalty(length: int, longest: int, factor: float = 1.0, weight: float = 10.0) -> float:
+    """-`weight` for an answer of the longest length, in proportion for shorter ones (release).
 
     Args:
         length: tokens of the answer.
         longest: tokens that cost the whole penalty.
         factor: the prompt's own scale (`length_bonus` in the files); 0: length is free.
+        weight: the release's 10.
     """
-    return -10.0 * factor * length / longest
+    return -weight * factor * length / longest
 
 
 def missing_end_penalty(ended: bool, penalty: float = -8.0) -> float:
@@ -267,10 +282,11 @@ class Scorer:
     def rules(self, prompt: Prompt, answer: Sequence[int]) -> tuple[float, float, float]:
         config, ended = self.config, self.tokenizer.eos_token in answer
         text = self.tokenizer.decode(answer)
-        length = length_penalty(len(answer), config.longest, prompt.length_factor)
-        return (config.symbolic_bonus * symbolic_reward(text, prompt.truth),
-                length if config.length_penalty else 0.0,
-                missing_end_penalty(ended, config.missing_end))
+        return (
+            config.symbolic_bonus * symbolic_reward(text, prompt.truth),
+            length_penalty(len(answer), config.longest, prompt.length_factor, config.length_penalty),
+            missing_end_penalty(ended, config.missing_end),
+        )
 
 
 # ----------------------------------------------------------------------------------- on the disk

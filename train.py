@@ -29,7 +29,10 @@ import data
 import ddpo
 import evaluate
 import files
+import ppo
 import prepare
+import reward
+import rlhf
 import sft
 from config import Run
 from model import add_adapter, carriers, select_trainable
@@ -37,7 +40,8 @@ from model import add_adapter, carriers, select_trainable
 VERSION = "0.1"
 
 ALGORITHMS = {"vision": sft.TowerConfig, "base": sft.BaseConfig, "sft": sft.SFTConfig,
-              "dpo": ddpo.DPOConfig, "ddpo": ddpo.DDPOConfig}
+              "dpo": ddpo.DPOConfig, "ddpo": ddpo.DDPOConfig, "rm": reward.RMConfig,
+              "ppo": ppo.PPOConfig}
 BUILT_IN = ("vision", "base")  # steps of the built-in world that take no data
 
 
@@ -60,7 +64,8 @@ class Loop:
 
     An algorithm has `modules` (an nn.ModuleDict), `config` (a `config.Training`), `steps`,
     `batches(step)` (the micro-batches of a step), `size(batch)` (its weight in the step's mean) and
-    `loss(batch) -> (loss, metrics)`.
+    `loss(batch) -> (loss, metrics)`. One whose batches depend on more than the step and the weights
+    also has `state()` and `load_state(state)`.
     """
 
     def __init__(self, algorithm, folder: Path, run: Run, device: torch.device):
@@ -107,7 +112,8 @@ class Loop:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             optimizer.zero_grad()
-        batches = self.algorithm.batches(self.step)
+        with compute_dtype(self.run.dtype, self.device):
+            batches = self.algorithm.batches(self.step)
         total = sum(self.algorithm.size(batch) for batch in batches)
         metrics: dict[str, float] = {}
         for batch in batches:
@@ -148,6 +154,7 @@ class Loop:
             "weights": {name: weight.detach() for name, weight in self.weights.items()},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "rng": torch.get_rng_state(),
+            "algorithm": self.algorithm.state() if hasattr(self.algorithm, "state") else None,
         })
         for old in self.folder.glob("checkpoint-*"):
             if old != folder:
@@ -163,9 +170,10 @@ class Loop:
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         torch.set_rng_state(state["rng"])
+        if state["algorithm"] is not None:
+            self.algorithm.load_state(state["algorithm"])
         self.step = state["step"]
-        log = self.folder / "metrics.jsonl"
-        if log.exists():  # lines after the checkpoint will be written again
+        for log in self.folder.glob("*.jsonl"):  # lines after the checkpoint will be written again
             lines = log.read_text().splitlines(keepends=True)
             kept = [line for line in lines if json.loads(line)["step"] <= self.step]
             files.write_atomic(log, "".join(kept))
