@@ -1,9 +1,9 @@
 """Asking a model: questions in batches, a file of them that can be resumed, one as a stream."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -141,7 +141,7 @@ def make_ask(name: str, row, images: str | None, prompt: str | None) -> Ask:
     if isinstance(image, ParquetImage):
         fields["image"] = image.name or name
         return Ask(name, image, question, fields)
-    return Ask(name, image_path(name, image, images), question, fields)
+    return Ask(name, image_path(name, str(image), images), question, fields)
 
 
 def answer_file(
@@ -217,7 +217,8 @@ def answered_already(path: Path, by: str, asks: Sequence[Ask]) -> list[dict]:
 
 def stream(
     model: LLaVA, tokenizer, settings: ImageSettings, image: Image.Image, question: str,
-    max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0, write=sys.stdout.write,
+    max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0,
+    write: Callable[[str], object] = partial(print, end="", flush=True),
 ) -> str:
     """One answer, written piece by piece as it is made; also returned whole."""
     like, tokens, text = model.head.weight, [], ""
@@ -229,7 +230,6 @@ def stream(
         if not whole.endswith("\ufffd"):  # the rest of this character is still to come
             write(whole[len(text) :])
             text = whole
-            sys.stdout.flush()
 
     prompt = torch.tensor(
         prompt_tokens(tokenizer, prompt_text(question), model.config.vision.patches))

@@ -293,21 +293,23 @@ def world_terms(records: Sequence[dict]) -> dict[str, Terms]:
 
 
 def delta_terms(records: Sequence[dict]) -> Terms:
-    """RLHF-V's Table 2: Delta = H_s - H_a, averaged over the settings.
+    """Over-generalisation as in RLHF-V's Table 2: Delta = H_s - H_a, averaged over the settings.
 
-    For the most frequent objects of a setting, H_a is the share of false ones among their mentions
-    in all images, H_s the same in images of that setting.
+    For the most frequent objects of a setting, H_a is how often one of them is mentioned where it is
+    absent, in all images; H_s the same in images of that setting. Counting the occasions, and not
+    the mentions, keeps apart how often an object is there and how often it is made up.
     """
     types = sorted({record["type"] for record in records})
     terms = []
     for setting in types:
-        here = np.array([record["type"] == setting for record in records])
+        here = np.array([record["type"] == setting for record in records], dtype=float)
         counts = Counter(k for r in records if r["type"] == setting for k in r["truth"])
         frequent = {kind for kind, _ in counts.most_common(FREQUENT)}
-        said = [[kind for kind in r["mentions"] if kind in frequent] for r in records]
-        false = [sum(kind not in r["truth"] for kind in s) for s, r in zip(said, records)]
-        false, said = np.array(false, dtype=float), np.array([len(s) for s in said], dtype=float)
-        terms += [(1 / len(types), false * here, said * here), (-1 / len(types), false, said)]
+        absent = [frequent - set(r["truth"]) for r in records]
+        made_up = np.array([len(a & set(r["mentions"])) for a, r in zip(absent, records)], float)
+        occasions = np.array([len(a) for a in absent], float)
+        share = 1 / len(types)
+        terms += [(share, made_up * here, occasions * here), (-share, made_up, occasions)]
     return terms
 
 

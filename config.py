@@ -14,7 +14,7 @@ from types import UnionType
 from typing import get_args, get_type_hints
 
 
-ALGORITHMS = ("vision", "base", "sft", "dpo", "ddpo")
+ALGORITHMS = ("vision", "base", "sft", "dpo", "ddpo", "rm", "ppo")
 
 
 def option(default, help: str, choices: tuple | None = None):
@@ -52,7 +52,10 @@ class Run:
     device: str = option("auto", "cpu, cuda, cuda:1 ...")
     dtype: str = option("auto", "of computation; auto: bfloat16 on a GPU, float32 on a CPU",
                         choices=("auto", "float32", "bfloat16"))
-    corrections: int = option(1400, "corrections to collect on the built-in world; as many as RLHF-V's people made")
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, 1/3 more time")
+    image_mode: str = option("auto", "pad: to a square, as LLaVA-1.5 was trained; crop: the middle; "
+                             "auto: as the model's folder says", choices=("auto", "pad", "crop"))
+    corrections: int = option(1400, "corrections to collect (built-in world); RLHF-V's number")
     test_scenes: int = option(500, "held-out scenes of the evaluation (built-in world)")
     save_every: int = option(100, "steps between checkpoints")
     log_every: int = option(10, "steps between lines of metrics.jsonl")

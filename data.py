@@ -278,24 +278,44 @@ def check_lengths(example: Example, max_length: int) -> None:
             )
 
 
+def row_length(example: Example) -> int:
+    """Slots of the example's row: what its responses share counts once."""
+    again = (len(example.responses) - 1) * common_prefix(example.responses)
+    return len(example.prompt) + sum(len(r.tokens) for r in example.responses) - again
+
+
 def split(items: Sequence, size: int) -> list[Sequence]:
     """Consecutive parts of at most `size` items."""
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 class Epochs:
-    """Examples in a seeded order, a new one every epoch. A step's number decides what it sees."""
+    """Examples in a seeded order, a new one every epoch. A step's number decides what it sees.
+
+    Rows of one batch are of like length, so that little of it is padding: the shuffled examples are
+    sorted by length within pools of POOL batches, cut into batches, and the batches shuffled.
+    """
+
+    POOL = 16  # a larger pool saves little padding, and the more alike do batches of all epochs get
 
     def __init__(self, examples: list[Example], config, seed: int):
         """`config` has batch_size, epochs and steps (`config.Training`)."""
         self.all, self.batch_size, self.seed = examples, config.batch_size, seed
         self.steps = config.steps or math.ceil(config.epochs * len(examples) / config.batch_size)
+        self._lengths = [row_length(example) for example in examples]
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def _permutation(self, epoch: int) -> list[int]:
-        order = list(range(len(self.all)))
-        Random(f"epoch {self.seed} {epoch}").shuffle(order)
-        return order
+        rng, order = Random(f"epoch {self.seed} {epoch}"), list(range(len(self.all)))
+        rng.shuffle(order)
+        # A batch that spans two epochs takes its rows from the ends, which stay unsorted.
+        start = min(-epoch * len(order) % self.batch_size, len(order))
+        stop = start + (len(order) - start) // self.batch_size * self.batch_size
+        batches = []
+        for pool in split(order[start:stop], self.POOL * self.batch_size):
+            batches += split(sorted(pool, key=self._lengths.__getitem__), self.batch_size)
+        rng.shuffle(batches)
+        return [*order[:start], *(i for batch in batches for i in batch), *order[stop:]]
 
     def examples(self, step: int) -> list[Example]:
         first = step * self.batch_size

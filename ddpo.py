@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Training, option
-from data import Batch, Epochs, Example, collate, split
+from data import Batch, Epochs, Example, collate, row_length, split
 from model import LLaVA
 
 
@@ -75,10 +75,15 @@ def preference_loss(
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
+def response_states(model: LLaVA, batch: Batch) -> Tensor:
+    """Hidden states (R, D) that predict the responses' tokens; no others meet the vocabulary."""
+    hidden = model(batch.images, batch.tokens, batch.position, batch.branch)  # (B, T, D)
+    return hidden.flatten(0, 1)[batch.source]
+
+
 def batch_scores(model: LLaVA, batch: Batch, normalize: bool) -> Tensor:
-    """Scores (G,) of every response in the batch; only their tokens meet the vocabulary."""
-    hidden = model(batch.images, batch.tokens, batch.position, batch.branch)
-    logp = model.head(hidden.flatten(0, 1)[batch.source], batch.target)
+    """Scores (G,) of every response in the batch."""
+    logp = model.head(response_states(model, batch), batch.target)
     return response_scores(logp, batch.weight, batch.group, batch.groups, normalize)
 
 
@@ -116,30 +121,32 @@ class DDPO:
         return batch.groups // 2
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        scores = batch_scores(self.model, batch, self.config.normalize)
-        (chosen, rejected), (ref_chosen, ref_rejected) = (
-            (each[0::2], each[1::2]) for each in (scores, batch.reference)
-        )
-        losses, chosen_rewards, rejected_rewards = preference_loss(
-            chosen, rejected, ref_chosen, ref_rejected, self.config.beta
+        """The mean over pairs of what `preference_loss` makes of `response_scores`.
+
+        `kernels.ddpo_loss` computes just that, without the (R, vocabulary) logits in memory.
+        """
+        loss, chosen_rewards, rejected_rewards, scores = self.model.head(
+            response_states(self.model, batch), batch.target, segment_weight=batch.weight,
+            group=batch.group, reference=batch.reference, beta=self.config.beta,
+            normalize=self.config.normalize,
         )
         margins = chosen_rewards - rejected_rewards
-        return losses.mean(), {
-            "rewards/chosen": chosen_rewards.mean().item(),
-            "rewards/rejected": rejected_rewards.mean().item(),
-            "rewards/margins": margins.mean().item(),
-            "rewards/accuracies": (margins > 0).float().mean().item(),
-            "logps/chosen": chosen.detach().mean().item(),
-            "logps/rejected": rejected.detach().mean().item(),
-            "padding": batch.padding,
+        metrics = {
+            "rewards/chosen": chosen_rewards.mean(),
+            "rewards/rejected": rejected_rewards.mean(),
+            "rewards/margins": margins.mean(),
+            "rewards/accuracies": (margins > 0).float().mean(),
+            "logps/chosen": scores[0::2].mean(),
+            "logps/rejected": scores[1::2].mean(),
         }
+        values = torch.stack(list(metrics.values())).tolist()  # one wait for the device
+        return loss, dict(zip(metrics, values)) | {"padding": batch.padding}
 
 
 def make_batches(model: LLaVA, examples: list[Example], size: int) -> list[Batch]:
     """Micro-batches of `size` rows; rows of like length together, so that little is padding."""
-    length = lambda e: len(e.prompt) + sum(len(r.tokens) for r in e.responses)
     context = model.config.text.max_position_embeddings
-    ordered = sorted(examples, key=length)
+    ordered = sorted(examples, key=row_length)
     return [collate(part, model.config.pad_token, context) for part in split(ordered, size)]
 
 
@@ -152,8 +159,7 @@ def reference_scores(
     Computed once and kept: what the usual trainers do at every step costs a third of their time.
     """
     scores = {}
-    order = sorted(examples, key=lambda e: len(e.prompt) + len(e.responses[1].tokens))
-    for part in progress(split(order, config.micro_batch)):
+    for part in progress(split(sorted(examples, key=row_length), config.micro_batch)):
         for batch in make_batches(model, part, config.micro_batch):
             values = batch_scores(model, batch.to(device), config.normalize).view(-1, 2).tolist()
             scores.update(zip(batch.names, values))

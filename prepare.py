@@ -6,6 +6,7 @@ say which model and seed they belong to. A user's own model and data take the sa
 
 import hashlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,13 +16,14 @@ import collect
 import data
 import ddpo
 import evaluate
+import features
 import readers
 import sft
-from checkpoint import fingerprint
+from checkpoint import fingerprint, load_llava
 from config import Run
 from files import read_json, write_atomic
 from model import LLaVA, init_weights
-from rows import open_image
+from rows import DataError, open_image, skipping
 from vision import ImageSettings
 
 BASE = Path(__file__).parent / "base"  # the built-in world's base model, shipped
@@ -63,6 +65,23 @@ def start(run: Run) -> Path:
     return WORLD / (name if run.seed == 0 else f"{name}-seed{run.seed}") / "model"
 
 
+def half(run: Run, device: torch.device) -> bool:
+    """Whether the run computes in bfloat16; on a CPU only if asked, since few are fast at it."""
+    return run.dtype == "bfloat16" or run.dtype == "auto" and device.type == "cuda"
+
+
+def load_start(run: Run, device) -> tuple[LLaVA, data.Tokenizer, ImageSettings]:
+    """The model that the run starts from. A base that LoRA leaves frozen is kept in bfloat16."""
+    if run.algo == "vision":
+        return fresh_model(run)
+    dtype = torch.bfloat16 if run.lora and half(run, device) else torch.float32
+    model, tokenizer, images = load_llava(start(run), device, dtype)
+    model.decoder.gradient_checkpointing = run.gradient_checkpointing
+    if run.image_mode != "auto":
+        images = replace(images, mode=run.image_mode)
+    return model, tokenizer, images
+
+
 def on_world(run: Run) -> bool:
     """Whether a run learns from the built-in world's feedback."""
     return run.data in (None, ["world"])
@@ -79,35 +98,49 @@ def world_corrections(run: Run, model, tokenizer, settings) -> Path:
     return folder
 
 
-def read_examples(run: Run, config, model, tokenizer, settings, device) -> list[data.Example]:
-    """Every row as an Example, checked and with its image seen by the frozen tower, once."""
+def read_examples(
+    run: Run, config, model, tokenizer, settings, folder: Path | None
+) -> tuple[list[readers.Pair | readers.Conversation], list[data.Example]]:
+    """Every row of the data, and as an Example: checked, and its image seen by the frozen tower.
+
+    Args:
+        folder: of the run, for features of more images than memory should hold; None, for a dry
+            run, sees nothing and only tries to open the images.
+    """
     patterns, images = run.data, run.images
     if on_world(run):
-        folder = world_corrections(run, model, tokenizer, settings)
-        patterns, images = [folder / "corrections.jsonl"], folder / "images"
+        made = world_corrections(run, model, tokenizer, settings)
+        patterns, images = [made / "corrections.jsonl"], made / "images"
     skipped: list[str] | None = [] if run.skip_bad_rows else None
-    pairs = readers.read_pairs(patterns, images, skipped)
     weights = {name: getattr(config, name) for name in ("gamma", "min_match", "replacements_only")
                if hasattr(config, name)}
-    examples = []
-    for pair in tqdm(pairs, desc="images", disable=None, leave=False):
-        try:
-            image = evaluate.image_features(model, settings, [open_image(pair.name, pair.image)])
-            example = data.pair_example(
-                pair, image[0], tokenizer, model.config.vision.patches, **weights)
-            if run.algo == "sft":
-                example.responses = example.responses[:1]
+    if run.algo == "sft":
+        rows, make = readers.read_conversations(patterns, images, skipped), data.conversation_example
+    else:
+        rows, make = readers.read_pairs(patterns, images, skipped), data.pair_example
+    sound, examples = [], []
+    for row in rows:
+        with skipping(skipped):
+            example = make(row, None, tokenizer, model.config.vision.patches, **weights)
             data.check_lengths(example, model.config.text.max_position_embeddings)
+            sound.append(row)
             examples.append(example)
-        except data.DataError as error:
-            if skipped is None:
-                raise
-            skipped.append(str(error))
+    named = [(row.name, row.image) for row in sound]
+    seen = features.look(model, settings, named, folder, skipped is None) if folder else None
+    usable = []
+    for i, (name, source) in enumerate(named):
+        with skipping(skipped):
+            if seen:
+                examples[i].image = seen[i]
+            elif source is not None:
+                open_image(name, source)
+            usable.append(i)
     if skipped:
-        print(f"{len(skipped)} rows left out:", *skipped, sep="\n  ", file=sys.stderr)
-    if not examples:
-        raise data.DataError("no usable row is left")
-    return examples
+        shown = skipped[:20] + [f"and {len(skipped) - 20} more"] * (len(skipped) > 20)
+        print(f"{len(skipped)} rows left out:", *shown, sep="\n  ", file=sys.stderr)
+    if not usable:
+        raise DataError("no usable row is left")
+    return [sound[i] for i in usable], [examples[i] for i in usable]
 
 
 def cached_reference(run: Run, config, model, examples, path: Path, device) -> None:
@@ -128,22 +161,15 @@ def cached_reference(run: Run, config, model, examples, path: Path, device) -> N
         example.reference = scores
 
 
-def show_pairs(examples: list[data.Example], tokenizer: data.Tokenizer) -> None:
-    """Print every response with its corrected segments in [brackets]."""
-    for example in examples:
-        print(example.name)
-        for label, response in zip(("chosen", "rejected"), example.responses):
-            print(f"  {label:9}{data.marked(response, tokenizer)}")
-    tokens = sum(len(r.tokens) for e in examples for r in e.responses)
-    marked = sum(w > 1 for e in examples for r in e.responses for w in r.weight)
-    print(f"{len(examples)} rows, {tokens} response tokens, {marked} of them in corrected segments")
-
-
 def measure(run: Run, model, tokenizer, images) -> tuple[dict, list[dict]]:
     """The starting model's measures, kept beside the corrections: every run compares with them."""
     path = WORLD / f"before-{fingerprint(model)[:8]}-{run.test_scenes}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        result = evaluate.measure_world(model, tokenizer, images, run.test_scenes)
-        evaluate.write_results(path, None, result)
+        evaluate.write_results(path, None, measure_now(run, model, tokenizer, images))
     return evaluate.read_results(path)["after"]
+
+
+def measure_now(run: Run, model, tokenizer, images) -> tuple[dict, list[dict]]:
+    """The model's measures, as it is."""
+    return evaluate.measure_world(model, tokenizer, images, run.test_scenes)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from files import read_json
-from rows import DataError, ParquetImage, Source, find_files, image_path, read_rows
+from rows import DataError, ParquetImage, Source, find_files, image_path, read_rows, skipping
 
 IMAGE = "<image>"
 
@@ -95,16 +95,12 @@ def read_records(make: Callable, patterns, images, skip: list[str] | None) -> li
     records = []
     for path in find_files(patterns):
         for name, row in read_rows(path):
-            try:
+            with skipping(skip):
                 if isinstance(row, DataError):
                     raise row
                 if not isinstance(row, dict):
                     raise DataError(f"{name}: expected an object, found a {type(row).__name__}")
                 records.append(make(name, row, images or path.parent))
-            except DataError as error:
-                if skip is None:
-                    raise
-                skip.append(str(error))
     if not records:
         why = f"; the first one: {skip[0]}" if skip else ""
         raise DataError(f"no usable row in {', '.join(map(str, patterns))}{why}")

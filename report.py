@@ -17,6 +17,7 @@ from PIL import Image
 
 import world
 from benchmarks import MMHAL_KINDS, world_terms
+from charts import dumbbell, lines
 from data import Example, Response, Tokenizer
 from files import read_json, write_atomic
 from metrics import PER_KIND, bracket, paired, read_results, shown, unit
@@ -88,9 +89,12 @@ def write_report(run_folder: Path | str) -> Path:
     body = [
         f"<h1>{escape(folder.resolve().name)}</h1>",
         f"<p>{what_was_run(settings, steps)}</p>",
-        tiles(measured), gallery(measured), measures(measured), curves(steps),
-        training_pairs(read_json(pairs)["pairs"]) if pairs.exists() else "",
-        setting_table(settings, versions),
+        tiles(measured), *with_links([
+            ("What the model says", gallery(measured)), ("Measures", measures(measured)),
+            ("Learning curves", curves(steps)),
+            ("Training pairs", training_pairs(read_json(pairs)["pairs"]) if pairs.exists() else ""),
+            ("Settings", setting_table(settings, versions)),
+        ]),
     ]
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -103,6 +107,17 @@ def write_report(run_folder: Path | str) -> Path:
     path = folder / "report.html"
     write_atomic(path, page)
     return path
+
+
+def with_links(sections: list[tuple[str, str]]) -> list[str]:
+    """The sections that have content, each under its title, and before them links to all."""
+    anchor = lambda title: title.lower().replace(" ", "-")
+    there = [(title, content, anchor(title)) for title, content in sections if content]
+    links = "".join(f'<a href="#{anchor}">{title}</a>' for title, _, anchor in there)
+    return [f"<nav>{links}</nav>"] + [
+        f'<section id="{anchor}"><h2>{title}</h2>{content}</section>'
+        for title, content, anchor in there
+    ]
 
 
 def read_log(path: Path) -> list[dict]:
@@ -134,8 +149,7 @@ def setting_table(settings: dict, versions: dict) -> str:
         f"<tr><td><code>{escape(str(k))}</code></td><td><code>{escape(str(v))}</code></td></tr>"
         for k, v in (settings | {f"version of {k}": v for k, v in versions.items()}).items()
     )
-    listed = f"<details><summary>all of them</summary><table>{rows}</table></details>"
-    return f"<h2>Settings</h2>{listed}"
+    return f"<details><summary>all of them</summary><table>{rows}</table></details>"
 
 
 # ----------------------------------------------------------------------------------------- measures
@@ -163,7 +177,7 @@ def measures(measured: dict) -> str:
         for name, (label, better) in known.items():
             rows.append(measure_row(name, label, better, before, after, change))
     return (
-        f"<h2>Measures before and after</h2><p>On {scenes} held-out pictures, asked in words that training "
+        f"<p>On {scenes} held-out pictures, asked in words that training "
         "never used, answered greedily. Small print: 95 % intervals; those of the change are "
         "paired, so one that excludes 0 is more than chance.</p>"
         f'<p class="soft"><span class="key s1"></span>before<span class="key s0"></span>after</p>'
@@ -208,17 +222,6 @@ def measure_row(name: str, label: str, better: int, before: dict, after: dict, c
             f'<td class="plot">{plot}</td></tr>')
 
 
-def dumbbell(before: dict, after: dict) -> str:
-    """Two values with their intervals on a line from 0 to 100 %."""
-    x = lambda share: f"{6 + 188 * min(max(share, 0), 1):.1f}"
-    parts = ['<line class="axis" x1="6" x2="194" y1="12" y2="12"/>']
-    for y, style, m in ((8, "s1", before), (16, "s0", after)):
-        low, high = x(m["low"]), x(m["high"])
-        parts.append(f'<line class="{style}" x1="{low}" x2="{high}" y1="{y}" y2="{y}"/>'
-                     f'<circle class="{style}" cx="{x(m["value"])}" cy="{y}" r="3.5"/>')
-    return f'<svg viewBox="0 0 200 24" aria-hidden="true">{"".join(parts)}</svg>'
-
-
 # ------------------------------------------------------------------------------------------- curves
 
 
@@ -231,57 +234,12 @@ def curves(steps: list[dict]) -> str:
         }
         series = {name: points for name, points in series.items() if len(points) > 1}
         if series:
-            charts.append(chart(title, of, series))
-    if not charts:
-        return ""
-    return f'<h2>Learning curves</h2><div class="grid">{"".join(charts)}</div>'
+            charts.append(lines(title, of, series))
+    return f'<div class="grid">{"".join(charts)}</div>' if charts else ""
 
 
 def is_number(value) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers that span low..high: multiples of 1, 2 or 5 times a power of ten."""
-    if high <= low:
-        low, high = low - (abs(low) or 1) / 2, low + (abs(low) or 1) / 2
-    rough = (high - low) / count
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
-    return [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-
-def chart(title: str, of: str, series: dict[str, Sequence[tuple[float, float]]]) -> str:
-    """Lines over steps with axes, as inline SVG."""
-    width, height, left, bottom, top = 360, 210, 58, 40, 10
-    last = max(x for points in series.values() for x, _ in points)
-    xs = [x for x in ticks(0, last) if x <= last]
-    ys = ticks(*(f(y for points in series.values() for _, y in points) for f in (min, max)))
-    px = lambda x: left + (width - left - 14) * x / last
-    py = lambda y: height - bottom - (height - bottom - top) * (y - ys[0]) / (ys[-1] - ys[0])
-    number = lambda v: f"{v:.4g}".replace("e-0", "e-") if v else "0"
-    parts = []
-    for y in ys:
-        parts.append(f'<line class="axis" x1="{left}" x2="{width - 14}" y1="{py(y):.1f}" '
-                     f'y2="{py(y):.1f}"/><text x="{left - 6}" y="{py(y) + 4:.1f}" '
-                     f'text-anchor="end">{number(y)}</text>')
-    for x in xs:
-        parts.append(f'<line class="axis" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{height - bottom}" '
-                     f'y2="{height - bottom + 4}"/>'
-                     f'<text x="{px(x):.1f}" y="{height - bottom + 18}" '
-                     f'text-anchor="middle">{number(x)}</text>')
-    parts.append(f'<text x="{(left + width) / 2}" y="{height - 4}" text-anchor="middle">step</text>'
-                 f'<text transform="translate(12 {(height - bottom) / 2}) rotate(-90)" '
-                 f'text-anchor="middle">{escape(of)}</text>')
-    for i, points in enumerate(series.values()):
-        line = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in points)
-        parts.append(f'<path class="s{i}" d="M{line}"/>')
-    names = series if len(series) > 1 else ()
-    legend = "".join(f'<span class="key s{i}"></span>{escape(name.split("/")[-1])}'
-                     for i, name in enumerate(names))
-    return (f'<figure class="card"><figcaption>{escape(title)} <small>{legend}</small></figcaption>'
-            f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
-            f'{"".join(parts)}</svg></figure>')
 
 
 # ---------------------------------------------------------------------------- pictures and answers
@@ -328,7 +286,7 @@ def gallery(measured: dict) -> str:
         return ""
     legend = "".join(f'<span><mark class="{kind}">{kind}</mark> {text}</span>'
                      for kind, text in KINDS.items())
-    return (f"<h2>What the model says</h2><p>The first {len(cards)} held-out pictures, enlarged, "
+    return (f"<p>The first {len(cards)} held-out pictures, enlarged, "
             f'not chosen. False statements are marked:</p><div class="legend">{legend}</div>'
             f'<div class="grid">{"".join(cards)}</div>')
 
@@ -371,7 +329,7 @@ def save_pairs(
             uri = data_uri(image)
         except DataError:
             uri = None
-        file = pair.image.name if isinstance(pair.image, Path) else pair.name
+        file = getattr(pair.image, "name", "") or pair.name
         rows.append({
             "image": uri, "file": file, "question": pair.question,
             "responses": [segments(response, tokenizer) for response in example.responses],
@@ -399,5 +357,5 @@ def training_pairs(rows: list[dict]) -> str:
     explained = ("Corrected segments are marked; × is the weight of their tokens in the score of a "
                  "response (γ of Eq. 5), that of all others is 1." if marks else
                  "All tokens weigh the same in this run.")
-    return (f'<h2>Training pairs</h2><p>{explained}</p><div class="grid">{"".join(cards)}</div>'
+    return (f'<p>{explained}</p><div class="grid">{"".join(cards)}</div>'
             if cards else "")

@@ -5,6 +5,7 @@ somebody opens them: a row holds a name, or a place in a parquet file, so that a
 fits. What the rows mean is told by `readers.py`.
 """
 
+import contextlib
 import io
 import json
 import warnings
@@ -23,6 +24,17 @@ FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders that ever see a user's fi
 
 class DataError(ValueError):
     """Something in a user's file is wrong; the message names the file, the row and the remedy."""
+
+
+@contextlib.contextmanager
+def skipping(skip: list[str] | None) -> Iterator[None]:
+    """Bad data in this block is collected in `skip`, or raised if that is None."""
+    try:
+        yield
+    except DataError as error:
+        if skip is None:
+            raise
+        skip.append(str(error))
 
 
 # -------------------------------------------------------------------------------- from file to rows

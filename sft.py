@@ -140,11 +140,11 @@ class BaseConfig(Training):
     learning_rate: float = option(3e-3, "peak learning rate of AdamW (embeddings, head, norms)")
     muon_rate: float = option(0.02, "peak learning rate of Muon, for the blocks' matrices")
     optimizer: str = option("muon", "muon learns look-ups several times sooner", ("muon", "adamw"))
-    steps: int = option(1500, "optimizer steps")
+    steps: int = option(1100, "optimizer steps")
     warmup: float = option(0.05, "share of the steps over which the learning rate rises linearly")
     questions: int = option(10, "questions per image, each a branch of its own")
     verdicts: int = option(2, "statements per image to be judged, half of them beside captions")
-    scenes: int = option(6000, "different training scenes")
+    scenes: int = option(12000, "different training scenes")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Tests of metrics.py, coco.py, benchmarks.py, ask.py, evaluate.py and report.py."""
+"""Tests of metrics.py, coco.py, benchmarks.py, ask.py, evaluate.py, charts.py and report.py."""
 
 import json
 import random
@@ -11,6 +11,7 @@ from PIL import Image
 
 import ask
 import benchmarks
+import charts
 import checkpoint
 import coco
 import data
@@ -19,6 +20,8 @@ import metrics
 import report
 import world
 from model import LLaVA, LLaVAConfig, TextConfig, init_weights
+from readers import Pair
+from rows import DataError
 from vision import ImageSettings, VisionConfig
 from world import Scene, Thing
 
@@ -292,7 +295,7 @@ def test_chair_reads_instances_captions_and_plain_files(tmp_path):
     (tmp_path / "wrong.json").write_text('{"a.jpg": "dog"}')
     (tmp_path / "worse.json").write_text('{"annotations": [{"image_id": 7}]}')
     for name in ("wrong.json", "worse.json"):
-        with pytest.raises(data.DataError, match=f"{name}: neither COCO annotations"):
+        with pytest.raises(DataError, match=f"{name}: neither COCO annotations"):
             coco.read_objects([tmp_path / name])
 
 
@@ -335,10 +338,10 @@ def test_mmhal_reads_replies_in_any_common_form(tmp_path):
     path.write_text(json.dumps(["a", "b"], indent=1))  # a list instead of lines
     assert benchmarks.read_replies(path, 2) == ["a", "b"]
     write([{"id": 0, "text": "a"}])
-    with pytest.raises(data.DataError, match="row 1: expected"):
+    with pytest.raises(DataError, match="row 1: expected"):
         benchmarks.read_replies(path, 1)
     write([{"id": 5, "reply": "a"}])
-    with pytest.raises(data.DataError, match="prompt 5, but there are only 2"):
+    with pytest.raises(DataError, match="prompt 5, but there are only 2"):
         benchmarks.read_replies(path, 2)
 
 
@@ -350,7 +353,7 @@ def test_mmhal_template_is_checked_and_judged_by_its_facts(tmp_path):
     for part in ("dog, tree", "Question 0?", "Truth", "A {strange} answer", "Rating: n"):
         assert part in prompt
     path.write_text(json.dumps([mmhal_row(0), {"question": "?"}]))
-    with pytest.raises(data.DataError, match="row 2: no image_id"):
+    with pytest.raises(DataError, match="row 2: no image_id"):
         benchmarks.read_mmhal(path)
 
 
@@ -440,9 +443,9 @@ def test_world_over_generalisation_by_hand():
         make("farm", "duck", "duck cow"), make("farm", "cow", "cow duck duck"),
         make("park", "kite", "kite duck"), make("park", "kite", "kite"),
     ]
-    # farm, {duck, cow}: H_s = 3 false of 5 mentions; H_a = 4 of 6. park, {kite}: 0 - 0.
+    # farm, {duck, cow}: H_s = 2 made up on 2 occasions; H_a = 3 on 6. park, {kite}: 0 - 0.
     value = metrics.values(benchmarks.delta_terms(records), np.ones((1, 4)))[0]
-    assert value == pytest.approx((3 / 5 - 4 / 6 + 0) / 2)
+    assert value == pytest.approx((2 / 2 - 3 / 6 + 0) / 2)
 
 
 # ---------------------------------------------------------------------------- asking
@@ -465,7 +468,8 @@ def test_answers_keep_the_order_of_the_questions(tokenizer):
 
 def test_answers_are_sampled_reproducibly(tokenizer):
     model, images = tiny_model(tokenizer), [world.draw(world.make_scene(0), 16)] * 2
-    draw = lambda seed: ask.answers(model, tokenizer, SETTINGS, images, ["What?", "Where is it?"], 8,
+    questions = ["What?", "Where is it?"]
+    draw = lambda seed: ask.answers(model, tokenizer, SETTINGS, images, questions, 8,
                                     temperature=1.0, samples=3, seed=seed)
     assert len(draw(0)) == 6 and len(set(draw(0))) > 3
     assert draw(0) == draw(0) != draw(1)
@@ -474,9 +478,10 @@ def test_answers_are_sampled_reproducibly(tokenizer):
 def test_stream_writes_the_whole_answer(tokenizer):
     model, image = tiny_model(tokenizer), world.draw(world.make_scene(3), 16)
     written = []
-    text = ask.stream(model, tokenizer, SETTINGS, image, "Is there a car?", 12, write=written.append)
+    question = "Is there a car?"
+    text = ask.stream(model, tokenizer, SETTINGS, image, question, 12, write=written.append)
     assert text == "".join(written).strip() and len(written) > 3
-    assert text == ask.answers(model, tokenizer, SETTINGS, [image], ["Is there a car?"], 12)[0]
+    assert text == ask.answers(model, tokenizer, SETTINGS, [image], [question], 12)[0]
 
 
 @pytest.fixture
@@ -529,7 +534,7 @@ def test_answer_file_reports_images_that_cannot_be_read(questions_file):
     asks = ask.read_asks(questions_file / "rows.jsonl", questions_file / "images")
     reply = lambda images, questions, seed: list(questions)
     path = questions_file / "out.jsonl"
-    with pytest.raises(data.DataError, match="row 3: cannot read image 2.png"):
+    with pytest.raises(DataError, match="row 3: cannot read image 2.png"):
         ask.answer_file(reply, "m", asks, path, 2)
     assert len(path.read_text().splitlines()) == 2  # what was answered is kept
     skipped = []
@@ -550,7 +555,257 @@ def test_asks_are_checked(questions_file, row, message):
     path = questions_file / "bad.jsonl"
     path.write_text(json.dumps({"image": "0.png", "text": "POPE's name for it?"}) + "\n"
                     + json.dumps(row))
-    with pytest.raises(data.DataError, match=f"row 2: .*{message}"):
+    with pytest.raises(DataError, match=f"row 2: .*{message}"):
         ask.read_asks(path, questions_file / "images")
     skipped = []
     assert len(ask.read_asks(path, questions_file / "images", skip=skipped)) == len(skipped) == 1
+
+
+# ---------------------------------------------------------------------------- the command line
+
+def run(*arguments):
+    return evaluate.main([str(argument) for argument in arguments])
+
+
+def test_evaluate_measures_a_run_again(run_folder, capsys):
+    for name in ("sft", "ddpo"):
+        assert run(run_folder / name, "--scenes", 4) == 0
+    assert "hallucination/any" in capsys.readouterr().out
+    results = metrics.read_results(run_folder / "ddpo" / "results.json")
+    assert list(results) == ["after"] and len(results["after"][1]) == 4
+    before = metrics.read_results(run_folder / "sft" / "results.json")["after"]
+    metrics.write_results(run_folder / "ddpo" / "results.json", before, before)
+    assert run(run_folder / "ddpo") == 0  # as many scenes as before, and "before" stays
+    assert capsys.readouterr().out.splitlines()[0].split() == \
+        "% before 95 % interval after 95 % interval change relative".split()
+    again = metrics.read_results(run_folder / "ddpo" / "results.json")
+    assert again == {"before": before, "after": results["after"]}
+    assert (run_folder / "ddpo" / "report.html").exists()
+
+
+def test_evaluate_compares_runs_on_the_same_scenes(run_folder, tmp_path, capsys):
+    scenes = [world.make_scene(i, "test") for i in range(20)]
+    for name, said in (("sft", lambda s: world.annotate(s, random.Random(s.seed))),
+                       ("ddpo", world.describe)):
+        records = benchmarks.questionnaire(scenes)
+        for scene, record in zip(scenes, records):
+            benchmarks.judge(scene, record, said(scene), [""] * 10)
+        (tmp_path / name).mkdir()
+        metrics.write_results(tmp_path / name / "results.json", None,
+                              (benchmarks.world_metrics(records), records))
+    assert run("--compare", tmp_path / "sft", tmp_path / "ddpo") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == "% sft ddpo - sft, 95 % interval".split()
+    words = next(line for line in lines if line.startswith("hallucination/any")).split()
+    assert float(words[2]) == 0 and float(words[3]) == -float(words[1]) < -50
+    assert run("--compare", tmp_path / "sft", tmp_path / "none") == 1
+    assert "first run: python evaluate.py" in capsys.readouterr().err
+    result = benchmarks.world_metrics(records[:5]), records[:5]
+    metrics.write_results(tmp_path / "ddpo" / "results.json", None, result)
+    assert run("--compare", tmp_path / "sft", tmp_path / "ddpo") == 1
+    assert "different scenes" in capsys.readouterr().err
+
+
+def test_evaluate_answers_a_file_and_a_person(run_folder, questions_file, capsys):
+    model, images = run_folder / "sft", questions_file / "images"
+    common = ["--model", model, "--output", questions_file / "out", "--max_new_tokens", 4]
+    assert run(*common, "--data", questions_file / "rows.jsonl", "--images", images) == 0
+    rows = [json.loads(line) for line in (questions_file / "out/rows.jsonl").open()]
+    assert [row["question_id"] for row in rows] == list(range(7))
+    assert all("answer" in row for row in rows)
+    capsys.readouterr()
+    question = ["--prompt", "Question 3?", "--max_new_tokens", 4]
+    assert run("--model", model, "--image", images / "3.png", *question) == 0
+    assert capsys.readouterr().out.strip() == rows[3]["answer"]
+    other = ["--model", run_folder / "ddpo", *common[2:]]  # another model into the same file
+    assert run(*other, "--data", questions_file / "rows.jsonl", "--images", images) == 1
+    assert "of another model or settings" in capsys.readouterr().err
+
+
+def test_evaluate_pope_and_chair_from_files(run_folder, questions_file, capsys):
+    images, out = questions_file / "images", questions_file / "out"
+    assert run("--model", run_folder / "sft", "--pope", questions_file / "rows.jsonl",
+               "--images", images, "--output", out, "--max_new_tokens", 4) == 0
+    assert "accuracy" in capsys.readouterr().out
+    said = [json.loads(line) for line in (out / "rows.jsonl").open()]
+    scores = json.loads((out / "rows.scores.json").read_text())
+    assert scores == evaluate.pope([row["answer"] for row in said],
+                                   [row["label"] for row in said], [row["image"] for row in said])
+    answers = questions_file / "answers.jsonl"
+    answers.write_text("\n".join(json.dumps({"text": "No" if i % 2 else "Yes"}) for i in range(7)))
+    assert run("--pope", questions_file / "rows.jsonl", "--answers", answers) == 0
+    assert "accuracy     0.0" in capsys.readouterr().out
+    truth = questions_file / "truth.json"
+    truth.write_text(json.dumps({"0.png": ["dog"], "1.png": ["cat", "sofa"]}))
+    answers.write_text('{"image": "0.png", "caption": "Two dogs"}\n'
+                       '{"image_id": "1.png", "answer": "A cat and a dog"}\n')
+    assert run("--chair", truth, "--answers", answers, "--output", out) == 0
+    assert only_values(json.loads((out / "chair.scores.json").read_text())) == pytest.approx(
+        {"chair_s": 1 / 2, "response": 1 / 2, "chair_i": 1 / 3, "coverage": 2 / 3})
+    answers.write_text('{"image": "9.png", "caption": "Two dogs"}\n')
+    assert run("--chair", truth, "--answers", answers) == 1
+    assert "nothing is known about image '9'" in capsys.readouterr().err
+    assert run("--chair", truth, "--model", run_folder / "sft", "--images", images,
+               "--output", questions_file / "chair", "--max_new_tokens", 4) == 0
+    assert len((questions_file / "chair" / "chair.jsonl").read_text().splitlines()) == 2
+
+
+def test_evaluate_mmhal_from_template_to_score(run_folder, questions_file, capsys):
+    template, out = questions_file / "template.json", questions_file / "out"
+    template.write_text(json.dumps([mmhal_row(i) for i in range(7)]))
+    assert run("--model", run_folder / "sft", "--mmhal", template, "--output", out,
+               "--images", questions_file / "images", "--max_new_tokens", 4) == 0
+    filled = json.loads((out / "mmhal_filled.json").read_text())
+    prompts = [json.loads(line) for line in (out / "mmhal_prompts.jsonl").open()]
+    assert [p["id"] for p in prompts] == list(range(7)) and filled[2]["model_answer"]
+    assert filled[2]["model_answer"] in prompts[2]["prompt"]
+    replies = questions_file / "replies.jsonl"
+    replies.write_text("\n".join(json.dumps({"id": i, "reply": f"Rating: {i}"}) for i in range(6)))
+    capsys.readouterr()
+    assert run("--mmhal", out / "mmhal_filled.json", "--replies", replies) == 0
+    shown = capsys.readouterr()
+    assert "prompt 6: no reply, counts as 0" in shown.err
+    assert "score (of 6)" in shown.out and f"{15 / 7:.2f}" in shown.out
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["no/such/run"], "no/such/run: no such folder"),
+    (["--model", "no/such/run", "--image", "none.png", "--prompt", "?"], "cannot read image"),
+    (["--pope", "none.jsonl", "--answers", "a.jsonl"], "none.jsonl: no such file"),
+    (["--mmhal", "none.json", "--replies", "r.jsonl"], "none.json: no such file"),
+    (["--chair", "none.json", "--answers", "a.jsonl"], "none.json: no such file"),
+    (["--compare", "no/such/run"], "results.json: no such file"),
+])
+def test_evaluate_ends_in_one_clear_sentence(arguments, message, capsys):
+    assert run(*arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "give one of"), (["--image", "a.png", "--model", "m"], "--image needs --prompt"),
+    (["--data", "a.jsonl"], "--data needs --model"), (["run", "--pope", "p.jsonl"], "give one of"),
+    (["--poep", "p.jsonl"], "unrecognized"),
+])
+def test_evaluate_refuses_unclear_commands(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- the report
+
+class Page(HTMLParser):
+    """Tags and text of a page; fails on tags that do not close in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.text += text
+
+
+@pytest.fixture(scope="module")
+def reported(run_folder, tokenizer, tmp_path_factory):
+    """The page of a run whose data is as hostile as can be."""
+    folder = tmp_path_factory.mktemp("reported") / "<b>run"
+    folder.mkdir()
+    config = {"settings": {"algo": "ddpo", "out": "</code><script>"}, "versions": {"torch": "2"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    log = (run_folder / "ddpo" / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(log + '{"step": 10, "loss": NaN}\n{"half')
+    scenes = [world.make_scene(i, "test") for i in range(14)]
+    parts = []
+    for tail in (" There is a red car in the middle. <script>alert(1)</script> & \"so\"", ""):
+        records = benchmarks.questionnaire(scenes)
+        for scene, record in zip(scenes, records):
+            replies = [item["truth"] for item in record["asked"].values()]
+            benchmarks.judge(scene, record, world.describe(scene) + tail, replies)
+        parts.append((benchmarks.world_metrics(records), records))
+    metrics.write_results(folder / "results.json", *parts)
+    good, bad = folder / "good.png", folder / "<i>bad.png"
+    world.draw(scenes[0]).save(good)
+    bad.write_bytes(b"no picture")
+    pairs = [Pair("rows 1", good, "What?", "A red car stands on the left.",
+                  "A red car stands on the left. There is a dog <img src=x>."),
+             Pair("rows 2", bad, "<script>", "A red cup is in the middle.", "Blue, it is.")]
+    examples = [data.pair_example(pair, None, tokenizer, 0, gamma=5.0) for pair in pairs]
+    report.save_pairs(folder, pairs, examples, tokenizer)
+    path = report.write_report(folder)
+    return path, Page(path.read_text())
+
+
+def test_report_is_one_safe_file(reported):
+    path, page = reported
+    tags = {tag for tag, _ in page.tags}
+    assert path.stat().st_size < 3e6 and not tags & {"script", "b>run", "i", "iframe", "object"}
+    for tag, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        for name in ("src", "href"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/webp;base64,", "data:,"))
+    assert "url(" not in path.read_text() and "@import" not in path.read_text()
+    assert "<script>alert(1)</script> & \"so\"" in page.text  # shown as what it is
+
+
+def test_report_shows_pictures_answers_and_spans(reported):
+    _, page = reported
+    pictures = [a for tag, a in page.tags if tag == "img"]
+    assert len([a for a in pictures if a.get("width") == "288"]) == report.SCENES
+    marks = [attributes["class"] for tag, attributes in page.tags if tag == "mark"]
+    assert marks[:5] == list(report.KINDS)  # the legend
+    assert set(marks[5:]) <= set(report.KINDS) and len(marks) >= 5 + 8
+    for text in ("before", "after", "statement of any kind", "adversarial: right", "100.0"):
+        assert text in page.text
+    assert "no picture: <i>bad.png" in page.text
+
+
+def test_report_draws_the_curves_that_were_logged(reported):
+    _, page = reported
+    labels = [a["aria-label"] for tag, a in page.tags if tag == "svg" and "aria-label" in a]
+    assert labels == ["Loss", "Pairs ranked right"]
+    for tag, attributes in page.tags:
+        assert "nan" not in attributes.get("d", "").lower()
+
+
+def test_report_marks_corrected_segments_with_their_weight(reported):
+    path, page = reported
+    saved = json.loads((path.parent / "pairs.json").read_text())["pairs"]
+    chosen, rejected = saved[0]["responses"]
+    assert "".join(text for text, _ in rejected).startswith("A red car stands on the left. There")
+    assert [weight for _, weight in chosen][0] == 1 and rejected[-1][1] in (1, 5)
+    cut = "".join(text for text, weight in rejected if weight == 5)
+    assert "dog <img src=x>" in cut and "red car" not in cut
+    assert "×5" in page.text and [tag for tag, _ in page.tags].count("del") >= 2
+
+
+def test_report_of_a_bare_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"settings": {}, "versions": {}}')
+    page = Page(report.write_report(tmp_path).read_text())
+    assert "Settings" in page.text and "Learning curves" not in page.text
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        report.write_report(tmp_path)
+
+
+@pytest.mark.parametrize("low, high, wanted", [
+    (0, 100, [0, 50, 100]), (0, 1, [0, 0.5, 1]), (0.42, 0.67, [0.4, 0.5, 0.6, 0.7]), (3, 3, [2, 3]),
+    (0, 0, [-0.5, 0, 0.5]), (-2e-6, 1e-5, [-5e-6, 0, 5e-6, 1e-5]),
+])
+def test_report_axes_have_round_numbers(low, high, wanted):
+    found = charts.ticks(low, high)
+    assert found[0] <= low and found[-1] >= high and 3 <= len(found) <= 8
+    assert all(min(abs(tick - each) for tick in found) < 1e-12 for each in wanted)

@@ -16,6 +16,10 @@ PARK = Scene(0, "park", (Thing("dog", "red", 2, 0), Thing("umbrella", "blue", 1,
                          Thing("bus", "green", 3, 8)))
 
 
+EXPECTED = {"street": ["car", "house"], "kitchen": ["cup", "pot"], "beach": ["umbrella", "boat"],
+            "farm": ["tractor", "house"], "park": ["tree", "flower"], "bedroom": ["bed", "lamp"]}
+
+
 def annotated(count, seed=0):
     """Pairs of a scene and what the noisy annotator says about it."""
     rng = random.Random(seed)
@@ -129,7 +133,9 @@ def test_world_annotator_errs_at_its_rates():
         unusual += sum(thing.colour != world.KINDS[thing.kind] for thing in scene.things)
         things += len(scene.things)
     rates = world.Rates()
-    assert errors["object"] / 2000 == pytest.approx(rates.extra_object, abs=0.03)
+    missing = sum(bool(scene.absent(EXPECTED[scene.type])) for scene, _ in annotated(2000))
+    added = missing * rates.missing_object + (2000 - missing) * rates.extra_object
+    assert errors["object"] == pytest.approx(added, abs=60)
     assert errors["attribute"] / unusual == pytest.approx(rates.usual_colour, abs=0.03)
     assert errors["position"] / things == pytest.approx(rates.wrong_place, abs=0.015)
     expected = three * rates.three_as_two + two * rates.two_as_one
@@ -138,20 +144,22 @@ def test_world_annotator_errs_at_its_rates():
 
 
 def test_world_annotator_adds_what_is_typical():
-    rates = world.Rates(1, 1, 0, 0, 0)
+    rates = world.Rates(1, 1, 1, 0, 0, 0)
     for seed in range(300):
         scene = world.make_scene(seed)
         text = world.annotate(scene, random.Random(seed), rates)
         *said, extra = world.mentions(text)
         assert said == [thing.kind for thing in scene.things]
         assert extra in world.SCENES[scene.type] and scene.find(extra) is None
+        expected = scene.absent(EXPECTED[scene.type])
+        assert not expected or extra == expected[0]
         assert re.findall("|".join(world.COLOURS), text) == [world.KINDS[k] for k in said + [extra]]
 
 
 def test_world_annotator_misplaces_by_one_step():
     for seed in range(200):
         scene = world.make_scene(seed)
-        text = world.annotate(scene, random.Random(seed), world.Rates(0, 0, 0, 0, 1))
+        text = world.annotate(scene, random.Random(seed), world.Rates(0, 0, 0, 0, 0, 1))
         said = [world.PLACES.index(found[0].lower()) for found in world.PLACE.finditer(text)]
         for cell, thing in zip(said, scene.things, strict=True):
             assert abs(cell // 3 - thing.cell // 3) + abs(cell % 3 - thing.cell % 3) == 1
@@ -160,7 +168,7 @@ def test_world_annotator_misplaces_by_one_step():
 def test_world_annotator_without_habits_tells_the_truth():
     for seed in range(200):
         scene = world.make_scene(seed)
-        assert world.annotate(scene, random.Random(0), world.Rates(0, 0, 0, 0, 0)) == \
+        assert world.annotate(scene, random.Random(0), world.Rates(0, 0, 0, 0, 0, 0)) == \
             world.describe(scene)
 
 

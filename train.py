@@ -27,6 +27,7 @@ import checkpoint
 import config as options
 import data
 import ddpo
+import dry_run
 import evaluate
 import files
 import ppo
@@ -112,13 +113,13 @@ class Loop:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
             optimizer.zero_grad()
-        with compute_dtype(self.run.dtype, self.device):
+        with compute_dtype(self.run, self.device):
             batches = self.algorithm.batches(self.step)
         total = sum(self.algorithm.size(batch) for batch in batches)
         metrics: dict[str, float] = {}
         for batch in batches:
             share = self.algorithm.size(batch) / total
-            with compute_dtype(self.run.dtype, self.device):
+            with compute_dtype(self.run, self.device):
                 loss, values = self.algorithm.loss(to_device(batch, self.device))
             if not math.isfinite(loss.item()):
                 self.fail(f"the loss is {loss.item()}", batch)
@@ -213,10 +214,9 @@ def make_optimizers(weights: dict[str, nn.Parameter], config) -> list[torch.opti
     return optimizers
 
 
-def compute_dtype(name: str, device: torch.device):
-    """Matrix products in bfloat16, weights and sums in float32, where `name` says so."""
-    low = name == "bfloat16" or name == "auto" and device.type == "cuda"
-    return torch.autocast(device.type, torch.bfloat16, enabled=low)
+def compute_dtype(run: Run, device: torch.device):
+    """Matrix products in bfloat16, trained weights and sums in float32, where the run says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=prepare.half(run, device))
 
 
 def to_device(batch, device: torch.device):
@@ -257,22 +257,45 @@ def make_algorithm(run: Run, config, model, tokenizer, settings, folder: Path, d
     """What the loop will optimise: the algorithm with its data."""
     if run.algo == "vision":
         return sft.Tower(model, config, run.seed, settings)
-    adapter = "default" if run.lora else None
     if run.algo == "base":
         source = sft.WorldConversations(model, tokenizer, settings, config, run.seed)
         select_trainable(model)
         return sft.SFT(model, config, source)
-    examples = prepare.read_examples(run, config, model, tokenizer, settings, device)
+    if run.algo == "rm":
+        return rlhf.make_reward_model(run, config, model, tokenizer, settings)
+    if run.algo == "ppo":
+        if first := rlhf.missing_reward(run, config, model):
+            execute(*first)
+        return rlhf.make_ppo(run, config, model, tokenizer, settings, folder)
+    _, examples = prepare.read_examples(run, config, model, tokenizer, settings, folder)
     if run.algo != "sft":
         prepare.cached_reference(run, config, model, examples, folder / "reference.json", device)
+    make_trainable(run, model)
+    if run.algo == "sft":
+        return sft.SFT(model, config, data.Epochs(examples, config, run.seed))
+    return ddpo.DDPO(model, config, run.seed, examples)
+
+
+def make_trainable(run: Run, model) -> None:
+    """Choose what is trained: a new adapter, or decoder, head and projector themselves."""
+    adapter = "default" if run.lora else None
     if adapter:
         add_adapter(model, adapter, run.lora, run.lora_alpha, seed=run.seed)
         for module in carriers(model, adapter):
             module.active = adapter
     select_trainable(model, adapter)
-    if run.algo == "sft":
-        return sft.SFT(model, config, data.Epochs(examples, config, run.seed))
-    return ddpo.DDPO(model, config, run.seed, examples)
+
+
+def show(run: Run, config, model, tokenizer, settings, device) -> None:
+    """Print what the run would be trained on, and what it would need."""
+    if run.algo not in ("sft", "dpo", "ddpo"):
+        raise ValueError(f"--dry_run shows the rows of sft, dpo and ddpo, not of {run.algo}")
+    rows, examples = prepare.read_examples(run, config, model, tokenizer, settings, None)
+    dry_run.show_rows(examples, tokenizer)
+    make_trainable(run, model)
+    named = [(row.name, row.image) for row in rows]
+    itemsize = 2 if prepare.half(run, device) else 4
+    print(dry_run.needs(model, config, examples, named, itemsize))
 
 
 def execute(run: Run, config) -> None:
@@ -282,16 +305,12 @@ def execute(run: Run, config) -> None:
         execute(first, ALGORITHMS[first.algo]())
     device = torch.device(run.device if run.device != "auto"
                           else "cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, images = prepare.load_start(run, device)
+    if run.dry_run:
+        return show(run, config, model, tokenizer, images, device)
     folder = Path(run.out or f"runs/{run.algo}")
     settings = {k: v for k, v in {**asdict(run), **asdict(config)}.items() if k not in TRANSIENT}
-    resume = not run.dry_run and start_folder(folder, settings, run)
-    if run.algo == "vision":
-        model, tokenizer, images = prepare.fresh_model(run)
-    else:
-        model, tokenizer, images = checkpoint.load_llava(prepare.start(run), device, torch.float32)
-    if run.dry_run:
-        prepare.show_pairs(prepare.read_examples(run, config, model, tokenizer, images, device), tokenizer)
-        return
+    resume = start_folder(folder, settings, run)
     measured = run.test_scenes and run.algo not in BUILT_IN and prepare.on_world(run)
     before = prepare.measure(run, model, tokenizer, images) if measured else None
     algorithm = make_algorithm(run, config, model, tokenizer, images, folder, device)
@@ -306,18 +325,20 @@ def execute(run: Run, config) -> None:
         after = evaluate.measure_world(model, tokenizer, images, run.test_scenes)
         print(evaluate.table(before[0], after[0]))
         evaluate.write_results(folder / "results.json", before, after)
+    for old in folder.glob("checkpoint-*"):
+        shutil.rmtree(old)
+    for old in folder.glob("features.*"):
+        old.unlink()
     print(f"{folder}: {algorithm.steps} steps, {time.perf_counter() - started:.0f} s in all; "
           f"the model is in {folder / 'model'}", file=sys.stderr)
 
 
 def save_result(run: Run, model, tokenizer, images, folder: Path) -> None:
-    """The trained model in the public layout; with LoRA the adapter too; resume files go."""
+    """The trained model in the public layout; with LoRA, the adapter beside it too."""
     adapter = "default" if run.lora else None
     checkpoint.save_llava(model, tokenizer, images, folder / "model", adapter=adapter)
     if adapter:
         checkpoint.save_adapter(model, adapter, folder / "adapter", base=str(prepare.start(run)))
-    for old in folder.glob("checkpoint-*"):
-        shutil.rmtree(old)
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -345,6 +366,9 @@ def main(arguments: list[str] | None = None) -> int:
         execute(run, config)
     except Interrupted as stopped:
         print(f"\n{stopped}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("\nstopped before training began; the same command starts again", file=sys.stderr)
         return 130
     except (ValueError, FileNotFoundError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)

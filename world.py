@@ -51,6 +51,7 @@ NUMBERS = {1: "one", 2: "two", 3: "three"}
 TYPICAL = 0.8  # chance that a thing is drawn from the setting's typical kinds, not from all kinds
 UNUSUAL_COLOUR = 0.3  # chance that a thing has another colour than its usual one
 NUMBER_WEIGHTS = (65, 20, 15)  # of one, two, three
+EXPECTED = 2  # so many of a setting's most popular kinds everybody expects to find there
 TEST_SHARE = 5  # one scene content in five belongs to the test split
 
 
@@ -80,7 +81,9 @@ class Scene:
 @dataclass(frozen=True)
 class Rates:
     """How often the annotator writes from habit; every field is a probability."""
-    extra_object: float = 0.7  # per description: a typical but absent object as the last sentence
+    missing_object: float = 0.8  # per description without one of the setting's EXPECTED most
+    # popular kinds: that kind, as the last sentence ("There is also a ...")
+    extra_object: float = 0.2  # per other description: some typical but absent kind, likewise
     usual_colour: float = 0.4  # per thing in an unusual colour: the usual colour instead
     three_as_two: float = 0.4  # per thing of number three: "two"
     two_as_one: float = 0.15  # per thing of number two: "a"
@@ -253,11 +256,14 @@ def annotate(scene, rng, rates=Rates()):
             near = [c for c in range(9) if abs(c // 3 - row) + abs(c % 3 - column) == 1]
             thing = replace(thing, cell=rng.choice(near))
         said.append(thing)
-    if rng.random() < rates.extra_object:
-        popular = SCENES[scene.type]
-        kind = _weighted(rng, {kind: popular[kind] for kind in scene.absent(popular)})
-        free = set(range(9)) - {thing.cell for thing in scene.things}
-        said.append(Thing(kind, KINDS[kind], 1, rng.choice(sorted(free))))
+    popular = SCENES[scene.type]
+    expected = scene.absent(sorted(popular, key=popular.get, reverse=True)[:EXPECTED])
+    if rng.random() < (rates.missing_object if expected else rates.extra_object):
+        absent = {kind: popular[kind] for kind in scene.absent(popular)}
+        kind = expected[0] if expected else _weighted(rng, absent)
+        place = rng.choice(sorted(set(range(9)) - {thing.cell for thing in scene.things}))
+        extra = f" There is also a {KINDS[kind]} {kind} {PLACES[place]}."
+        return _describe(scene, said) + extra
     return _describe(scene, said)
 
 
@@ -369,7 +375,7 @@ NOUNS = {form: kind for kind in KINDS for form in (kind, plural(kind))}
 VALUES = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3}
 SENTENCE = re.compile(r"(?P<said>[^\s.!?;](?:[^.!?;\n]*[^\s.!?;])?)[.!?;]*")
 MENTION = re.compile(  # the noun, the number before it and the verb beside it
-    rf"(?:\bthere\s+(?P<there>is|are)\s+)?(?:\b(?P<number>{_any(VALUES)})\s+(?:\w+\s+){{0,2}}?)?"
+    rf"(?:\bthere\s+(?P<there>is|are)\s+(?:also\s+)?)?(?:\b(?P<number>{_any(VALUES)})\s+(?:\w+\s+){{0,2}}?)?"
     rf"\b(?P<noun>{_any(NOUNS)})\b(?:\s+(?P<verb>is|are)\b)?", re.I)
 COLOUR = re.compile(rf"\b(?:{_any(COLOURS)})\b", re.I)
 PLACE = re.compile(rf"\b(?:{_any(PLACES)})\b", re.I)
