@@ -441,11 +441,11 @@ def test_world_over_generalisation_by_hand():
                                          "mentions": said.split()}
     records = [
         make("farm", "duck", "duck cow"), make("farm", "cow", "cow duck duck"),
-        make("park", "kite", "kite duck"), make("park", "kite", "kite"),
+        make("park", "kite", "kite duck"), make("park", "ball", "kite"),
     ]
-    # farm, {duck, cow}: H_s = 2 made up on 2 occasions; H_a = 3 on 6. park, {kite}: 0 - 0.
+    # farm, {duck, cow}: made up on 2 of 2 occasions there, 3 of 6 everywhere; park: 1 of 2, 1 of 6
     value = metrics.values(benchmarks.delta_terms(records), np.ones((1, 4)))[0]
-    assert value == pytest.approx((2 / 2 - 3 / 6 + 0) / 2)
+    assert value == pytest.approx(((2 / 2 - 3 / 6) + (1 / 2 - 1 / 6)) / 2)
 
 
 # ---------------------------------------------------------------------------- asking
