@@ -5,8 +5,8 @@
     python data.py convert rows.jsonl rows.parquet --images DIR     as RLHF-V-Dataset has it
 
 Whatever `readers.read_pairs` reads can be converted; the ending of the output chooses its format.
-Images that are files already stay where they are when JSON lines are written, which go on naming them
-relative to --images. The output is whole or absent, and nothing that exists is overwritten.
+Images that are files already stay where they are when JSON lines are written, which go on naming
+them relative to --images. The output is whole or absent, and nothing that exists is overwritten.
 """
 
 import argparse
@@ -95,8 +95,8 @@ def write_jsonl(pairs: list[Pair], out: Path, images, skip: list[str] | None) ->
 
 def relative_name(pair: Pair, folder: Path) -> str:
     if not pair.image.is_relative_to(folder.resolve()):
-        raise DataError(f"{pair.name}: image {pair.image} lies outside {folder}; name the folder of "
-                        "all images by --images")
+        raise DataError(f"{pair.name}: image {pair.image} lies outside {folder}; name the folder "
+                        "of all images by --images")
     return pair.image.relative_to(folder.resolve()).as_posix()
 
 
@@ -127,9 +127,10 @@ def write_parquet(pairs: list[Pair], out: Path, images, skip: list[str] | None) 
     except ImportError:
         raise ValueError(f"{out}: writing parquet needs pyarrow; pip install pyarrow") from None
     columns = {
-        "ds_name": arrow.string(), "text": arrow.string(), "origin_dataset": arrow.string(),
+        "ds_name": arrow.string(),
         "image": arrow.struct({"bytes": arrow.binary(), "path": arrow.string()}),
-        "origin_split": arrow.string(), "idx": arrow.int64(), "image_path": arrow.string(),
+        "text": arrow.string(), "origin_dataset": arrow.string(), "origin_split": arrow.string(),
+        "idx": arrow.int64(), "image_path": arrow.string(),
     }
     schema, written = arrow.schema(columns), 0
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -139,8 +140,7 @@ def write_parquet(pairs: list[Pair], out: Path, images, skip: list[str] | None) 
                 rows = []
                 for pair in part:
                     with skipping(skip):
-                        rows.append({"ds_name": out.stem, "origin_dataset": "", "origin_split": "{}",
-                                     "idx": written + len(rows), **parquet_fields(pair)})
+                        rows.append({"idx": written + len(rows), **parquet_fields(pair, out.stem)})
                 writer.write_table(arrow.Table.from_pylist(rows, schema))
                 written += len(rows)
         if not written:
@@ -152,7 +152,7 @@ def write_parquet(pairs: list[Pair], out: Path, images, skip: list[str] | None) 
     return written
 
 
-def parquet_fields(pair: Pair) -> dict:
+def parquet_fields(pair: Pair, data_set: str) -> dict:
     if pair.history:
         raise DataError(f"{pair.name}: has earlier turns, for which RLHF-V's format has no place; "
                         "convert to .jsonl")
@@ -160,8 +160,9 @@ def parquet_fields(pair: Pair) -> dict:
     content = content.read_bytes() if isinstance(content, Path) else content
     name = getattr(pair.image, "name", "")
     texts = {"question": pair.question, "chosen": pair.chosen, "rejected": pair.rejected}
-    return {"image": {"bytes": content, "path": name}, "image_path": name,
-            "text": json.dumps(texts, ensure_ascii=False)}
+    return {"ds_name": data_set, "image": {"bytes": content, "path": name}, "image_path": name,
+            "text": json.dumps(texts, ensure_ascii=False), "origin_dataset": "",
+            "origin_split": "{}"}
 
 
 def main(arguments: list[str]) -> int:

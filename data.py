@@ -17,7 +17,7 @@ import difflib
 import io
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -298,11 +298,11 @@ class Epochs:
 
     POOL = 16  # a larger pool saves little padding, and the more alike do batches of all epochs get
 
-    def __init__(self, examples: list[Example], config, seed: int):
-        """`config` has batch_size, epochs and steps (`config.Training`)."""
+    def __init__(self, examples: list, config, seed: int, length: Callable = row_length):
+        """`config` has batch_size, epochs and steps (`config.Training`); `length` is of an example."""
         self.all, self.batch_size, self.seed = examples, config.batch_size, seed
         self.steps = config.steps or math.ceil(config.epochs * len(examples) / config.batch_size)
-        self._lengths = [row_length(example) for example in examples]
+        self._lengths = [length(example) for example in examples]
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def _permutation(self, epoch: int) -> list[int]:

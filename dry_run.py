@@ -23,7 +23,7 @@ def show_rows(examples: list[Example], tokenizer: Tokenizer) -> None:
 
 
 def activation_bytes(config: TextConfig, tokens: int, itemsize: int, checkpointing: bool) -> int:
-    """What the decoder keeps of one row for the backward pass: an estimate, from what is kept where.
+    """What the decoder keeps of one row for the backward pass: an estimate by counting.
 
     Per token and block: input, normalised input and output of both norms (6 D); queries, keys,
     values (D + 2 KV); attention's output (D); gate, its SiLU, up, and their product (4 I). With
@@ -59,8 +59,8 @@ def needs(
         "gradients": readable(count(trained)),
         "optimizer": f"{readable(2 * count(trained))} (AdamW: two averages of every gradient)",
         "activations": f"{readable(row)} for the longest row of {longest} tokens, "
-                       f"{readable(row * rows)} for a micro-batch of {rows} such (estimated from what "
-                       f"the decoder's blocks keep{', checkpointed' if checkpointing else ''})",
+                       f"{readable(row * rows)} for a micro-batch of {rows} such (estimated: "
+                       f"what the decoder keeps{', checkpointed' if checkpointing else ''})",
         "features": f"{readable(seen)} for {images} images, "
                     + ("in memory" if seen <= features.LIMIT else "in a file in the run's folder"),
     }

@@ -51,6 +51,7 @@ __all__ = [  # what train.py, tests and other tools use; the last four are made 
 ]
 SCENES = 500
 SHORT = 16  # tokens; enough for every true answer to a short question of the world
+YES_OR_NO = 6  # tokens; enough to tell which
 LONG = 128  # tokens; twice its longest true description
 DESCRIBE = "Please describe this image in detail."  # where --chair is given no questions
 
@@ -76,16 +77,20 @@ def measure_world(
     features = image_features(model, settings, [world.draw(s, settings.size) for s in truth])
     texts = answers(
         model, tokenizer, settings, features, [record["question"] for record in records], LONG,
-        batch_size=125, progress=label("describing"),
+        progress=label("describing"),
     )
-    asked = [(i, item["question"]) for i, r in enumerate(records) for item in r["asked"].values()]
-    rows, questions = zip(*asked)
-    replies = iter(answers(
-        model, tokenizer, settings, features[list(rows)], questions, SHORT, batch_size=125,
-        progress=label("asking"),
-    ))
+    asked = [(i, item) for i, record in enumerate(records) for item in record["asked"].values()]
+    short = [each for each in asked if each[1]["topic"] in ("exists", "comparison")]
+    rest = [each for each in asked if each[1]["topic"] not in ("exists", "comparison")]
+    for part, tokens in ((short, YES_OR_NO), (rest, SHORT)):
+        replies = answers(
+            model, tokenizer, settings, features[[i for i, _ in part]],
+            [item["question"] for _, item in part], tokens, progress=label("asking"),
+        )
+        for (_, item), reply in zip(part, replies):
+            item["answer"] = reply
     for scene, record, text in zip(truth, records, texts):
-        judge(scene, record, text, [next(replies) for _ in record["asked"]])
+        judge(scene, record, text, [item["answer"] for item in record["asked"].values()])
     return world_metrics(records, seed), records
 
 

@@ -1,8 +1,8 @@
 """What the frozen tower sees in every image: computed once, in batches, before the first step.
 
-Rows that show the same image share its features. Up to LIMIT bytes of them are kept in memory; more
-go to a memory-mapped file in the run's folder, where `--resume` finds them again. Such a file belongs
-to one model, one way of preprocessing and one list of images, and is refused for any other.
+Rows that show the same image share its features. Up to LIMIT bytes of them are kept in memory;
+more go to a memory-mapped file in the run's folder, where `--resume` finds them again. Such a file
+belongs to one model, one way of preprocessing and one list of images, and is refused for others.
 """
 
 import hashlib
@@ -28,12 +28,12 @@ LIMIT = 1_000_000_000  # bytes of features that are kept in memory
 BATCH = 32  # rows looked at together
 THREADS = 4  # that decode and resize images
 
-Named = Sequence[tuple[str, Source | None]]  # file and row, for error messages; and where its image is
+Named = Sequence[tuple[str, Source | None]]  # file and row; where its image is
 
 
 @dataclass
 class Features:
-    """The features of rows: `features[i]` is (patches, D_vision), or None where there is no image."""
+    """The features of rows: `features[i]` is (patches, D_vision), or None if there is no image."""
 
     store: Tensor  # (images, patches, D_vision) on the CPU, each different image once
     places: list[int]  # of each row in the store; -1: none

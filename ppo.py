@@ -8,20 +8,20 @@ One iteration (Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, 1909
                A_t = sum_l (gamma lambda)^l delta_{t+l},  delta_t = r_t + gamma V_{t+1} - V_t
     optimise   a few passes over these answers in minibatches, with ratio w_t = pi / pi_old:
                L = mean max(-w_t A_t, -clip(w_t, 1 - eps, 1 + eps) A_t)
-                 + c 1/2 mean max((V_t - R_t)^2, (clip(V_t, V_old +- eps) - R_t)^2),  R_t = A_t + V_t
+                 + c/2 mean max((V_t - R_t)^2, (clip(V_t, V_old +- eps) - R_t)^2),  R_t = A_t + V_t
 
-Policy, reference, reward model and critic are four adapters over one base with `--lora` (one copy of
-the base in memory), and four models otherwise. The critic starts as the reward model with a zero head.
+Policy, reference, reward model and critic are adapters over one base with `--lora` (one copy of it
+in memory), and four models otherwise. The critic starts as the reward model with a zero head.
 
-The constants are those of the released code (llava-rlhf/LLaVA-RLHF) unless the options say otherwise.
+The constants are those of the released code (llava-rlhf/LLaVA-RLHF) unless the options say so.
 What this file does differently, and why:
 1. Several answers per prompt: the picture and the prompt are computed once for all of them. The
    release samples one; `--samples 1 --rollout_size 512 --batch_size 256` is its arrangement.
 2. Losses are means over the tokens of a minibatch; padding counts nowhere, whitening included.
 3. With LoRA the reference is the base without adapter, which is what an untrained adapter computes.
 4. The entropy that is logged is the sampled answers' -mean log p: unbiased, and no (R, V) tensor.
-5. The release multiplies rewards by 10 where it does not whiten them. Not here: advantages are always
-   whitened, which makes the policy's gradient independent of any such factor.
+5. The release multiplies rewards by 10 where it does not whiten them. Not here: advantages are
+   always whitened, which makes the policy's gradient independent of any such factor.
 6. The length penalty is in proportion to 896 tokens, the release's longest answer, whatever
    `--max_new_tokens` is: else short limits would make every sentence dear.
 """
@@ -36,21 +36,21 @@ import torch
 from torch import Tensor, nn
 
 from config import Training, option
-from data import Batch, Epochs, Example, Response, Tokenizer, collate, split
-from model import LLaVA, generate, use_adapter
+from data import Batch, Epochs, Tokenizer, split
 from preferences import Prompt
+from rollouts import Answers, Role, Sampler, answer_batch
 
 # ------------------------------------------------------------------------ the parts, as functions
 
 
 def kl_estimate(logp: Tensor, reference: Tensor, estimator: str) -> Tensor:
-    """Per-token estimates of KL(policy || reference) from sampled tokens (Schulman 2020, "kl-approx").
+    """Per-token estimates of KL(policy || reference) from sampled tokens (Schulman 2020).
 
     Args:
         logp, reference: log-probabilities of the tokens, of any shape.
-        estimator: "k1": log pi - log ref, unbiased, of either sign; "k1_clamped": the same, at least
-            0, as the release has it: biased upwards; "k3": exp(d) - 1 - d with d = log ref - log pi,
-            unbiased and never negative.
+        estimator: "k1": log pi - log ref, unbiased, of either sign; "k1_clamped": the same, at
+            least 0, as the release has it: biased upwards; "k3": exp(d) - 1 - d with
+            d = log ref - log pi, unbiased and never negative.
     """
     difference = logp - reference
     if estimator == "k1_clamped":
@@ -150,7 +150,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 def adapted(coefficient: float, kl: float, target: float, answers: int, horizon: int) -> float:
-    """Ziegler et al.'s controller: the KL coefficient after a rollout whose mean KL was `kl` nats."""
+    """Ziegler et al.'s controller: the coefficient after a rollout with a mean KL of `kl` nats."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coefficient * (1 + error * answers / horizon)
 
@@ -190,22 +190,7 @@ class PPOConfig(Training):
     prompts: int = option(2000, "prompts to make on the built-in world")
 
 
-# --------------------------------------------------------------------------------------- rollouts
-
-
-@dataclass
-class Role:
-    """One of the models: with an adapter over a base that others share, or on its own (None)."""
-
-    model: LLaVA
-    adapter: str | None = None
-
-    def logp(self, batch: Batch, temperature: float) -> Tensor:
-        """(R,) log-probabilities of the batch's tokens at a temperature."""
-        with use_adapter(self.model, self.adapter):
-            hidden = self.model(batch.images, batch.tokens, batch.position, batch.branch)
-            states = hidden.flatten(0, 1)[batch.source]
-            return self.model.head(states / temperature, batch.target)  # W (h / t) = (W h) / t
+# ------------------------------------------------------------------------------------ the algorithm
 
 
 @dataclass
@@ -223,7 +208,7 @@ class Rollout:
     """N = P k sampled answers and all that optimising needs; right-padded where (N, T)."""
 
     rows: list[int]  # (P,) places of the prompts in the data
-    tokens: Tensor  # (N, T) long
+    tokens: list[list[list[int]]]  # k answers to each prompt
     mask: Tensor  # (N, T) bool, True = token
     logp: Tensor  # (N, T) of the policy that sampled
     values: Tensor  # (N, T)
@@ -231,14 +216,9 @@ class Rollout:
     returns: Tensor  # (N, T)
     metrics: dict[str, float]
 
-    def answers(self, samples: int) -> list[list[list[int]]]:
-        """Token ids, `samples` answers for each prompt."""
-        flat = [row[keep].tolist() for row, keep in zip(self.tokens, self.mask)]
-        return split(flat, samples)
-
 
 class PPO:
-    """The algorithm for the loop. `batches` makes a new rollout whenever the last one is used up."""
+    """The algorithm for the loop. `batches` makes a new rollout when the last one is used up."""
 
     def __init__(
         self, policy: Role, reference: Role, critic: nn.Module,
@@ -250,30 +230,28 @@ class PPO:
         """
         Args:
             critic: gives (R,) values for a batch, as `reward.Judge` does.
-            reward: parts of the reward {name: (N,)} of rows (prompt, answers' tokens), which it may
-                shuffle something for by the given seeds; see `reward.Scorer`.
-            prompts: with features for images.
-            truth: the false parts of an answer, where they are known; only shown, never learnt from.
-            record: gets a table of sampled answers after every rollout.
+            reward: parts of the reward {name: (N,)} of rows (prompt, answers' tokens), which may
+                depend on the given seeds; see `reward.Scorer`.
+            truth: the false parts of an answer, where they are known; shown, never learnt from.
+            record: gets a table of the sampled answers after every rollout.
         """
         if config.rollout_size % config.batch_size:
             raise ValueError(f"--rollout_size {config.rollout_size} is no multiple of --batch_size "
                              f"{config.batch_size}")
-        self.policy, self.reference, self.critic, self.reward = policy, reference, critic, reward
-        self.tokenizer, self.config, self.seed = tokenizer, config, seed
-        self.truth, self.record = truth, record
+        self.policy, self.critic, self.reward, self.tokenizer = policy, critic, reward, tokenizer
+        self.sampler = Sampler(policy, reference, critic, config, seed)
+        self.config, self.seed, self.truth, self.record = config, seed, truth, record
         self.modules = nn.ModuleDict({"policy": policy.model, "critic": critic})
         self.prompts = list(prompts)
         places = list(range(len(self.prompts)))
-        self.source = Epochs(places, replace(config, batch_size=config.rollout_size, steps=0), seed)
+        per_rollout = replace(config, batch_size=config.rollout_size, steps=0)
+        self.source = Epochs(places, per_rollout, seed, length=lambda place: 0)
         self.minibatches = config.rollout_size // config.batch_size
         self.per_rollout = config.inner_epochs * self.minibatches  # optimizer steps
         self.steps = config.steps or self.source.steps * self.per_rollout
         self.coefficient = config.kl
         self.rollout: Rollout | None = None
         self.tokens, self.clock, self.warned = 0, None, False  # of the last step; for tokens/s
-
-    # ---------------------------------------------------------------- what the loop asks for
 
     def batches(self, step: int) -> list[Batch]:
         optimising = time.perf_counter() - self.clock if self.clock else None
@@ -286,7 +264,7 @@ class PPO:
         order = list(range(self.config.rollout_size))
         Random(f"minibatches {self.seed} {index} {epoch}").shuffle(order)
         chosen = split(order, self.config.batch_size)[part]
-        chosen.sort(key=lambda row: self.rollout.mask.view(len(order), -1)[row].sum().item())
+        chosen.sort(key=lambda row: sum(map(len, self.rollout.tokens[row])))  # like length together
         batches = [self.minibatch(rows) for rows in split(chosen, self.config.micro_batch)]
         self.tokens, self.clock = sum(map(self.size, batches)), time.perf_counter()
         return batches
@@ -317,117 +295,81 @@ class PPO:
         self.coefficient = state["coefficient"]
         self.rollout = Rollout(**state["rollout"]) if state["rollout"] else None
 
-    # -------------------------------------------------------------------------- rollouts
-
     def minibatch(self, rows: Sequence[int]) -> RolloutBatch:
         """The answers to the rollout's prompts number `rows`, as one batch."""
         rollout, k = self.rollout, self.config.samples
-        answers = rollout.answers(k)
-        batch = self.collate([(self.prompts[rollout.rows[row]], answers[row]) for row in rows])
+        batch = answer_batch(self.policy.model, [
+            (self.prompts[rollout.rows[row]], rollout.tokens[row]) for row in rows])
         places = torch.tensor([row * k + i for row in rows for i in range(k)])
         flat = lambda x: x[places][rollout.mask[places]]  # (R,)
         return RolloutBatch(
             **vars(batch), old_logp=flat(rollout.logp), old_values=flat(rollout.values),
             advantages=flat(rollout.advantages), returns=flat(rollout.returns))
 
-    def collate(self, rows: Sequence[tuple[Prompt, Sequence[list[int]]]]) -> Batch:
-        model = self.policy.model
-        examples = [
-            Example(prompt.name, prompt.image, prompt.tokens,
-                    [Response(answer, [1.0] * len(answer)) for answer in answers])
-            for prompt, answers in rows
-        ]
-        context = model.config.text.max_position_embeddings
-        return collate(examples, model.config.pad_token, context)
-
     @torch.no_grad()
     def roll_out(self, index: int, step: int) -> Rollout:
-        """Sample answers, reward them, and work out what every token of them was worth."""
+        """Have answers sampled and rewarded, and work out what every token of them was worth."""
         started, config = time.perf_counter(), self.config
         rows = self.source.examples(index)
         prompts = [self.prompts[row] for row in rows]
-        answers = self.sample(prompts, index)  # (P, k) lists of tokens
-        sampling = time.perf_counter() - started
-        mask, (logp, reference, values) = self.measure(prompts, answers)
-        parts = self.reward(list(zip(prompts, answers)), (self.seed, index))
+        answers = self.sampler(prompts, index)
+        parts = self.reward(list(zip(prompts, answers.tokens)), (self.seed, index))
         scores = torch.stack(list(parts.values())).sum(0)  # (N,)
-        kl = kl_estimate(logp, reference, config.kl_estimator)
+        mask, values = answers.mask, answers.values
+        kl = kl_estimate(answers.logp, answers.reference, config.kl_estimator)
         rewards = shaped_rewards(scores, kl, mask, self.coefficient)
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-        flat = [torch.tensor(answer) for group in answers for answer in group]
-        tokens = nn.utils.rnn.pad_sequence(flat, batch_first=True)
-        divergence = (logp - reference).sum(1)  # (N,) padding is 0 in both
-        ended = torch.tensor([answer[-1] == self.tokenizer.eos_token for answer in flat])
-        self.warn(ended)
-        seconds = time.perf_counter() - started
+        table = self.table(prompts, answers, parts, step)
         metrics = {
-            "objective/kl": divergence.mean().item(),
+            **summary(table),
             "objective/kl_coefficient": self.coefficient,
-            "objective/scores": scores.mean().item(),
             "objective/rlhf_reward": rewards.sum(1).mean().item(),
-            "objective/entropy": -logp[mask].mean().item(),
+            "objective/entropy": -answers.logp[mask].mean().item(),
             "val/explained_variance": explained_variance(values[mask], returns[mask]),
-            "response/length": mask.sum(1).float().mean().item(),
-            "response/ended": ended.float().mean().item(),
-            "seconds/sampling": sampling, "seconds/rollout": seconds,
-            "tokens_per_second/rollout": mask.sum().item() / seconds,
             **{f"score/{name}": part.mean().item() for name, part in parts.items()},
         }
-        self.show(prompts, answers, parts, divergence, metrics, step)
+        self.record(table)
+        self.warn(1 - metrics["response/ended"])
         if config.target_kl:
             self.coefficient = adapted(self.coefficient, metrics["objective/kl"], config.target_kl,
-                                       len(flat), config.kl_horizon)
-        return Rollout(rows, tokens, mask, logp, values, whiten(advantages, mask), returns, metrics)
+                                       len(table), config.kl_horizon)
+        seconds = time.perf_counter() - started
+        metrics |= {"seconds/rollout": seconds, "seconds/sampling": answers.seconds,
+                    "tokens_per_second/rollout": mask.sum().item() / seconds}
+        return Rollout(rows, answers.tokens, mask, answers.logp, values,
+                       whiten(advantages, mask), returns, metrics)
 
-    def sample(self, prompts: Sequence[Prompt], index: int) -> list[list[list[int]]]:
-        """`samples` answers of the policy to each prompt, as lists of tokens."""
-        config, model = self.config, self.policy.model
-        device = model.head.weight.device
-        generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + index)
-        answers = []
-        with use_adapter(model, self.policy.adapter):
-            for part in split(prompts, config.generate_batch):
-                images = torch.stack([prompt.image for prompt in part]).to(model.head.weight)
-                asked = [torch.tensor(prompt.tokens) for prompt in part]
-                found = generate(model, images, asked, config.max_new_tokens, config.temperature,
-                                 config.samples, generator)
-                answers += [answer.tolist() for answer in found]
-        return split(answers, config.samples)
+    def table(self, prompts, answers: Answers, parts: dict[str, Tensor], step: int) -> list[dict]:
+        """One row for each sampled answer: text, score with its parts, KL, what of it is false."""
+        rows, divergence = [], (answers.logp - answers.reference).sum(1)  # padding is 0 in both
+        said = [(p, answer) for p, group in zip(prompts, answers.tokens) for answer in group]
+        for i, (prompt, answer) in enumerate(said):
+            text = self.tokenizer.decode(answer).strip()
+            score = {name: part[i].item() for name, part in parts.items()}
+            rows.append({
+                "step": step + 1, "prompt": prompt.name, "question": prompt.question,
+                "answer": text, "score": sum(score.values()), **score, "kl": divergence[i].item(),
+                "tokens": len(answer), "ended": answer[-1] == self.tokenizer.eos_token,
+                "false": self.truth(prompt, text),
+            })
+        return rows
 
-    def measure(self, prompts, answers) -> tuple[Tensor, list[Tensor]]:
-        """mask (N, T), and per token: policy's and reference's log-probability, value, each (N, T)."""
-        lengths = torch.tensor([len(answer) for group in answers for answer in group])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (N, T)
-        found, device = [[], [], []], self.policy.model.head.weight.device
-        for part in split(list(zip(prompts, answers)), self.config.micro_batch):
-            batch = self.collate(part).to(device)
-            found[0].append(self.policy.logp(batch, self.config.temperature).float().cpu())
-            found[1].append(self.reference.logp(batch, self.config.temperature).float().cpu())
-            found[2].append(self.critic(batch).cpu())
-        # entries come answer by answer, as the mask's rows do
-        return mask, [torch.zeros(mask.shape).masked_scatter(mask, torch.cat(x)) for x in found]
-
-    def warn(self, ended: Tensor) -> None:
+    def warn(self, cut: float) -> None:
         """Say it, once, if most answers are cut off: then their ends are never learnt."""
-        cut = 1 - ended.float().mean().item()
         if cut > 0.5 and not self.warned:
             self.warned = True
             print(f"warning: {100 * cut:.0f} % of the answers were cut off at --max_new_tokens "
                   f"{self.config.max_new_tokens}; a larger limit lets them end", file=sys.stderr)
 
-    def show(self, prompts, answers, parts, divergence, metrics: dict, step: int) -> None:
-        """Hand the answers to `record`, and put the share that is known to be false into metrics."""
-        rows = []
-        flat = [(prompt, answer) for prompt, group in zip(prompts, answers) for answer in group]
-        for i, (prompt, answer) in enumerate(flat):
-            text = self.tokenizer.decode(answer).strip()
-            rows.append({
-                "step": step + 1, "prompt": prompt.name, "question": prompt.question, "answer": text,
-                "score": sum(part[i].item() for part in parts.values()),
-                **{name: part[i].item() for name, part in parts.items()},
-                "kl": divergence[i].item(), "false": self.truth(prompt, text),
-            })
-        judged = [row["false"] for row in rows if row["false"] is not None]
-        if judged:
-            metrics["truth/hallucination"] = sum(map(bool, judged)) / len(judged)
-        self.record(rows)
+
+def summary(table: list[dict]) -> dict[str, float]:
+    """Means over a table of sampled answers, under the names that other trainers use."""
+    mean = lambda values: sum(values) / len(values)
+    metrics = {
+        "objective/kl": mean([row["kl"] for row in table]),
+        "objective/scores": mean([row["score"] for row in table]),
+        "response/length": mean([row["tokens"] for row in table]),
+        "response/ended": mean([row["ended"] for row in table]),
+    }
+    known = [bool(row["false"]) for row in table if row["false"] is not None]
+    return metrics | ({"truth/hallucination": mean(known)} if known else {})

@@ -1,7 +1,7 @@
 """What reward models and PPO learn from: prompts with their images seen and facts attached.
 
 `readers.py` checks the rows of LLaVA-RLHF's files (arXiv 2309.14525). Here they get what training
-needs: the image's features from the frozen tower (once per image), the prompt's tokens, the captions
+needs: the image's features from the frozen tower (once per image), the prompt's tokens, captions
 for factual augmentation, and the right answer where the row tells it (`caption_type`).
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from data import Tokenizer, prompt_text, prompt_tokens
+from data import Tokenizer, trunk_tokens
 from readers import Prompt as PromptRow
 from readers import captions_of, read_captions, read_pairs, read_prompts
 from rows import DataError
@@ -96,17 +96,6 @@ class Reader:
         if row.image not in self.seen:
             self.seen[row.image] = self.see(row.name, row.image)
         picture = getattr(row.image, "name", "")
-        tokens = conversation_tokens(self.tokenizer, history, row.question, self.patches)
+        tokens = trunk_tokens(self.tokenizer, history, row.question, self.patches)
         return Prompt(
             row.name, self.seen[row.image], tokens, row.question, facts, truth, factor, picture)
-
-
-def conversation_tokens(
-    tokenizer: Tokenizer, history: Sequence[tuple[str, str]], question: str, patches: int
-) -> list[int]:
-    """A conversation about an image in LLaVA's template, up to where the assistant is to speak."""
-    first, *later = [*(asked for asked, _ in history), question]
-    ids = prompt_tokens(tokenizer, prompt_text(first), patches)
-    for (_, answer), asked in zip(history, later):
-        ids += tokenizer.encode(answer, eos=True) + tokenizer.encode(f"USER: {asked} ASSISTANT:")
-    return ids

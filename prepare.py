@@ -114,12 +114,11 @@ def read_examples(
     skipped: list[str] | None = [] if run.skip_bad_rows else None
     weights = {name: getattr(config, name) for name in ("gamma", "min_match", "replacements_only")
                if hasattr(config, name)}
+    read, make = readers.read_pairs, data.pair_example
     if run.algo == "sft":
-        rows, make = readers.read_conversations(patterns, images, skipped), data.conversation_example
-    else:
-        rows, make = readers.read_pairs(patterns, images, skipped), data.pair_example
+        read, make = readers.read_conversations, data.conversation_example
     sound, examples = [], []
-    for row in rows:
+    for row in read(patterns, images, skipped):
         with skipping(skipped):
             example = make(row, None, tokenizer, model.config.vision.patches, **weights)
             data.check_lengths(example, model.config.text.max_position_embeddings)

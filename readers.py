@@ -1,17 +1,17 @@
 """Rows as users have them, checked and brought to three records; no tokens here.
 
-    RLHF-V-Dataset (parquet)      image, text = JSON of question, chosen, rejected   -> Pair
-    RLAIF-V-Dataset (parquet)     image, question, chosen, rejected                  -> Pair
-    plain JSONL or JSON           image, question (or prompt), chosen, rejected      -> Pair
-    LLaVA-Human-Preference-10K    image, conversations, output_1, output_2,
-                                  preference: 1 or 2, the better one                 -> Pair
-    LLaVA instruct (JSON)         image (may be absent), conversations               -> Conversation
-    prompts for PPO (JSON)        image, conversations, caption_type, length_bonus   -> Prompt
-    image_to_caption.json         {file name: [captions]}                            -> read_captions
+    RLHF-V-Dataset (parquet)     image, text = JSON of question, chosen, rejected  -> Pair
+    RLAIF-V-Dataset (parquet)    image, question, chosen, rejected                 -> Pair
+    plain JSONL or JSON          image, question (or prompt), chosen, rejected     -> Pair
+    LLaVA-Human-Preference-10K   image, conversations, output_1, output_2,
+                                 preference: 1 or 2, the better one                -> Pair
+    LLaVA instruct (JSON)        image (may be absent), conversations              -> Conversation
+    prompts for PPO (JSON)       image, conversations, caption_type, length_bonus  -> Prompt
+    image_to_caption.json        {file name: [captions]}                           -> read_captions
 
-Which of them a row belongs to, its fields tell. A preference serves wherever a conversation is wanted
-(with its better answer), and anything serves where only a prompt is. What cannot be used is an error
-that names file and row: nothing is cut, guessed or dropped silently.
+Which of them a row belongs to, its fields tell. A preference serves wherever a conversation is
+wanted (with its better answer), and anything serves where only a prompt is. What cannot be used is
+an error that names file and row: nothing is cut, guessed or dropped silently.
 """
 
 import math
@@ -126,7 +126,7 @@ def captions_of(name: str, image: Source, captions: dict[str, list[str]]) -> lis
     raise DataError(f"{name}: no captions for image '{path}'")
 
 
-# -------------------------------------------------------------------------------- from row to record
+# ------------------------------------------------------------------------------- from row to record
 
 
 def make_pair(name: str, row: dict, images: str | Path) -> Pair:
@@ -235,13 +235,13 @@ def turns_of(name: str, messages: list[dict], image: bool) -> list[Turn]:
     loses that turn, and the image goes before the first question, wherever in it `<image>` stands.
     That code drops an image without `<image>` silently; here it is an error.
     """
-    if messages and messages[0].get("from") == "gpt":
-        messages = messages[1:]
+    greeting = bool(messages) and messages[0].get("from") == "gpt"
     values = []
-    for number, message in enumerate(messages, 1):
+    for number, message in enumerate(messages[greeting:], 1 + greeting):
         speaker, value = ("human", "gpt")[len(values) % 2], message.get("value")
         if message.get("from") != speaker:
-            raise DataError(f"{name}: turn {number} is from {message.get('from')!r}, not {speaker!r}")
+            found = message.get("from")
+            raise DataError(f"{name}: turn {number} is from {found!r}, not {speaker!r}")
         if not isinstance(value, str) or not value.replace(IMAGE, "").strip():
             raise DataError(f"{name}: turn {number}, from {speaker!r}, is empty")
         values.append(value)

@@ -1,13 +1,13 @@
 """What an answer is worth: a reward model learnt from ranked pairs, and rules that need no model.
 
-The reward model is the supervised model with a scalar head (LLaVA-RLHF, arXiv 2309.14525). A request
-to judge is appended to the answer and the reward is read at the request's last token, the ":" of
+The reward model is the supervised model with a scalar head (LLaVA-RLHF, arXiv 2309.14525). A
+request to judge is appended to the answer; the reward is read at its last token, the last ":" of
 
     USER: <image>\\n{question} ASSISTANT: {answer} USER: Is this true? Facts: ...; ... . ASSISTANT:
 
-*Factual augmentation* puts captions of the image into the request, shuffled, in training and in use:
-the judge need not see better than the policy, only read. Two answers to a prompt are two branches of
-one trunk, as everywhere here. From the score r of each, the Bradley-Terry loss of a ranked pair is
+*Factual augmentation* puts captions of the image into the request, shuffled, in training and in
+use: the judge need not see better than the policy, only read. Two answers to a prompt are two
+branches of one trunk, as everywhere here. With the score r of each, a ranked pair's loss is
 
     L = -log sigmoid(r_chosen - r_rejected) + c |mean(r_chosen + r_rejected)|
 
@@ -19,8 +19,8 @@ What this file does differently from the released code (llava-rlhf/LLaVA-RLHF), 
 2. The head starts as the difference of the vocabulary's rows for "Yes" and "No", so that the first
    reward is the base's own verdict and training corrects it; the released head starts from 0
    (`--head zero`).
-3. The answer's end-of-sequence token is left out of what is judged, as it was in the base's lessons;
-   that an answer has no end is the business of a rule.
+3. The answer's end-of-sequence token is left out of what is judged, as it was in the base's
+   lessons; that an answer has no end is the business of a rule.
 """
 
 import hashlib
@@ -81,7 +81,7 @@ class Judge(nn.Module):
     """A LLaVA with a scalar head instead of the vocabulary: a reward model, or PPO's critic."""
 
     def __init__(self, model: LLaVA, adapter: str | None = None):
-        """`adapter` names the one to compute with, over a base that others share; None: no adapter."""
+        """`adapter`: the one to compute with, over a base that others share; None: no adapter."""
         super().__init__()
         self.model, self.adapter = model, adapter
         weight = model.head.weight
@@ -104,7 +104,8 @@ class Judge(nn.Module):
 
 
 def judge_batch(
-    model: LLaVA, tokenizer: Tokenizer, rows: Sequence[tuple[Prompt, Sequence[Sequence[int]]]], seeds
+    model: LLaVA, tokenizer: Tokenizer,
+    rows: Sequence[tuple[Prompt, Sequence[Sequence[int]]]], seeds: tuple,
 ) -> Batch:
     """Prompts with the tokens of their answers, each followed by the request, as one batch.
 
@@ -126,8 +127,8 @@ class RMConfig(Training):
     facts: bool = option(False, "factual augmentation: the judge is shown the image's captions")
     captions: str | None = option(None, "image_to_caption.json, for --facts with --data")
     centring: float = option(1e-3, "weight of |mean reward| in the loss (release)")
-    head: str = option("verdict", "the scalar head starts from the rows of Yes and No, or from zero "
-                       "(release)", choices=("verdict", "zero"))
+    head: str = option("verdict", "the scalar head starts from the rows of Yes and No, or from "
+                       "zero (release)", choices=("verdict", "zero"))
     rankings: int = option(4000, "ranked pairs to collect on the built-in world (release: 10k)")
     noise: float = option(0.1, "how often the built-in world's annotator ranks wrongly")
     held_out: int = option(500, "pairs to measure agreement on; of own data a tenth at most")
@@ -146,11 +147,11 @@ class RewardModel:
         if config.head == "verdict":
             judge.start_from_verdict(tokenizer)
         self.modules = nn.ModuleDict({"judge": judge})
-        self.source = Epochs(pairs, config, seed)
+        self.source = Epochs(pairs, config, seed, pair_length)
         self.steps = self.source.steps
 
     def batches(self, step: int) -> list[Batch]:
-        pairs = sorted(self.source.examples(step), key=lambda p: len(p.chosen) + len(p.rejected))
+        pairs = sorted(self.source.examples(step), key=pair_length)
         return [
             pair_batch(self.judge.model, self.tokenizer, part, (self.seed, step))
             for part in split(pairs, self.config.micro_batch)
@@ -181,6 +182,10 @@ class RewardModel:
         save_head(self.judge, folder, self.origin)
 
 
+def pair_length(pair: Ranked) -> int:
+    return len(pair.chosen) + len(pair.rejected)
+
+
 def pair_batch(model: LLaVA, tokenizer: Tokenizer, pairs: Sequence[Ranked], seeds) -> Batch:
     rows = [(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
     return judge_batch(model, tokenizer, rows, seeds)
@@ -203,15 +208,15 @@ def agreement(
         for pair, (chosen, rejected) in zip(part, rewards):
             records.append({
                 "name": pair.prompt.name, "question": pair.prompt.question,
-                "chosen": tokenizer.decode(pair.chosen), "rejected": tokenizer.decode(pair.rejected),
-                "rewards": [chosen, rejected]})
+                "chosen": tokenizer.decode(pair.chosen),
+                "rejected": tokenizer.decode(pair.rejected), "rewards": [chosen, rejected]})
     both = torch.tensor([record["rewards"] for record in records], dtype=torch.float64)
     right = (both[:, 0] > both[:, 1]).double() + 0.5 * (both[:, 0] == both[:, 1])
     terms = {"agreement": [(1, right.numpy(), torch.ones(len(right)).double().numpy())]}
     return metrics.with_intervals(terms, seed), records
 
 
-# ---------------------------------------------------------------------------- rules, without a model
+# --------------------------------------------------------------------------- rules, without a model
 
 
 def symbolic_reward(text: str, truth: str | None) -> float:
@@ -284,7 +289,8 @@ class Scorer:
         text = self.tokenizer.decode(answer)
         return (
             config.symbolic_bonus * symbolic_reward(text, prompt.truth),
-            length_penalty(len(answer), config.longest, prompt.length_factor, config.length_penalty),
+            length_penalty(
+                len(answer), config.longest, prompt.length_factor, config.length_penalty),
             missing_end_penalty(ended, config.missing_end),
         )
 
@@ -299,7 +305,7 @@ def lineage(tokenizer: Tokenizer, base: str, facts: bool) -> dict[str, str]:
 
 
 def save_head(judge: Judge, folder: Path, origin: dict[str, str]) -> None:
-    """Write the scalar head; `origin` as `lineage` gives it. The weights are saved as any model's."""
+    """Write the scalar head; `origin` as `lineage` gives it. The model is saved as any model."""
     tensors = {name: getattr(judge, name).detach().cpu() for name in ("weight", "bias")}
     save_file(tensors, folder / HEAD, {"format": "pt", **origin})
 

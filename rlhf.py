@@ -20,16 +20,17 @@ import torch
 
 import checkpoint
 import collect
-import evaluate
+import features
 import ppo
 import reward
+import rollouts
 import world
 from config import Run
 from files import read_json
 from model import add_adapter, carriers, select_trainable
 from preferences import Prompt, Ranked, Reader
 from prepare import WORLD, on_world
-from rows import DataError, open_image
+from rows import DataError
 
 SHOWN = 8  # answers of every rollout that go into samples.jsonl
 
@@ -43,14 +44,13 @@ def world_folder(run: Run, model, name: str) -> Path:
 
 
 def make_reader(run: Run, config, model, tokenizer, settings, folder: Path | None) -> Reader:
-    """A reader of rows whose captions lie in the built-in world's `folder`, or where the user says."""
+    """A reader of rows; captions lie in the built-in world's `folder`, or where the user says."""
     captions = config.captions
     if config.facts and folder:
         captions = folder / "image_to_caption.json"
     if config.facts and not captions:
-        raise ValueError("--facts needs the captions of the images: --captions image_to_caption.json")
-    see = lambda name, source: evaluate.image_features(
-        model, settings, [open_image(name, source)])[0].cpu()
+        raise ValueError("--facts needs captions of the images: --captions image_to_caption.json")
+    see = lambda name, source: features.look(model, settings, [(name, source)])[0]
     skip = [] if run.skip_bad_rows else None
     return Reader(
         see, tokenizer, model.config.vision.patches, captions if config.facts else None, skip)
@@ -144,7 +144,7 @@ def missing_reward(run: Run, config, model) -> tuple[Run, reward.RMConfig] | Non
 
 
 def load_judge(model, tokenizer, folder: Path, adapter: str | None, origin: dict) -> reward.Judge:
-    """The reward model of a run: as a named adapter over `model`, or (None) as a model of its own."""
+    """The reward model of a run: a named adapter over `model`, or (None) a model of its own."""
     if not (folder / reward.HEAD).exists():
         raise FileNotFoundError(f"{folder}: no reward model in it ({reward.HEAD} is missing); make "
                                 "one with python train.py --algo rm")
@@ -163,13 +163,13 @@ def load_judge(model, tokenizer, folder: Path, adapter: str | None, origin: dict
 
 def make_roles(
     run: Run, config, model, tokenizer
-) -> tuple[ppo.Role, ppo.Role, reward.Judge, reward.Judge]:
+) -> tuple[rollouts.Role, rollouts.Role, reward.Judge, reward.Judge]:
     """Policy, reference, critic and reward model; the first and the third are to be trained."""
     folder = reward_folder(run, config, model)
     origin = reward.lineage(tokenizer, checkpoint.fingerprint(model), config.facts)
     if run.lora:
         add_adapter(model, "default", run.lora, run.lora_alpha, seed=run.seed)
-        policy, reference = ppo.Role(model, "default"), ppo.Role(model, None)
+        policy, reference = rollouts.Role(model, "default"), rollouts.Role(model, None)
         judge = load_judge(model, tokenizer, folder, "reward", origin)
         critic = load_judge(model, tokenizer, folder, "critic", origin)
         select_trainable(model, "default")
@@ -178,7 +178,8 @@ def make_roles(
         for module in carriers(model, "default"):  # what the result is measured with
             module.active = "default"
     else:
-        policy, reference = ppo.Role(model), ppo.Role(copy.deepcopy(model).requires_grad_(False))
+        policy = rollouts.Role(model)
+        reference = rollouts.Role(copy.deepcopy(model).requires_grad_(False))
         judge = load_judge(model, tokenizer, folder, None, origin)
         critic = reward.Judge(copy.deepcopy(judge.model))
         for trained in (model, critic.model):

@@ -1,8 +1,8 @@
 """From files to rows and pictures: JSON lines, JSON arrays, parquet, and the images they name.
 
 Which of these a file is, its content tells and never its name. Images stay where they are until
-somebody opens them: a row holds a name, or a place in a parquet file, so that a data set of any size
-fits. What the rows mean is told by `readers.py`.
+somebody opens them: a row holds a name, or a place in a parquet file, so that a data set of any
+size fits. What the rows mean is told by `readers.py`.
 """
 
 import contextlib

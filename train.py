@@ -32,6 +32,7 @@ import evaluate
 import files
 import ppo
 import prepare
+import report
 import reward
 import rlhf
 import sft
@@ -267,8 +268,9 @@ def make_algorithm(run: Run, config, model, tokenizer, settings, folder: Path, d
         if first := rlhf.missing_reward(run, config, model):
             execute(*first)
         return rlhf.make_ppo(run, config, model, tokenizer, settings, folder)
-    _, examples = prepare.read_examples(run, config, model, tokenizer, settings, folder)
+    rows, examples = prepare.read_examples(run, config, model, tokenizer, settings, folder)
     if run.algo != "sft":
+        report.save_pairs(folder, rows, examples, tokenizer)
         prepare.cached_reference(run, config, model, examples, folder / "reference.json", device)
     make_trainable(run, model)
     if run.algo == "sft":
@@ -325,12 +327,13 @@ def execute(run: Run, config) -> None:
         after = evaluate.measure_world(model, tokenizer, images, run.test_scenes)
         print(evaluate.table(before[0], after[0]))
         evaluate.write_results(folder / "results.json", before, after)
+    page = report.write_report(folder)
     for old in folder.glob("checkpoint-*"):
         shutil.rmtree(old)
     for old in folder.glob("features.*"):
         old.unlink()
     print(f"{folder}: {algorithm.steps} steps, {time.perf_counter() - started:.0f} s in all; "
-          f"the model is in {folder / 'model'}", file=sys.stderr)
+          f"the model is in {folder / 'model'}, the report in {page}", file=sys.stderr)
 
 
 def save_result(run: Run, model, tokenizer, images, folder: Path) -> None:
