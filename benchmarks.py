@@ -295,7 +295,7 @@ def world_terms(records: Sequence[dict]) -> dict[str, Terms]:
 def delta_terms(records: Sequence[dict]) -> Terms:
     """Over-generalisation as in RLHF-V's Table 2: Delta = H_s - H_a, averaged over the settings.
 
-    For the most frequent objects of a setting, H_a is how often one of them is mentioned where it is
+    For the most frequent objects of a setting, H_a is how often one is mentioned where it is
     absent, in all images; H_s the same in images of that setting. Counting the occasions, and not
     the mentions, keeps apart how often an object is there and how often it is made up.
     """

@@ -57,9 +57,10 @@ def lines(title: str, of: str, series: dict[str, Sequence[tuple[float, float]]])
     for i, points in enumerate(series.values()):
         line = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y in points)
         parts.append(f'<path class="s{i}" d="M{line}"/>')
-    names = series if len(series) > 1 else ()
-    legend = "".join(f'<span class="key s{i}"></span>{escape(name.split("/")[-1])}'
-                     for i, name in enumerate(names))
+    parts_of = [name.split("/") for name in series] if len(series) > 1 else []
+    apart = -1 if len({each[-1] for each in parts_of}) > 1 else 0  # policy/clipfrac, val/clipfrac
+    legend = "".join(f'<span class="key s{i}"></span>{escape(each[apart])}'
+                     for i, each in enumerate(parts_of))
     return (f'<figure class="card"><figcaption>{escape(title)} <small>{legend}</small></figcaption>'
             f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
             f'{"".join(parts)}</svg></figure>')

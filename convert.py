@@ -23,7 +23,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from data import split
 from files import sync, whole_folder, write_atomic
 from readers import Pair, read_pairs
 from rows import FORMATS, DataError, image_content, skipping
@@ -136,9 +135,9 @@ def write_parquet(pairs: list[Pair], out: Path, images, skip: list[str] | None) 
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         with parquet.ParquetWriter(temporary, schema) as writer:
-            for part in split(pairs, GROUP):
+            for start in range(0, len(pairs), GROUP):
                 rows = []
-                for pair in part:
+                for pair in pairs[start : start + GROUP]:
                     with skipping(skip):
                         rows.append({"idx": written + len(rows), **parquet_fields(pair, out.stem)})
                 writer.write_table(arrow.Table.from_pylist(rows, schema))

@@ -87,6 +87,20 @@ def batch_scores(model: LLaVA, batch: Batch, normalize: bool) -> Tensor:
     return response_scores(logp, batch.weight, batch.group, batch.groups, normalize)
 
 
+def pair_loss(
+    model: LLaVA, batch: Batch, beta: float, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean loss, chosen and rejected rewards (P,), scores (2P,) of a batch of pairs.
+
+    What `preference_loss` makes of `batch_scores`, fused: the (R, vocabulary) logits are never in
+    memory (`kernels.ddpo_loss`).
+    """
+    return model.head(
+        response_states(model, batch), batch.target, segment_weight=batch.weight,
+        group=batch.group, reference=batch.reference, beta=beta, normalize=normalize,
+    )
+
+
 @dataclass
 class DDPOConfig(Training):
     learning_rate: float = option(1e-5, "peak learning rate (paper, 7B and up: 5e-7)")
@@ -121,14 +135,8 @@ class DDPO:
         return batch.groups // 2
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        """The mean over pairs of what `preference_loss` makes of `response_scores`.
-
-        `kernels.ddpo_loss` computes just that, without the (R, vocabulary) logits in memory.
-        """
-        loss, chosen_rewards, rejected_rewards, scores = self.model.head(
-            response_states(self.model, batch), batch.target, segment_weight=batch.weight,
-            group=batch.group, reference=batch.reference, beta=self.config.beta,
-            normalize=self.config.normalize,
+        loss, chosen_rewards, rejected_rewards, scores = pair_loss(
+            self.model, batch, self.config.beta, self.config.normalize
         )
         margins = chosen_rewards - rejected_rewards
         metrics = {

@@ -45,7 +45,7 @@ from model import LLaVA
 from rows import DataError, find_files, image_path, open_image, whole_rows
 from vision import ImageSettings
 
-__all__ = [  # what train.py, tests and other tools use; the last four are made elsewhere
+__all__ = [  # what train.py, tests and other tools use, wherever it is made
     "answers", "chair", "image_features", "measure_world", "mmhal", "pope", "read_results", "table",
     "world_metrics", "write_results",
 ]
@@ -346,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
     given.skipped = [] if given.skip_bad_rows else None
     try:
         command(given)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -34,7 +34,8 @@ ALGORITHMS = {
     "sft": "supervised fine-tuning on the given answers",
     "dpo": "direct preference optimisation (DPO)",
     "ddpo": "dense direct preference optimisation (DDPO) on corrected segments",
-    "reward": "a reward model from ranked answers", "ppo": "reinforcement learning (PPO)",
+    "rm": "a reward model from ranked answers", "ppo": "reinforcement learning (PPO)",
+    "vision": "pretraining of the vision tower", "base": "training of the built-in base model",
 }
 MEASURES = {  # section: (explanation, {measure: (label, 1 if more is better, -1 if less)})
     "Descriptions": ("Share of descriptions with at least one false …", {
@@ -64,7 +65,14 @@ CURVES = (  # title, unit of the y axis, metrics drawn together
     ("Reward margin", "chosen − rejected", ("rewards/margins",)),
     ("Pairs ranked right", "share of the batch", ("rewards/accuracies",)),
     ("Response scores", "log-probability", ("logps/chosen", "logps/rejected")),
-    ("KL to the reference", "nats", ("objective/kl",)),
+    ("Hallucinated answers", "share of the rollout", ("truth/hallucination",)),
+    ("Reward", "per answer", ("objective/scores", "objective/rlhf_reward")),
+    ("KL to the reference", "nats per answer", ("objective/kl",)),
+    ("Length of answers", "tokens", ("response/length",)),
+    ("Entropy", "nats per token", ("objective/entropy",)),
+    ("Clipped", "share of the tokens", ("policy/clipfrac", "val/clipfrac")),
+    ("Variance explained by the critic", "share", ("val/explained_variance",)),
+    ("Kinds seen right", "share", ("accuracy/kind",)),
     ("Gradient norm", "before clipping", ("grad_norm",)),
     ("Learning rate", "per step", ("learning_rate",)),
 )
@@ -138,7 +146,8 @@ def what_was_run(settings: dict, steps: list[dict]) -> str:
         text += f", {steps[-1]['step']} steps"
     if settings.get("batch_size"):
         text += f" of {escape(str(settings['batch_size']))} rows"
-    if settings.get("data") in (None, ["world"]) and settings.get("corrections"):
+    on_world = settings.get("data") in (None, ["world"])
+    if algorithm in ("sft", "dpo", "ddpo") and on_world and settings.get("corrections"):
         count = escape(str(settings["corrections"]))
         text += f", on {count} corrections of the model's own answers"
     return text + ". A hallucination is a statement that the picture does not bear out."
@@ -265,7 +274,8 @@ def marked(answer: str, spans: Iterable[dict]) -> str:
 
 def gallery(measured: dict) -> str:
     """The first held-out scenes with what was said about them."""
-    records = {name: {r["scene"]: r for r in part[1]} for name, part in measured.items()}
+    records = {name: {r["scene"]: r for r in part[1] if "scene" in r}  # of rankings: none
+               for name, part in measured.items()}
     cards = []
     for number, record in list(records.get("after", {}).items())[:SCENES]:
         scene = world.make_scene(number, "test")

@@ -792,6 +792,18 @@ def test_report_marks_corrected_segments_with_their_weight(reported):
     assert "×5" in page.text and [tag for tag, _ in page.tags].count("del") >= 2
 
 
+@pytest.mark.parametrize("names, keys", [
+    (("rewards/chosen", "rewards/rejected"), ["chosen", "rejected"]),
+    (("policy/clipfrac", "val/clipfrac"), ["policy", "val"]), (("loss",), []),
+])
+def test_report_tells_two_lines_apart(names, keys):
+    figure = charts.lines("T", "unit", {name: [(1, 0.5), (2, i)] for i, name in enumerate(names)})
+    page = Page(figure)
+    assert page.text.startswith("T " + "".join(keys))
+    assert "unit" in page.text and "step" in page.text
+    assert [tag for tag, _ in page.tags].count("path") == len(names)
+
+
 def test_report_of_a_bare_run(tmp_path):
     (tmp_path / "config.json").write_text('{"settings": {}, "versions": {}}')
     page = Page(report.write_report(tmp_path).read_text())

@@ -519,7 +519,7 @@ def test_features_on_disk_are_reused_and_refused(tiny, folder, monkeypatch):
 
 
 def test_a_full_disk_is_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match="features.bin: no 1e.* GB for image features"):
+    with pytest.raises(ValueError, match=r"features.bin: no 1000000000.0 GB for image features \("):
         features.reserve(tmp_path / "features.bin", 10**18)
     assert not list(tmp_path.iterdir())
 
@@ -600,10 +600,10 @@ def test_activation_estimate_is_near_what_autograd_keeps(checkpointing):
     position = torch.arange(200)[None]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.decoder(x, position)
-    measured, estimate = sum(kept.values()), dry_run.activation_bytes(config, 200, 4, checkpointing)
-    if checkpointing:  # the block that is computed again is kept only then
-        estimate -= dry_run.activation_bytes(config, 200, 4, False) // config.num_hidden_layers
-    assert 0.7 < estimate / measured < 1.3
+    estimate = dry_run.activation_bytes(config, 200, 4, checkpointing)
+    if checkpointing:  # the block that is computed again is kept in the backward pass only
+        estimate -= 200 * 4 * (8 * 64 + 2 * 32 + 4 * 176)
+    assert 0.9 < estimate / sum(kept.values()) < 1.1
 
 
 def test_needs_count_what_is_trained(tiny, tokenizer, folder):

@@ -313,18 +313,17 @@ def execute(run: Run, config) -> None:
     folder = Path(run.out or f"runs/{run.algo}")
     settings = {k: v for k, v in {**asdict(run), **asdict(config)}.items() if k not in TRANSIENT}
     resume = start_folder(folder, settings, run)
-    measured = run.test_scenes and run.algo not in BUILT_IN and prepare.on_world(run)
-    before = prepare.measure(run, model, tokenizer, images) if measured else None
     algorithm = make_algorithm(run, config, model, tokenizer, images, folder, device)
+    before = measure(prepare.measure, run, algorithm, model, tokenizer, images)
     loop = Loop(algorithm, folder, run, device)
     state = checkpoint.latest_state(folder) if resume else None
     if state:
         loop.load(state)
         print(f"resumed at step {loop.step} of {algorithm.steps}", file=sys.stderr)
     loop.train()
-    save_result(run, model, tokenizer, images, folder)
-    if measured:
-        after = evaluate.measure_world(model, tokenizer, images, run.test_scenes)
+    save_result(run, algorithm, model, tokenizer, images, folder)
+    if before:
+        after = measure(prepare.measure_now, run, algorithm, model, tokenizer, images)
         print(evaluate.table(before[0], after[0]))
         evaluate.write_results(folder / "results.json", before, after)
     page = report.write_report(folder)
@@ -336,8 +335,19 @@ def execute(run: Run, config) -> None:
           f"the model is in {folder / 'model'}, the report in {page}", file=sys.stderr)
 
 
-def save_result(run: Run, model, tokenizer, images, folder: Path) -> None:
+def measure(how, run: Run, algorithm, model, tokenizer, images) -> tuple[dict, list[dict]] | None:
+    """How the model describes held-out scenes of the built-in world; None where there are none."""
+    if hasattr(algorithm, "measure"):  # of a reward model its agreement counts, not what it says
+        return algorithm.measure()
+    if not run.test_scenes or run.algo in BUILT_IN or not prepare.on_world(run):
+        return None
+    return how(run, model, tokenizer, images)
+
+
+def save_result(run: Run, algorithm, model, tokenizer, images, folder: Path) -> None:
     """The trained model in the public layout; with LoRA, the adapter beside it too."""
+    if hasattr(algorithm, "save"):
+        algorithm.save(folder)
     adapter = "default" if run.lora else None
     checkpoint.save_llava(model, tokenizer, images, folder / "model", adapter=adapter)
     if adapter:

@@ -151,7 +151,7 @@ DESCRIBE_PROMPTS_TRAIN = (
 )
 DESCRIBE_PROMPTS_EVAL = (  # other wordings, but no word that the training prompts lack
     "Please describe this picture.", "Tell me everything about the picture.",
-    "What can you see? Describe it.", "Look at this picture and tell me what is in it.",
+    "Please tell me everything that you see.", "Look at this picture and give a description of it.",
     "Give a description of everything you see.", "Describe what you see in the picture.",
     "Please look at this picture. What is in it?", "Tell me about everything in this picture.",
 )
