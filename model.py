@@ -127,7 +127,8 @@ class Head(nn.Linear):
 def product_dtype(weight: Tensor) -> torch.dtype:
     """What matrix products with this weight are computed in: autocast's dtype, or its own."""
     kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    low = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if low else weight.dtype
 
 
 class KVCache:

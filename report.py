@@ -94,6 +94,8 @@ def write_report(run_folder: Path | str) -> Path:
     log, results, pairs = folder / "metrics.jsonl", folder / "results.json", folder / "pairs.json"
     steps = read_log(log) if log.exists() else []
     measured = read_results(results) if results.exists() else {}
+    if any("scene" not in record for _, records in measured.values() for record in records):
+        measured = {}  # of a reward model: agreement with rankings, not answers about scenes
     body = [
         f"<h1>{escape(folder.resolve().name)}</h1>",
         f"<p>{what_was_run(settings, steps)}</p>",
@@ -274,8 +276,7 @@ def marked(answer: str, spans: Iterable[dict]) -> str:
 
 def gallery(measured: dict) -> str:
     """The first held-out scenes with what was said about them."""
-    records = {name: {r["scene"]: r for r in part[1] if "scene" in r}  # of rankings: none
-               for name, part in measured.items()}
+    records = {name: {r["scene"]: r for r in part[1]} for name, part in measured.items()}
     cards = []
     for number, record in list(records.get("after", {}).items())[:SCENES]:
         scene = world.make_scene(number, "test")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import data
 import world
 from config import Training, option
-from data import Batch, Example, Response, Tokenizer, collate, prompt_tokens
+from data import Batch, Example, Tokenizer, collate, prompt_tokens
 from model import LLaVA, LLaVAConfig, TextConfig
 from vision import ImageSettings, VisionConfig, preprocess
 

@@ -120,8 +120,11 @@ class Loop:
         metrics: dict[str, float] = {}
         for batch in batches:
             share = self.algorithm.size(batch) / total
-            with compute_dtype(self.run, self.device):
-                loss, values = self.algorithm.loss(to_device(batch, self.device))
+            try:
+                with compute_dtype(self.run, self.device):
+                    loss, values = self.algorithm.loss(to_device(batch, self.device))
+            except ValueError as error:  # the kernels refuse hidden states that are not finite
+                self.fail(str(error), batch)
             if not math.isfinite(loss.item()):
                 self.fail(f"the loss is {loss.item()}", batch)
             (loss * share).backward()

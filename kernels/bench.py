@@ -3,6 +3,8 @@
     python kernels/bench.py                          shapes of a 7B model on a GPU, small on a CPU
     python kernels/bench.py --frozen                 no gradient for the vocabulary matrix (LoRA)
     python kernels/bench.py --vocab 640 --width 512  any other shape
+    python kernels/bench.py --step                   a whole DDPO step (bench_step.py)
+    python kernels/bench.py --generate               generation (bench_generate.py)
 
 Three jobs on the same R response tokens, of P pairs: log-probs without a gradient, log-probs with
 gradients for given coefficients, and the whole DDPO loss with gradients. For each:
@@ -310,5 +312,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def main(argv: list[str]) -> None:
+    if argv[:1] == ["--step"]:
+        from kernels import bench_step
+
+        bench_step.main(argv[1:])
+    elif argv[:1] == ["--generate"]:
+        from kernels import bench_generate
+
+        bench_generate.main(argv[1:])
+    else:
+        table(parse(argv))
+
+
 if __name__ == "__main__":
-    table(parse(None))
+    main(sys.argv[1:])
