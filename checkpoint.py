@@ -34,6 +34,16 @@ VOCABULARY = ("decoder.embed_tokens.weight", "head.weight")
 # ------------------------------------------------------------------------------------------ reading
 
 
+def find_device(name: str | None) -> torch.device:
+    """The device of a name; of None or "auto": a GPU if there is one."""
+    if name in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):  # torch has no single kind of error for this
+        raise ValueError(f"--device {name}: this installation of torch has no such device") from None
+
+
 def load_llava(
     path: Path | str, device="cpu", dtype: torch.dtype | None = None,
     tower: Path | str | None = None,

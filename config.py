@@ -9,6 +9,7 @@ gives `--beta`, its type, its default and its line in `--help`. Booleans become 
 
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import get_args, get_type_hints
@@ -17,9 +18,21 @@ from typing import get_args, get_type_hints
 ALGORITHMS = ("vision", "base", "sft", "dpo", "ddpo", "rm", "ppo")
 
 
-def option(default, help: str, choices: tuple | None = None):
-    """A dataclass field that is also a command-line option."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help: str, choices: tuple | None = None, least: float = 0):
+    """A dataclass field that is also a command-line option; a number is at least `least`."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+
+
+def number(kind: type, least: float):
+    """A reader of numbers for argparse: finite, and not below the least one."""
+    def read(text: str):
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"should be at least {least:g}, not {text}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse: "invalid int value"
+    return read
 
 
 @dataclass
@@ -27,8 +40,9 @@ class Training:
     """What every algorithm's optimisation needs; each algorithm sets its own defaults."""
 
     learning_rate: float = option(1e-5, "peak learning rate")
-    batch_size: int = option(32, "rows per optimizer step")
-    micro_batch: int = option(32, "rows per forward pass; smaller needs less memory, same result")
+    batch_size: int = option(32, "rows per optimizer step", least=1)
+    micro_batch: int = option(
+        32, "rows per forward pass; smaller needs less memory, same result", least=1)
     epochs: int = option(3, "passes over the data")
     steps: int = option(0, "optimizer steps; 0: as many as the epochs need")
     warmup: float = option(0.1, "share of the steps over which the learning rate rises linearly")
@@ -57,8 +71,8 @@ class Run:
                              "auto: as the model's folder says", choices=("auto", "pad", "crop"))
     corrections: int = option(1400, "corrections to collect (built-in world); RLHF-V's number")
     test_scenes: int = option(500, "held-out scenes of the evaluation (built-in world)")
-    save_every: int = option(100, "steps between checkpoints")
-    log_every: int = option(10, "steps between lines of metrics.jsonl")
+    save_every: int = option(100, "steps between checkpoints", least=1)
+    log_every: int = option(10, "steps between lines of metrics.jsonl", least=1)
     skip_bad_rows: bool = option(False, "leave unusable rows out and list them, instead of stopping")
     from_scratch: bool = option(False, "make the built-in base here instead of using the shipped one")
     dry_run: bool = option(False, "show what would be trained on, and stop")
@@ -80,8 +94,11 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
             parser.add_argument(f"--{spec.name}", action=argparse.BooleanOptionalAction, **common)
         elif spec.metadata["choices"]:
             parser.add_argument(f"--{spec.name}", choices=spec.metadata["choices"], **common)
-        elif kind in (int, float, str):
-            parser.add_argument(f"--{spec.name}", type=kind, metavar=kind.__name__, **common)
+        elif kind in (int, float):
+            parser.add_argument(f"--{spec.name}", type=number(kind, spec.metadata["least"]),
+                                metavar=kind.__name__, **common)
+        elif kind is str:
+            parser.add_argument(f"--{spec.name}", metavar="str", **common)
         else:  # list[str]
             parser.add_argument(f"--{spec.name}", nargs="+", metavar="str", **common)
 

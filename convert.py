@@ -23,7 +23,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from files import sync, whole_folder, write_atomic
+from files import sentence, sync, whole_folder, write_atomic
 from readers import Pair, read_pairs
 from rows import FORMATS, DataError, image_content, skipping
 
@@ -178,7 +178,7 @@ def main(arguments: list[str]) -> int:
     try:
         count = convert(given.data, given.out, given.images, skipped)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     if skipped:
         print(f"{len(skipped)} rows left out:", *skipped, sep="\n  ", file=sys.stderr)

@@ -29,8 +29,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 import coco
 import world
 from ask import Ask, answer_file, answers, image_features, read_asks, stream
@@ -38,8 +36,8 @@ from benchmarks import (
     chair, judge, judge_prompt, mmhal, pope, questionnaire, rating, read_mmhal, read_replies,
     world_metrics, world_terms,
 )
-from checkpoint import fingerprint, load_llava
-from files import write_atomic
+from checkpoint import find_device, fingerprint, load_llava
+from files import sentence, write_atomic
 from metrics import comparison, listing, paired, read_results, table, write_results
 from model import LLaVA
 from rows import DataError, find_files, image_path, open_image, whole_rows
@@ -111,8 +109,7 @@ def model_folder(path: str) -> Path:
 
 def load(given, path: str):
     """(model, tokenizer, image settings) on the chosen device."""
-    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_llava(model_folder(path), device)
+    return load_llava(model_folder(path), find_device(given.device))
 
 
 def measure_run(given) -> None:
@@ -347,7 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command(given)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)

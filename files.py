@@ -20,6 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
+def sentence(error: Exception) -> str:
+    """An error as a user shall read it: ours as it is, the system's as its file and its reason."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {(error.strerror or 'cannot be used').lower()}"
+    return str(error)
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file, or one sentence about what is wrong with the file."""
     try:

@@ -76,8 +76,8 @@ def draw_pixels(scenes: list[world.Scene], settings: ImageSettings) -> Tensor:
 class TowerConfig(Training):
     learning_rate: float = option(2e-3, "peak learning rate of AdamW")
     muon_rate: float = option(0.02, "peak learning rate of Muon, for the blocks' matrices")
-    batch_size: int = option(64, "drawn scenes per step, each seen once")
-    micro_batch: int = option(64, "scenes per forward pass")
+    batch_size: int = option(64, "drawn scenes per step, each seen once", least=1)
+    micro_batch: int = option(64, "scenes per forward pass", least=1)
     steps: int = option(500, "optimizer steps")
     optimizer: str = option("muon", "AdamW at the same rate sees 80 % of the kinds where Muon "
                             "sees 97 %", choices=("muon", "adamw"))

@@ -165,8 +165,10 @@ def test_command_line_follows_the_dataclasses():
     run, config = train.parse(["--algo", "ddpo", "--gamma", "2", "--no-normalize", "--lora", "4"])
     assert (config.gamma, config.normalize, config.beta, run.lora) == (2.0, False, 0.5, 4)
     assert type(train.parse(["--algo", "dpo"])[1]) is ddpo.DPOConfig
+    assert train.parse(["--algo", "ppo", "--missing_end", "-3"])[1].missing_end == -3
     for wrong in (["--algo", "nonsense"], ["--gama", "3"], ["--algo", "sft", "--gamma", "3"],
-                  ["--beta", "much"], ["--normalize", "False"]):
+                  ["--beta", "much"], ["--normalize", "False"], ["--batch_size", "0"],
+                  ["--learning_rate", "nan"], ["--lora", "-8"], ["--images", "photos"]):
         with pytest.raises(SystemExit) as stopped:
             train.parse(wrong)
         assert stopped.value.code == 2
@@ -279,10 +281,22 @@ def test_folders_are_never_lost(photos, tmp_path):
     assert run_train(*own_data(photos, tmp_path / "run", "--steps", 1)).returncode == 0
     other = run_train(*own_data(photos, tmp_path / "run", "--steps", 2))
     assert other.returncode == 1 and "other settings (steps differ)" in other.stderr
+    file = run_train(*own_data(photos, tmp_path / "thesis" / "chapter.txt"))
+    assert file.returncode == 1 and "chapter.txt is not empty" in file.stderr
     nothing = run_train(*own_data(photos, tmp_path / "new", "--resume"))
     assert nothing.returncode == 1 and "no run to resume" in nothing.stderr
     missing = run_train("--model", tmp_path / "nowhere", "--out", tmp_path / "m")
     assert missing.returncode == 1 and "nowhere" in missing.stderr and "Traceback" not in missing.stderr
+
+
+def test_a_start_that_failed_leaves_nothing_in_the_way(photos, tmp_path, capsys):
+    settings = [str(each) for each in own_data(photos, tmp_path / "run", "--steps", 1)]
+    for wrong, sentence in ((("--images", "nowhere"), "no image '0.png' in "),
+                            (("--data", "none.jsonl"), "none.jsonl: no such file"),
+                            (("--device", "abacus"), "--device abacus: ")):
+        assert train.main([*settings, *wrong]) == 1
+        assert f"error: {sentence}" in re.sub("error: .*row 1: ", "error: ", capsys.readouterr().err)
+    assert train.main(settings) == 0
 
 
 def test_corrections_are_true_and_reproducible(tmp_path):
@@ -3701,6 +3715,39 @@ def test_their_adapter_here(folder_checkpoint, tmp_path, targets):
     after = load_file(tmp_path / "again/adapter_model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_lora_from_public_layout_to_public_layout(photos, tokenizer_model, tmp_path, capsys):
+    """`--algo ddpo --lora`, as somebody with llava-hf weights and corrections would start it."""
+    long = {"text": {"max_position_embeddings": 512}}
+    base = write_folder(tmp_path / "base", public_model(**long), tokenizer_model, "hub")
+    parquet = tmp_path / "rows-0.parquet"
+    assert convert.main(["convert", str(photos / "rows.jsonl"), str(parquet)]) == 0
+    for out, rows_ in (("lines", photos / "*.jsonl"), ("parquet", tmp_path / "rows-*.parquet")):
+        assert train.main(["--algo", "ddpo", "--lora", "4", "--model", str(base), "--steps", "3",
+                           "--data", str(rows_), "--images", str(photos), "--learning_rate", "1e-2",
+                           "--device", "cpu", "--out", str(tmp_path / out)]) == 0
+    run = tmp_path / "lines"
+    assert same_weights(run / "model", tmp_path / "parquet" / "model")
+
+    theirs, told = transformers.LlavaForConditionalGeneration.from_pretrained(
+        run / "model", output_loading_info=True)
+    assert not any(told.values())
+    processor = transformers.AutoProcessor.from_pretrained(run / "model")
+    start = transformers.LlavaForConditionalGeneration.from_pretrained(base)
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(start), run / "adapter")
+    ours, tokenizer, settings = checkpoint.load_llava(run / "model")
+    pair = read_pairs([photos / "rows.jsonl"])[1]
+    picture, text = open_image("row", pair.image), data.prompt_text(pair.question)
+    inputs = processor(images=picture, text=text, return_tensors="pt")
+    prompt = data.prompt_tokens(tokenizer, text, ours.config.vision.patches)
+    assert inputs["input_ids"][0].tolist() == prompt
+    with torch.no_grad():
+        mine = ours.logits(ask.pixels_of([picture], settings), torch.tensor([prompt]))
+        merged, apart, before = (each.eval()(**inputs).logits for each in (theirs, adapted, start))
+    assert (mine - merged)[..., :ROWS].abs().max() <= 1e-4
+    assert (mine - apart)[..., :ROWS].abs().max() <= 1e-4
+    assert (mine - before)[..., :ROWS].abs().max() > 0.1  # something was learnt
 
 
 def test_adapters_are_drawn_from_their_seed_alone(folder_checkpoint):

@@ -143,7 +143,7 @@ class Loop:
         }
 
     def fail(self, what: str, batch) -> None:
-        rows = ", ".join(getattr(batch, "names", [])[:8])
+        rows = ", ".join(list(dict.fromkeys(getattr(batch, "names", [])))[:8])
         kept = checkpoint.latest_state(self.folder)
         raise TrainingError(
             f"{what} at step {self.step + 1} (rows: {rows}); the weights before it are "
@@ -238,7 +238,8 @@ def start_folder(folder: Path, settings: dict, run: Run) -> bool:
     if file.exists():
         old = files.read_json(file)["settings"]
         changed = sorted(k for k in old.keys() | settings.keys() if old.get(k) != settings.get(k))
-        if changed:
+        began = checkpoint.latest_state(folder) or (folder / "metrics.jsonl").exists()
+        if changed and (began or run.resume):
             raise ValueError(
                 f"{folder} holds a run with other settings ({', '.join(changed)} differ); "
                 "choose another --out, or --overwrite it"
@@ -247,7 +248,7 @@ def start_folder(folder: Path, settings: dict, run: Run) -> bool:
             raise ValueError(f"{folder} holds an unfinished run; --resume goes on, --overwrite restarts")
     elif run.resume:
         raise ValueError(f"{folder} holds no run to resume")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty and holds no run of ours; choose another --out")
     if not run.resume and folder.exists():
         shutil.rmtree(folder)  # a finished run with the same settings: made again, with one result
@@ -308,8 +309,7 @@ def execute(run: Run, config) -> None:
     started = time.perf_counter()
     if first := prepare.missing(run):
         execute(first, ALGORITHMS[first.algo]())
-    device = torch.device(run.device if run.device != "auto"
-                          else "cuda" if torch.cuda.is_available() else "cpu")
+    device = checkpoint.find_device(run.device)
     model, tokenizer, images = prepare.load_start(run, device)
     if run.dry_run:
         return show(run, config, model, tokenizer, images, device)
@@ -372,7 +372,10 @@ def parse(arguments: list[str] | None) -> tuple[Run, options.Training]:
     options.add_options(parser.add_argument_group("the run"), Run)
     options.add_options(parser.add_argument_group(f"hyperparameters of {algo[0].algo}"), config)
     given = parser.parse_args(arguments)
-    return options.from_options(Run, given), options.from_options(config, given)
+    run = options.from_options(Run, given)
+    if run.images and prepare.on_world(run):
+        parser.error("--images is the folder of the images that --data names; give --data too")
+    return run, options.from_options(config, given)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -386,8 +389,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped before training began; the same command starts again", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, TrainingError) as error:
+        print(f"error: {files.sentence(error)}", file=sys.stderr)
         return 1
     return 0
 
