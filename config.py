@@ -73,6 +73,7 @@ class Run:
     test_scenes: int = option(500, "held-out scenes of the evaluation (built-in world)")
     save_every: int = option(100, "steps between checkpoints", least=1)
     log_every: int = option(10, "steps between lines of metrics.jsonl", least=1)
+    tensorboard: bool = option(False, "the same as events for TensorBoard, in the run's folder")
     skip_bad_rows: bool = option(False, "leave unusable rows out and list them, instead of stopping")
     from_scratch: bool = option(False, "make the built-in base here instead of using the shipped one")
     dry_run: bool = option(False, "show what would be trained on, and stop")

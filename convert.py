@@ -184,3 +184,7 @@ def main(arguments: list[str]) -> int:
         print(f"{len(skipped)} rows left out:", *skipped, sep="\n  ", file=sys.stderr)
     print(f"{given.out}: {count} rows", file=sys.stderr)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", *sys.argv[1:]]))

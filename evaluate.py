@@ -150,6 +150,8 @@ def compare(given) -> None:
 
 def chat(given) -> None:
     """Stream the answer to one question about one image."""
+    if not Path(given.image).is_file():
+        raise FileNotFoundError(f"--image {given.image}: no such file")
     image = open_image("--image", Path(given.image))
     stream(*load(given, given.model), image, given.prompt, given.max_new_tokens or 512,
            given.temperature, given.seed)

@@ -47,7 +47,8 @@ ALGORITHMS = {"vision": sft.TowerConfig, "base": sft.BaseConfig, "sft": sft.SFTC
 BUILT_IN = ("vision", "base")  # steps of the built-in world that take no data
 
 
-TRANSIENT = {"resume", "overwrite", "dry_run", "save_every", "log_every"}  # do not change a result
+TRANSIENT = {  # do not change a result
+    "resume", "overwrite", "dry_run", "save_every", "log_every", "tensorboard"}
 
 
 class Interrupted(Exception):
@@ -79,6 +80,9 @@ class Loop:
 
     def train(self) -> None:
         previous = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        board = None
+        if self.run.tensorboard:  # steps that were logged after the checkpoint are taken back
+            board = event_writer()(self.folder / "tensorboard", purge_step=self.step + 1)
         bar = tqdm(total=self.algorithm.steps, initial=self.step, desc=self.folder.name,
                    disable=None, leave=False)
         try:
@@ -91,6 +95,8 @@ class Loop:
                 if self.step % self.run.log_every == 0 or last:
                     with (self.folder / "metrics.jsonl").open("a") as file:
                         file.write(json.dumps({"step": self.step, **metrics}) + "\n")
+                    for name, value in metrics.items() if board else ():
+                        board.add_scalar(name, value, self.step)
                 if self.stop or self.step % self.run.save_every == 0 and not last:
                     self.save()
                 if self.stop:
@@ -99,6 +105,8 @@ class Loop:
                         "the same command with --resume goes on")
         finally:
             bar.close()
+            if board:
+                board.close()
             for which, handler in previous.items():
                 signal.signal(which, handler)
 
@@ -184,6 +192,15 @@ class Loop:
             files.write_atomic(log, "".join(kept))
 
 
+def event_writer() -> type:
+    """The class that writes TensorBoard's events, an optional package's."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter
+
+
 def schedule(step: int, steps: int, warmup: float) -> float:
     """Share of the peak learning rate: linear warm-up, then a cosine down to nothing."""
     rising = max(1, round(warmup * steps))
@@ -267,6 +284,8 @@ def make_algorithm(run: Run, config, model, tokenizer, settings, folder: Path, d
         select_trainable(model)
         return sft.SFT(model, config, source)
     if run.algo == "rm":
+        if first := rlhf.missing_judge(run):
+            execute(*first)
         return rlhf.make_reward_model(run, config, model, tokenizer, settings)
     if run.algo == "ppo":
         if first := rlhf.missing_reward(run, config, model):
@@ -307,6 +326,8 @@ def show(run: Run, config, model, tokenizer, settings, device) -> None:
 def execute(run: Run, config) -> None:
     """One run from its settings to its files."""
     started = time.perf_counter()
+    if run.tensorboard:
+        event_writer()  # missing is said before anything is begun
     if first := prepare.missing(run):
         execute(first, ALGORITHMS[first.algo]())
     device = checkpoint.find_device(run.device)
