@@ -284,8 +284,6 @@ def make_algorithm(run: Run, config, model, tokenizer, settings, folder: Path, d
         select_trainable(model)
         return sft.SFT(model, config, source)
     if run.algo == "rm":
-        if first := rlhf.missing_judge(run):
-            execute(*first)
         return rlhf.make_reward_model(run, config, model, tokenizer, settings)
     if run.algo == "ppo":
         if first := rlhf.missing_reward(run, config, model):
