@@ -74,7 +74,7 @@ def rankings(
         folder: gets `preferences.json` in LLaVA-Human-Preference-10K's format,
             `image_to_caption.json` and `images/`.
         count: ranked pairs wanted; pairs that are equally good are passed over, as people could not
-            tell either.
+            tell either, and so are empty answers.
         seed: decides scenes, wordings and sampling.
         noise: how often the worse answer is taken for the better; 0 for an exact measure.
         split: of the scenes, "train" or "test".
@@ -99,7 +99,9 @@ def rankings(
         )
         for i, (scene, question) in enumerate(zip(scenes, questions)):
             pair = said[2 * i : 2 * i + 2]
-            if len(rows) == count or world.merit(scene, pair[0]) == world.merit(scene, pair[1]):
+            if len(rows) == count or not all(answer.strip() for answer in pair):
+                continue
+            if world.merit(scene, pair[0]) == world.merit(scene, pair[1]):
                 continue
             image = f"{asked + i:06}.png"
             world.draw(scene, settings.size).save(folder / "images" / image)

@@ -15,7 +15,7 @@ from types import UnionType
 from typing import get_args, get_type_hints
 
 
-ALGORITHMS = ("vision", "base", "sft", "dpo", "ddpo", "rm", "ppo")
+ALGORITHMS = ("vision", "base", "judge", "sft", "dpo", "ddpo", "rm", "ppo")
 
 
 def option(default, help: str, choices: tuple | None = None, least: float = 0):

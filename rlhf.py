@@ -24,6 +24,7 @@ import features
 import ppo
 import reward
 import rollouts
+import sft
 import world
 from config import Run
 from files import read_json
@@ -32,6 +33,7 @@ from preferences import Prompt, Ranked, Reader
 from prepare import WORLD, on_world
 from rows import DataError
 
+JUDGE = WORLD / "judge"  # the base after lessons in judging: what reward models start from
 SHOWN = 8  # answers of every rollout that go into samples.jsonl
 
 
@@ -109,10 +111,28 @@ def make_truth(folder: Path | None) -> Callable[[Prompt, str], list[str] | None]
 # ------------------------------------------------------------------------------------------ models
 
 
+def missing_judge(run: Run) -> tuple[Run, sft.JudgeConfig] | None:
+    """The run that teaches the built-in world's base to judge, if a reward model needs it."""
+    if run.model or not on_world(run) or run.lora or (JUDGE / "model/config.json").exists():
+        return None
+    print(f"judge: not found in {JUDGE}, making it first", file=sys.stderr)
+    first = Run(algo="judge", out=str(JUDGE), device=run.device, dtype=run.dtype,
+                from_scratch=run.from_scratch, resume=(JUDGE / "config.json").exists())
+    return first, sft.JudgeConfig()
+
+
 def make_reward_model(run: Run, config, model, tokenizer, settings) -> reward.RewardModel:
-    """The algorithm that trains a reward model on top of `model`."""
+    """The algorithm that trains a reward model on top of `model`.
+
+    On the built-in world the pairs are answers of `model`, which then takes the judge's weights: it
+    has to compare answers with captions, and so small a base cannot. (An adapter has to lie over the
+    base itself, as the policy's does: with --lora there is no judge.)
+    """
     pairs, held_out = ranked_pairs(run, config, model, tokenizer, settings)
     origin = reward.lineage(tokenizer, checkpoint.fingerprint(model), config.facts)
+    if on_world(run) and not run.model and not run.lora:
+        judge, _, _ = checkpoint.load_llava(JUDGE / "model", model.head.weight.device, torch.float32)
+        model.load_state_dict(judge.state_dict())
     adapter = "default" if run.lora else None
     if adapter:
         add_adapter(model, adapter, run.lora, run.lora_alpha, seed=run.seed)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import data
 import world
 from config import Training, option
-from data import Batch, Example, Tokenizer, collate, prompt_tokens
+from data import Batch, Example, Response, Tokenizer, collate, prompt_tokens
 from model import LLaVA, LLaVAConfig, TextConfig
 from vision import ImageSettings, VisionConfig, preprocess
 
@@ -67,6 +67,13 @@ def draw_pixels(scenes: list[world.Scene], settings: ImageSettings) -> Tensor:
         preprocess(world.draw(scene), settings.size, settings.mean, settings.std, settings.mode)
         for scene in scenes
     ])
+
+
+@torch.no_grad()
+def see(model: LLaVA, scenes: list[world.Scene], settings: ImageSettings) -> Tensor:
+    """(N, patches, D_vision) features of scenes, from a tower that will not change."""
+    parts = data.split(scenes, 100)
+    return torch.cat([model.image_features(draw_pixels(part, settings)) for part in parts])
 
 
 # ------------------------------------------------------------------------------------------- vision
@@ -148,15 +155,30 @@ class BaseConfig(Training):
 
 
 @dataclass
+class JudgeConfig(Training):
+    """For the built-in world's judge, on top of its base."""
+
+    learning_rate: float = option(1.5e-3, "peak learning rate of AdamW (embeddings, head, norms)")
+    muon_rate: float = option(0.01, "peak learning rate of Muon, for the blocks' matrices")
+    optimizer: str = option("muon", "muon learns look-ups several times sooner", ("muon", "adamw"))
+    micro_batch: int = option(16, "rows per forward pass; smaller needs less memory, same result")
+    steps: int = option(1500, "optimizer steps")
+    warmup: float = option(0.05, "share of the steps over which the learning rate rises linearly")
+    pictures: float = option(0.25, "share of the rows with a picture; the rest is reading only")
+    reading: float = option(0.3, "weight of the facts beside a true answer, against the verdicts")
+    scenes: int = option(6000, "different training scenes")
+
+
+@dataclass
 class SFTConfig(Training):
     """For answers that somebody wrote, on top of a model that can already speak."""
 
     learning_rate: float = option(2e-5, "peak learning rate (LLaVA-1.5's)")
 
 
-def supervised_loss(logp: Tensor) -> Tensor:
-    """Negative mean log-probability of the answers' tokens, (R,) -> scalar."""
-    return -logp.mean()
+def supervised_loss(logp: Tensor, weight: Tensor) -> Tensor:
+    """Negative weighted mean of the log-probabilities of what is learnt, (R,), (R,) -> scalar."""
+    return -(weight * logp).sum() / weight.sum()
 
 
 class SFT:
@@ -175,13 +197,13 @@ class SFT:
             for examples in data.split(self.source.examples(step), self.config.micro_batch)
         ]
 
-    def size(self, batch: Batch) -> int:
-        return len(batch.target)
+    def size(self, batch: Batch) -> float:
+        return batch.weight.sum().item()
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         hidden = self.model(batch.images, batch.tokens, batch.position, batch.branch)
         logp = self.model.head(hidden.flatten(0, 1)[batch.source], batch.target)
-        return supervised_loss(logp), {"padding": batch.padding}
+        return supervised_loss(logp, batch.weight), {"padding": batch.padding}
 
 
 class WorldConversations:
@@ -195,11 +217,7 @@ class WorldConversations:
         self.steps = config.steps or -(-config.epochs * config.scenes // config.batch_size)
         self.scenes = [world.make_scene(f"sft {seed} {i}") for i in range(config.scenes)]
         self.texts = [world.annotate(s, Random(f"annotator {s.seed}")) for s in self.scenes]
-        with torch.no_grad():
-            self.features = torch.cat([
-                model.image_features(draw_pixels(part, settings))
-                for part in data.split(self.scenes, 100)
-            ])  # (scenes, patches, D_vision)
+        self.features = see(model, self.scenes, settings)
         self.seen = prompt_tokens(
             tokenizer, f"{data.SYSTEM} USER: {data.IMAGE}", model.config.vision.patches
         )
@@ -220,3 +238,59 @@ class WorldConversations:
             turns.append((asked, "Yes." if is_true else "No."))
         responses = [data.turn(self.tokenizer, f"\n{q} ASSISTANT:", a) for q, a in turns]
         return Example(f"scene {scene.seed}", self.features[i], self.seen, responses)
+
+
+class WorldVerdicts:
+    """Answers to be judged by captions or by the picture, as a reward model will see them.
+
+    The false answers are descriptions of lookalikes. They begin as different from the scene as can
+    be and come to differ in one word (over the first half of the steps, easy ones staying among
+    them): started with one word, nothing is learnt in the same time. Most rows have no picture: the
+    trunk is a true answer, and its branches bring the facts of the scene or of a lookalike. There
+    the facts of a true answer are learnt as well, since reading the answer for each of them is half
+    of comparing.
+    """
+
+    HARDEST = 0.9
+
+    def __init__(
+        self, model: LLaVA, tokenizer: Tokenizer, settings: ImageSettings, config: JudgeConfig,
+        seed: int,
+    ):
+        self.tokenizer, self.config, self.seed = tokenizer, config, seed
+        self.steps, self.patches = config.steps, model.config.vision.patches
+        self.scenes = [world.make_scene(f"judge {seed} {i}") for i in range(config.scenes)]
+        self.features = see(model, self.scenes, settings)
+
+    def examples(self, step: int) -> list[Example]:
+        rng = Random(f"verdicts {self.seed} {step}")
+        chosen = rng.sample(range(len(self.scenes)), self.config.batch_size)
+        hardest = self.HARDEST * min(1.0, 2 * step / self.steps)
+        return sorted((self.example(i, hardest, rng) for i in chosen), key=data.row_length)
+
+    def example(self, i: int, hardest: float, rng: Random) -> Example:
+        scene, name = self.scenes[i], f"scene {self.scenes[i].seed}"
+        asked = data.prompt_text(rng.choice(world.DESCRIBE_PROMPTS_TRAIN), image=False)
+        others = [rng.random() < 0.5 and world.lookalike(scene, rng, 1 - hardest * rng.random() ** 0.5)
+                  for _ in range(4)]  # False: the scene itself
+        if rng.random() < self.config.pictures:
+            facts = world.facts(scene, rng) if rng.random() < 0.5 else []
+            responses = [self.verdict(world.describe(other or scene), facts, not other)
+                         for other in others]
+            text = asked.replace("USER: ", f"USER: {data.IMAGE}\n", 1)
+            return Example(name, self.features[i],
+                           prompt_tokens(self.tokenizer, text, self.patches), responses)
+        responses = [self.verdict("", world.facts(other or scene, rng), not other, reads=not other)
+                     for other in others]
+        trunk = prompt_tokens(self.tokenizer, asked, 0) + self.tokenizer.encode(world.describe(scene))
+        return Example(name, None, trunk, responses)
+
+    def verdict(self, answer: str, facts: list[str], is_true: bool, reads: bool = False) -> Response:
+        """A branch: an answer (or what is left of one), the request to judge it, and the verdict."""
+        encode = self.tokenizer.encode
+        request = encode(f"USER: {data.judging_request(facts)} ASSISTANT:")
+        learnt = self.config.reading / len(request) if reads else 0.0
+        given = encode(answer) if answer else []
+        said = encode("Yes." if is_true else "No.")[:1]
+        return Response(given + request + said,
+                        [0.0] * len(given) + [learnt] * len(request) + [1.0])

@@ -41,10 +41,10 @@ from model import add_adapter, carriers, select_trainable
 
 VERSION = "0.1"
 
-ALGORITHMS = {"vision": sft.TowerConfig, "base": sft.BaseConfig, "sft": sft.SFTConfig,
-              "dpo": ddpo.DPOConfig, "ddpo": ddpo.DDPOConfig, "rm": reward.RMConfig,
-              "ppo": ppo.PPOConfig}
-BUILT_IN = ("vision", "base")  # steps of the built-in world that take no data
+ALGORITHMS = {"vision": sft.TowerConfig, "base": sft.BaseConfig, "judge": sft.JudgeConfig,
+              "sft": sft.SFTConfig, "dpo": ddpo.DPOConfig, "ddpo": ddpo.DDPOConfig,
+              "rm": reward.RMConfig, "ppo": ppo.PPOConfig}
+BUILT_IN = ("vision", "base", "judge")  # steps of the built-in world that take no data
 
 
 TRANSIENT = {  # do not change a result
@@ -279,11 +279,14 @@ def make_algorithm(run: Run, config, model, tokenizer, settings, folder: Path, d
     """What the loop will optimise: the algorithm with its data."""
     if run.algo == "vision":
         return sft.Tower(model, config, run.seed, settings)
-    if run.algo == "base":
-        source = sft.WorldConversations(model, tokenizer, settings, config, run.seed)
+    if run.algo in ("base", "judge"):
+        lessons = sft.WorldConversations if run.algo == "base" else sft.WorldVerdicts
+        source = lessons(model, tokenizer, settings, config, run.seed)
         select_trainable(model)
         return sft.SFT(model, config, source)
     if run.algo == "rm":
+        if first := rlhf.missing_judge(run):
+            execute(*first)
         return rlhf.make_reward_model(run, config, model, tokenizer, settings)
     if run.algo == "ppo":
         if first := rlhf.missing_reward(run, config, model):

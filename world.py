@@ -298,6 +298,24 @@ def statements(scene, rng, count):
     return pairs
 
 
+def lookalike(scene, rng, difference):
+    """The scene with some things changed in kind, colour, number or cell: at least one in one.
+
+    `difference` (0..1) is the share of the things that change, and of what changes about each. The
+    seed stays, so a lookalike is described in the same words as the scene itself.
+    """
+    things = list(scene.things)
+    for i in rng.sample(range(len(things)), max(1, round(difference * len(things)))):
+        others = {"kind": [kind for kind in KINDS if all(kind != t.kind for t in things)],
+                  "cell": sorted(set(range(9)) - {t.cell for t in things}),
+                  "colour": list(COLOURS), "number": list(NUMBERS)}
+        for field in rng.sample(list(others), max(1, round(difference * 4))):
+            now = getattr(things[i], field)
+            value = rng.choice([other for other in others[field] if other != now])
+            things[i] = replace(things[i], **{field: value})
+    return replace(scene, things=tuple(things))
+
+
 # ------------------------------------------------------------------------- questions and answers
 
 @dataclass(frozen=True)
