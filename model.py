@@ -218,6 +218,21 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
+class GatedSiLU(torch.autograd.Function):
+    """silu(gate) * up, which computes silu(gate) again in backward and does not keep it."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gate, up = ctx.saved_tensors
+        by_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+        return by_gate, F.silu(gate).mul_(gradient)
+
+
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
@@ -228,7 +243,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -263,6 +278,9 @@ class Decoder(nn.Module):
         return KVCache(self.config, rows, slots, weight.device, product_dtype(weight))
 
     def forward(self, x, position, mask=None, cache: KVCache | None = None, slots=None):
+        if mask is not None and mask.dtype == torch.bool:  # what every layer would make of it, once
+            zeros = torch.zeros_like(mask, dtype=product_dtype(self.embed_tokens.weight))
+            mask = zeros.masked_fill_(~mask, -torch.inf)
         if cache is None:
             cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta, x.dtype)
         else:

@@ -29,6 +29,7 @@ from random import Random
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401  (an optimizer's first step imports it: 100 MB of libraries)
 
 MARK = "bench: "  # begins the lines by which a worker talks to the table
 EPOCHS = 3
