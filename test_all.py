@@ -1718,7 +1718,7 @@ def test_evaluate_mmhal_from_template_to_score(run_folder, questions_file, capsy
 
 @pytest.mark.parametrize("arguments, message", [
     (["no/such/run"], "no/such/run: no such folder"),
-    (["--model", "no/such/run", "--image", "none.png", "--prompt", "?"], "cannot read image"),
+    (["--model", "no/such/run", "--image", "none.png", "--prompt", "?"], "--image none.png: no such file"),
     (["--pope", "none.jsonl", "--answers", "a.jsonl"], "none.jsonl: no such file"),
     (["--mmhal", "none.json", "--replies", "r.jsonl"], "none.json: no such file"),
     (["--chair", "none.json", "--answers", "a.jsonl"], "none.json: no such file"),
