@@ -162,8 +162,10 @@ class JudgeConfig(Training):
     muon_rate: float = option(0.01, "peak learning rate of Muon, for the blocks' matrices")
     optimizer: str = option("muon", "muon learns look-ups several times sooner", ("muon", "adamw"))
     micro_batch: int = option(16, "rows per forward pass; smaller needs less memory, same result")
-    steps: int = option(1500, "optimizer steps")
+    steps: int = option(2400, "optimizer steps")
     warmup: float = option(0.05, "share of the steps over which the learning rate rises linearly")
+    easy: float = option(0.3, "share of the steps in which the lessons become hard")
+    fewer: float = option(0.33, "share of the false answers that say too much, not the wrong thing")
     pictures: float = option(0.25, "share of the rows with a picture; the rest is reading only")
     reading: float = option(0.3, "weight of the facts beside a true answer, against the verdicts")
     scenes: int = option(6000, "different training scenes")
@@ -243,15 +245,15 @@ class WorldConversations:
 class WorldVerdicts:
     """Answers to be judged by captions or by the picture, as a reward model will see them.
 
-    The false answers are descriptions of lookalikes. They begin as different from the scene as can
-    be and come to differ in one word (over the first half of the steps, easy ones staying among
-    them): started with one word, nothing is learnt in the same time. Most rows have no picture: the
-    trunk is a true answer, and its branches bring the facts of the scene or of a lookalike. There
-    the facts of a true answer are learnt as well, since reading the answer for each of them is half
-    of comparing.
+    An answer is true if each thing it names is there. The false ones belong to lookalikes, which
+    begin as different from the scene as can be and come to differ in one word (easy ones staying
+    among them): started with one word, nothing is learnt in the same time. Most rows have no
+    picture: the trunk is an answer, and its branches bring the facts of the scene or of a lookalike.
+    There the facts of a true answer are learnt as well, since reading the answer for each of them is
+    half of comparing.
     """
 
-    HARDEST = 0.9
+    HARDEST = 0.95  # of the way from all different to none
 
     def __init__(
         self, model: LLaVA, tokenizer: Tokenizer, settings: ImageSettings, config: JudgeConfig,
@@ -265,25 +267,35 @@ class WorldVerdicts:
     def examples(self, step: int) -> list[Example]:
         rng = Random(f"verdicts {self.seed} {step}")
         chosen = rng.sample(range(len(self.scenes)), self.config.batch_size)
-        hardest = self.HARDEST * min(1.0, 2 * step / self.steps)
+        hardest = self.HARDEST * min(1.0, step / (self.config.easy * self.steps))
         return sorted((self.example(i, hardest, rng) for i in chosen), key=data.row_length)
 
     def example(self, i: int, hardest: float, rng: Random) -> Example:
         scene, name = self.scenes[i], f"scene {self.scenes[i].seed}"
         asked = data.prompt_text(rng.choice(world.DESCRIBE_PROMPTS_TRAIN), image=False)
-        others = [rng.random() < 0.5 and world.lookalike(scene, rng, 1 - hardest * rng.random() ** 0.5)
-                  for _ in range(4)]  # False: the scene itself
+        others = [self.other(scene, hardest, rng) for _ in range(4)]
         if rng.random() < self.config.pictures:
-            facts = world.facts(scene, rng) if rng.random() < 0.5 else []
-            responses = [self.verdict(world.describe(other or scene), facts, not other)
-                         for other in others]
+            facts = world.facts(scene, rng) if rng.random() < 0.7 else []
+            responses = [
+                self.verdict(world.describe(said), facts, set(said.things) <= set(scene.things))
+                for said in others
+            ]
             text = asked.replace("USER: ", f"USER: {data.IMAGE}\n", 1)
             return Example(name, self.features[i],
                            prompt_tokens(self.tokenizer, text, self.patches), responses)
-        responses = [self.verdict("", world.facts(other or scene, rng), not other, reads=not other)
-                     for other in others]
+        responses = [
+            self.verdict("", world.facts(shown, rng), shown == scene, reads=shown == scene)
+            for shown in others
+        ]
         trunk = prompt_tokens(self.tokenizer, asked, 0) + self.tokenizer.encode(world.describe(scene))
         return Example(name, None, trunk, responses)
+
+    def other(self, scene: world.Scene, hardest: float, rng: Random) -> world.Scene:
+        """The scene itself, half of the time, or a lookalike."""
+        if rng.random() < 0.5:
+            return scene
+        difference = 1 - hardest * rng.random() ** 0.5
+        return world.lookalike(scene, rng, difference, fewer=rng.random() < self.config.fewer)
 
     def verdict(self, answer: str, facts: list[str], is_true: bool, reads: bool = False) -> Response:
         """A branch: an answer (or what is left of one), the request to judge it, and the verdict."""

@@ -2971,6 +2971,10 @@ def test_world_lookalikes_differ_as_much_as_asked(difference, things, fields):
             assert len({getattr(thing, name) for thing in other.things}) == len(other.things)
         assert world.hallucinations(scene, world.describe(other))
         assert not world.hallucinations(other, world.describe(other))
+        less = world.lookalike(scene, rng, difference, fewer=True)
+        assert len(less.things) == max(1, len(scene.things) - len(pairs))
+        assert set(less.things) < set(scene.things) and less.type == scene.type
+        assert len(world.hallucinations(less, world.describe(scene))) >= len(scene.things) - len(less.things)
 
 
 @pytest.mark.parametrize("topic, truth, answer, right", [

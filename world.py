@@ -298,14 +298,18 @@ def statements(scene, rng, count):
     return pairs
 
 
-def lookalike(scene, rng, difference):
-    """The scene with some things changed in kind, colour, number or cell: at least one in one.
+def lookalike(scene, rng, difference, fewer=False):
+    """The scene with some things changed in kind, colour, number or cell, or (`fewer`) without them.
 
-    `difference` (0..1) is the share of the things that change, and of what changes about each. The
-    seed stays, so a lookalike is described in the same words as the scene itself.
+    `difference` (0..1) is the share of the things that change, and of what changes about each: at
+    least one in one. The seed stays, so a lookalike is described in the scene's own words.
     """
+    chosen = rng.sample(range(len(scene.things)), max(1, round(difference * len(scene.things))))
+    if fewer:
+        gone = chosen[: len(scene.things) - 1]
+        return replace(scene, things=tuple(t for i, t in enumerate(scene.things) if i not in gone))
     things = list(scene.things)
-    for i in rng.sample(range(len(things)), max(1, round(difference * len(things)))):
+    for i in chosen:
         others = {"kind": [kind for kind in KINDS if all(kind != t.kind for t in things)],
                   "cell": sorted(set(range(9)) - {t.cell for t in things}),
                   "colour": list(COLOURS), "number": list(NUMBERS)}
