@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from data import Tokenizer, trunk_tokens
+from features import Features, Named
 from readers import Prompt as PromptRow
 from readers import captions_of, read_captions, read_pairs, read_prompts
-from rows import DataError
+from rows import DataError, skipping
 
 TRUTHS = {1: None, 2: "A", 3: "B", 4: "C", 5: "D", 6: "no", 7: "yes"}  # by caption_type
 
@@ -45,24 +46,24 @@ class Reader:
     """Turns rows into prompts."""
 
     def __init__(
-        self, see: Callable, tokenizer: Tokenizer, patches: int,
+        self, look: Callable[[Named], Features], tokenizer: Tokenizer, patches: int,
         captions: str | None, skip: list[str] | None = None,
     ):
         """
         Args:
-            see: `see(name, source)` gives the features of an image; one call per image.
+            look: gives the features of the rows' images; see `features.look`.
             captions: an image_to_caption.json, for factual augmentation; None attaches no facts.
             skip: if given, messages about bad rows are collected here instead of raised.
         """
-        self.see, self.tokenizer, self.patches, self.skip = see, tokenizer, patches, skip
+        self.look, self.tokenizer, self.patches, self.skip = look, tokenizer, patches, skip
         self.captions = read_captions(captions) if captions else None
-        self.seen: dict = {}
 
     def rankings(self, patterns: Sequence[str], images: str | None) -> list[Ranked]:
         """Ranked pairs from any of the preference formats; DataError as `readers.read_pairs`."""
-        def ranked(row):
+        def ranked(row, image):
             encode = lambda text: self.tokenizer.encode(text, eos=True)
-            return Ranked(self.prompt(row, row.history), encode(row.chosen), encode(row.rejected))
+            prompt = self.prompt(row, image, row.history)
+            return Ranked(prompt, encode(row.chosen), encode(row.rejected))
 
         return self.each(ranked, read_pairs(patterns, images, self.skip))
 
@@ -71,19 +72,15 @@ class Reader:
         return self.each(self.prompt, read_prompts(patterns, images, self.skip))
 
     def each(self, make: Callable, rows: Sequence) -> list:
-        made = []
-        for row in rows:
-            try:
-                made.append(make(row))
-            except DataError as error:
-                if self.skip is None:
-                    raise
-                self.skip.append(str(error))
+        seen, made = self.look([(row.name, row.image) for row in rows]), []
+        for i, row in enumerate(rows):
+            with skipping(self.skip):
+                made.append(make(row, seen[i]))
         if not made:
             raise DataError("no usable row is left")
         return made
 
-    def prompt(self, row, history: Sequence[tuple[str, str]] = ()) -> Prompt:
+    def prompt(self, row, image: Tensor, history: Sequence[tuple[str, str]] = ()) -> Prompt:
         truth, factor = None, 1.0
         if isinstance(row, PromptRow):
             truth, factor = TRUTHS[row.caption_type], row.length_bonus
@@ -93,9 +90,6 @@ class Reader:
         facts = []
         if self.captions is not None:
             facts = captions_of(row.name, row.image, self.captions)
-        if row.image not in self.seen:
-            self.seen[row.image] = self.see(row.name, row.image)
         picture = getattr(row.image, "name", "")
         tokens = trunk_tokens(self.tokenizer, history, row.question, self.patches)
-        return Prompt(
-            row.name, self.seen[row.image], tokens, row.question, facts, truth, factor, picture)
+        return Prompt(row.name, image, tokens, row.question, facts, truth, factor, picture)

@@ -45,17 +45,23 @@ def world_folder(run: Run, model, name: str) -> Path:
     return WORLD / f"{name}-{checkpoint.fingerprint(model)[:8]}-{run.seed}"
 
 
-def make_reader(run: Run, config, model, tokenizer, settings, folder: Path | None) -> Reader:
-    """A reader of rows; captions lie in the built-in world's `folder`, or where the user says."""
+def make_reader(
+    run: Run, config, model, tokenizer, settings, world_data: Path | None, folder: Path
+) -> Reader:
+    """A reader of rows; captions lie in the built-in world's data, or where the user says.
+
+    `folder` is the run's own: it takes features of more images than memory should hold.
+    """
     captions = config.captions
-    if config.facts and folder:
-        captions = folder / "image_to_caption.json"
+    if config.facts and world_data:
+        captions = world_data / "image_to_caption.json"
     if config.facts and not captions:
         raise ValueError("--facts needs captions of the images: --captions image_to_caption.json")
-    see = lambda name, source: features.look(model, settings, [(name, source)])[0]
     skip = [] if run.skip_bad_rows else None
+    kept = None if world_data else folder
+    look = lambda named: features.look(model, settings, named, kept, stop=skip is None)
     return Reader(
-        see, tokenizer, model.config.vision.patches, captions if config.facts else None, skip)
+        look, tokenizer, model.config.vision.patches, captions if config.facts else None, skip)
 
 
 def report_skipped(reader: Reader) -> None:
@@ -64,7 +70,7 @@ def report_skipped(reader: Reader) -> None:
 
 
 def ranked_pairs(
-    run: Run, config, model, tokenizer, settings
+    run: Run, config, model, tokenizer, settings, folder: Path
 ) -> tuple[list[Ranked], list[Ranked]]:
     """Pairs to learn from and pairs held out.
 
@@ -72,7 +78,7 @@ def ranked_pairs(
     of a user's pairs a tenth is held out, at most `held_out`.
     """
     if not on_world(run):
-        reader = make_reader(run, config, model, tokenizer, settings, None)
+        reader = make_reader(run, config, model, tokenizer, settings, None, folder)
         pairs = reader.rankings(run.data, run.images)
         report_skipped(reader)
         Random(f"held out {run.seed}").shuffle(pairs)
@@ -81,14 +87,17 @@ def ranked_pairs(
     both = []
     for split, count, noise in (("train", config.rankings, config.noise),
                                 ("test", config.held_out, 0.0)):
-        folder = world_folder(run, model, f"rankings-{split}-{count}-{noise}")
-        path = folder / "preferences.json"
-        if count and not path.exists():
-            print(f"collecting {count} ranked pairs of the base's answers in {folder}",
+        if not count:
+            both.append([])
+            continue
+        made = world_folder(run, model, f"rankings-{split}-{count}-{noise}")
+        path = made / "preferences.json"
+        if not path.exists():
+            print(f"collecting {count} ranked pairs of the base's answers in {made}",
                   file=sys.stderr)
-            collect.rankings(model, tokenizer, settings, folder, count, run.seed, noise, split)
-        reader = make_reader(run, config, model, tokenizer, settings, folder) if count else None
-        both.append(reader.rankings([path], folder / "images") if count else [])
+            collect.rankings(model, tokenizer, settings, made, count, run.seed, noise, split)
+        reader = make_reader(run, config, model, tokenizer, settings, made, folder)
+        both.append(reader.rankings([path], made / "images"))
     return tuple(both)
 
 
@@ -121,14 +130,16 @@ def missing_judge(run: Run) -> tuple[Run, sft.JudgeConfig] | None:
     return first, sft.JudgeConfig()
 
 
-def make_reward_model(run: Run, config, model, tokenizer, settings) -> reward.RewardModel:
+def make_reward_model(
+    run: Run, config, model, tokenizer, settings, folder: Path
+) -> reward.RewardModel:
     """The algorithm that trains a reward model on top of `model`.
 
     On the built-in world the pairs are answers of `model`, which then takes the judge's weights: it
     has to compare answers with captions, and so small a base cannot. (An adapter has to lie over the
     base itself, as the policy's does: with --lora there is no judge.)
     """
-    pairs, held_out = ranked_pairs(run, config, model, tokenizer, settings)
+    pairs, held_out = ranked_pairs(run, config, model, tokenizer, settings, folder)
     origin = reward.lineage(tokenizer, checkpoint.fingerprint(model), config.facts)
     if on_world(run) and not run.model and not run.lora:
         judge, _, _ = checkpoint.load_llava(JUDGE / "model", model.head.weight.device, torch.float32)
@@ -219,7 +230,7 @@ def make_ppo(run: Run, config, model, tokenizer, settings, folder: Path) -> ppo.
         if not (data / "prompts.json").exists():
             collect.prompts(settings, data, config.prompts, run.seed)
         patterns, images = [data / "prompts.json"], data / "images"
-    reader = make_reader(run, config, model, tokenizer, settings, data)
+    reader = make_reader(run, config, model, tokenizer, settings, data, folder)
     prompts = reader.prompts(patterns, images)
     report_skipped(reader)
     longest = max(len(prompt.tokens) for prompt in prompts)

@@ -928,8 +928,8 @@ def write_rows(folder, **changes):
 
 def make_reader(folder, tokenizer_rlhf, facts=True):
     looked = []
-    see = lambda name, source: looked.append(source) or torch.zeros(9, 16)
-    reader = Reader(see, tokenizer_rlhf, 9, folder / "captions.json" if facts else None)
+    look = lambda named: looked.extend(named) or torch.zeros(len(named), 9, 16)
+    reader = Reader(look, tokenizer_rlhf, 9, folder / "captions.json" if facts else None)
     return reader, looked
 
 
@@ -940,8 +940,7 @@ def test_ranked_pairs_are_read_with_their_facts(folder, tokenizer_rlhf):
     assert pair.prompt.facts == ["a car", "a dog"]
     assert make_reader(folder, tokenizer_rlhf, facts=False)[0].rankings(
         write_rows(folder), folder)[0].prompt.facts == []
-    reader.rankings(write_rows(folder), folder)
-    assert len(looked) == 1  # an image is looked at once
+    assert looked == [(pair.prompt.name, folder / "a.png")]
 
 
 def test_prompt_is_the_templates(folder, tokenizer_rlhf):
@@ -979,14 +978,14 @@ def test_rankings_are_public_rows_and_prefer_the_truth(tiny_rlhf, tokenizer_rlhf
     assert all(row["preference"] == 1 and row["hallucination"] for row in rows)
     assert all(row["image"] in captions and (tmp_path / "images" / row["image"]).exists()
                for row in rows)
-    reader = Reader(lambda *_: torch.zeros(9, 16), tokenizer_rlhf, 9, tmp_path / "image_to_caption.json")
+    reader = Reader(lambda named: torch.zeros(len(named), 9, 16), tokenizer_rlhf, 9, tmp_path / "image_to_caption.json")
     pairs = reader.rankings([path], tmp_path / "images")
     assert len(pairs) == 20 and all(pair.prompt.facts for pair in pairs)
 
 
 def test_world_prompts_know_their_truth(tokenizer_rlhf, tmp_path):
     path = collect.prompts(sft.WORLD_IMAGES, tmp_path, 12, 0)
-    reader = Reader(lambda *_: torch.zeros(9, 16), tokenizer_rlhf, 9, tmp_path / "image_to_caption.json")
+    reader = Reader(lambda named: torch.zeros(len(named), 9, 16), tokenizer_rlhf, 9, tmp_path / "image_to_caption.json")
     prompts = reader.prompts([path], tmp_path / "images")
     assert [bool(prompt.truth) for prompt in prompts] == [i % 4 == 3 for i in range(12)]
     seeds = json.loads((tmp_path / "image_to_scene.json").read_text())

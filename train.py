@@ -287,7 +287,7 @@ def make_algorithm(run: Run, config, model, tokenizer, settings, folder: Path, d
     if run.algo == "rm":
         if first := rlhf.missing_judge(run):
             execute(*first)
-        return rlhf.make_reward_model(run, config, model, tokenizer, settings)
+        return rlhf.make_reward_model(run, config, model, tokenizer, settings, folder)
     if run.algo == "ppo":
         if first := rlhf.missing_reward(run, config, model):
             execute(*first)
