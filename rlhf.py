@@ -30,10 +30,10 @@ from config import Run
 from files import read_json
 from model import add_adapter, carriers, select_trainable
 from preferences import Prompt, Ranked, Reader
-from prepare import WORLD, on_world
+from prepare import BASE, WORLD, on_world
 from rows import DataError
 
-JUDGE = WORLD / "judge"  # the base after lessons in judging: what reward models start from
+JUDGE = BASE.parent / "judge"  # shipped: the base after lessons in judging
 SHOWN = 8  # answers of every rollout that go into samples.jsonl
 
 
@@ -120,13 +120,28 @@ def make_truth(folder: Path | None) -> Callable[[Prompt, str], list[str] | None]
 # ------------------------------------------------------------------------------------------ models
 
 
+def judge_start(run: Run) -> Path | None:
+    """The folder of what a reward model starts from in place of the base; None: from the base.
+
+    A reward model has to compare answers with captions, and so small a base as the built-in one
+    cannot. (An adapter has to lie over the base itself, as the policy's does: not with --lora.)
+    """
+    if run.model or not on_world(run) or run.lora:
+        return None
+    if JUDGE.exists() and not run.from_scratch:
+        return JUDGE
+    return WORLD / ("judge" if run.seed == 0 else f"judge-seed{run.seed}") / "model"
+
+
 def missing_judge(run: Run) -> tuple[Run, sft.JudgeConfig] | None:
     """The run that teaches the built-in world's base to judge, if a reward model needs it."""
-    if run.model or not on_world(run) or run.lora or (JUDGE / "model/config.json").exists():
+    model = judge_start(run)
+    if model is None or (model / "config.json").exists():
         return None
-    print(f"judge: not found in {JUDGE}, making it first", file=sys.stderr)
-    first = Run(algo="judge", out=str(JUDGE), device=run.device, dtype=run.dtype,
-                from_scratch=run.from_scratch, resume=(JUDGE / "config.json").exists())
+    out = model.parent
+    print(f"judge: not found in {out}, making it first", file=sys.stderr)
+    first = Run(algo="judge", out=str(out), seed=run.seed, device=run.device, dtype=run.dtype,
+                from_scratch=run.from_scratch, resume=(out / "config.json").exists())
     return first, sft.JudgeConfig()
 
 
@@ -135,15 +150,13 @@ def make_reward_model(
 ) -> reward.RewardModel:
     """The algorithm that trains a reward model on top of `model`.
 
-    On the built-in world the pairs are answers of `model`, which then takes the judge's weights: it
-    has to compare answers with captions, and so small a base cannot. (An adapter has to lie over the
-    base itself, as the policy's does: with --lora there is no judge.)
+    The pairs of the built-in world are answers of `model`, which then takes the judge's weights.
     """
     pairs, held_out = ranked_pairs(run, config, model, tokenizer, settings, folder)
     origin = reward.lineage(tokenizer, checkpoint.fingerprint(model), config.facts)
-    if on_world(run) and not run.model and not run.lora:
-        judge, _, _ = checkpoint.load_llava(JUDGE / "model", model.head.weight.device, torch.float32)
-        model.load_state_dict(judge.state_dict())
+    if start := judge_start(run):
+        taught, _, _ = checkpoint.load_llava(start, model.head.weight.device, torch.float32)
+        model.load_state_dict(taught.state_dict())
     adapter = "default" if run.lora else None
     if adapter:
         add_adapter(model, adapter, run.lora, run.lora_alpha, seed=run.seed)
