@@ -1,8 +1,9 @@
 """report.html: what a run did, for a person to look at; one file, without script or network.
 
 Written from the files of the run's folder alone: config.json (settings), metrics.jsonl (curves),
-results.json (measures and answers before and after) and pairs.json (some training pairs, see
-`save_pairs`); what is missing is left out. Everything that comes from data is escaped.
+results.json (measures and answers before and after), pairs.json (some training pairs, see
+`save_pairs`) and samples.jsonl (some of PPO's sampled answers); what is missing is left out.
+Everything that comes from data is escaped.
 """
 
 import base64
@@ -91,8 +92,8 @@ def write_report(run_folder: Path | str) -> Path:
     folder = Path(run_folder)
     config = read_json(folder / "config.json")
     settings, versions = config.get("settings", {}), config.get("versions", {})
-    log, results, pairs = folder / "metrics.jsonl", folder / "results.json", folder / "pairs.json"
-    steps = read_log(log) if log.exists() else []
+    log, results, pairs = (folder / n for n in ("metrics.jsonl", "results.json", "pairs.json"))
+    steps, samples = read_log(log), read_log(folder / "samples.jsonl")
     measured = read_results(results) if results.exists() else {}
     if any("scene" not in record for _, records in measured.values() for record in records):
         measured = {}  # of a reward model: agreement with rankings, not answers about scenes
@@ -101,7 +102,7 @@ def write_report(run_folder: Path | str) -> Path:
         f"<p>{what_was_run(settings, steps)}</p>",
         tiles(measured), *with_links([
             ("What the model says", gallery(measured)), ("Measures", measures(measured)),
-            ("Learning curves", curves(steps)),
+            ("Learning curves", curves(steps)), ("Sampled answers", sampled_answers(samples)),
             ("Training pairs", training_pairs(read_json(pairs)["pairs"]) if pairs.exists() else ""),
             ("Settings", setting_table(settings, versions)),
         ]),
@@ -131,9 +132,9 @@ def with_links(sections: list[tuple[str, str]]) -> list[str]:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl; half a line at the end, of a run that was killed, is left out."""
+    """The lines of a log, if there is one; half a line at the end, of a killed run, is left out."""
     steps = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             steps.append(json.loads(line))
         except ValueError:
@@ -254,6 +255,24 @@ def is_number(value) -> bool:
 
 
 # ---------------------------------------------------------------------------- pictures and answers
+
+
+def sampled_answers(rows: list[dict]) -> str:
+    """What PPO's policy said in its first and in its last rollout, and what that earned."""
+    parts = []
+    for step in dict.fromkeys((rows[0]["step"], rows[-1]["step"]) if rows else ()):
+        cards = ""
+        for row in (row for row in rows if row["step"] == step):
+            cards += (
+                f'<figure class="card"><h3>question</h3>{escape(row["question"])}'
+                f'<h3>answer</h3>{escape(row["answer"])}<h3>score</h3>{row["score"]:.2f}, of it '
+                f'{row["rm"]:.2f} from the reward model; KL {row["kl"]:.2f}; {row["tokens"]} tokens')
+            if row["false"] is not None:
+                cards += f'<h3>false in it</h3>{escape("; ".join(row["false"]) or "nothing")}'
+            cards += "</figure>"
+        parts.append(f'<h3>Step {step}</h3><div class="grid">{cards}</div>')
+    return (f"<p>Some answers of the first and of the last rollout.</p>{''.join(parts)}"
+            if parts else "")
 
 
 def data_uri(image: Image.Image) -> str:

@@ -1792,6 +1792,10 @@ def reported(run_folder, tokenizer_evaluate, tmp_path_factory):
              Pair("rows 2", bad, "<script>", "A red cup is in the middle.", "Blue, it is.")]
     examples = [data.pair_example(pair, None, tokenizer_evaluate, 0, gamma=5.0) for pair in pairs]
     report.save_pairs(folder, pairs, examples, tokenizer_evaluate)
+    row = {"step": 1, "question": "What?", "answer": "A <dog>.", "score": -0.25, "rm": 0.5, "kl": 1.0,
+           "tokens": 4, "false": ["A <dog>"]}
+    rows = [row, row | {"step": 5}, row | {"step": 9, "answer": "Nothing.", "false": None}]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = report.write_report(folder)
     return path, Page(path.read_text())
 
@@ -1837,6 +1841,13 @@ def test_report_marks_corrected_segments_with_their_weight(reported):
     cut = "".join(text for text, weight in rejected if weight == 5)
     assert "dog <img src=x>" in cut and "red car" not in cut
     assert "×5" in page.text and [tag for tag, _ in page.tags].count("del") >= 2
+
+
+def test_report_shows_the_first_and_the_last_sampled_answers(reported):
+    text = reported[1].text
+    assert "Step 1questionWhat?answerA <dog>.score-0.25, of it 0.50 from the reward model" in text
+    assert "4 tokensfalse in itA <dog>" in text and "Step 5" not in text
+    assert text.count("false in it") == 1 and "Step 9questionWhat?answerNothing." in text
 
 
 @pytest.mark.parametrize("names, keys", [
@@ -2592,7 +2603,7 @@ def test_activation_estimate_is_near_what_autograd_keeps(checkpointing):
         model.decoder(x, position)
     estimate = dry_run.activation_bytes(config, 200, 4, checkpointing)
     if checkpointing:  # the block that is computed again is kept in the backward pass only
-        estimate -= 200 * 4 * (8 * 64 + 2 * 32 + 3 * 176)
+        estimate -= 200 * 4 * (6 * 64 + 2 * 32 + 3 * 176)
     assert 0.9 < estimate / sum(kept.values()) < 1.1
 
 
