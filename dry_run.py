@@ -25,15 +25,15 @@ def show_rows(examples: list[Example], tokenizer: Tokenizer) -> None:
 def activation_bytes(config: TextConfig, tokens: int, itemsize: int, checkpointing: bool) -> int:
     """What the decoder keeps of one row for the backward pass: an estimate by counting.
 
-    Per token and block: input, normalised input and output of both norms (6 D); queries, keys,
-    values (D + 2 KV); attention's output (D); gate, up, and what comes of them (3 I). With
+    Per token and block: input and output of both norms (4 D); queries, keys and values
+    (D + 2 KV); attention's output (D); gate, up, and what comes of them (3 I). With
     gradient checkpointing the block's input (D) stays, and one block at a time is computed again.
-    Once: the last norm's two (2 D), and the rotary cosines and sines.
+    Once: the last norm's input (D), and the rotary cosines and sines.
     """
     width, inner = config.hidden_size, config.intermediate_size
-    block = 8 * width + 2 * config.num_key_value_heads * config.head_dim + 3 * inner
+    block = 6 * width + 2 * config.num_key_value_heads * config.head_dim + 3 * inner
     blocks = config.num_hidden_layers * (width if checkpointing else block)
-    once = 2 * (width + config.head_dim) + (block if checkpointing else 0)
+    once = width + 2 * config.head_dim + (block if checkpointing else 0)
     return tokens * itemsize * (blocks + once)
 
 

@@ -181,9 +181,40 @@ def rotary(position: Tensor, head_dim: int, theta: float, dtype: torch.dtype):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn (first, second) halves of every head into (first cos - second sin, second cos + first sin).
 
-    The halves and not neighbours are paired, as in LLaMA-HF; `sin` carries the minus.
+    In place: nobody else reads x. The halves and not neighbours are paired, as in LLaMA-HF; `sin`
+    carries the minus.
     """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return x.mul_(cos).addcmul_(swapped, sin)
+
+
+class Normalise(torch.autograd.Function):
+    """x * weight / sqrt(mean(x^2) + eps), which keeps x and one number a token for backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()  # (..., 1)
+        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, scale = ctx.saved_tensors
+        unit = x * scale
+        along = gradient * unit
+        by_weight = along.flatten(0, -2).sum(0)
+        along = (along @ weight).div_(-x.shape[-1]).unsqueeze(-1)  # (..., 1)
+        return unit.mul_(along).addcmul_(gradient, weight).mul_(scale), by_weight, None
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, which has a kernel for it on GPUs, but on a CPU keeps a second copy of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cpu and x.dtype == self.weight.dtype == torch.float32:
+            return Normalise.apply(x, self.weight, self.eps)
+        return super().forward(x)
 
 
 class Attention(nn.Module):
@@ -249,14 +280,19 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, mask, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = add(x, self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
+        return add(x, self.mlp(self.post_attention_layernorm(x)))
+
+
+def add(x: Tensor, update: Tensor) -> Tensor:
+    """x + update, in the update's memory where that can hold it (under autocast it is half)."""
+    return update.add_(x) if update.dtype == x.dtype else x + update
 
 
 class Decoder(nn.Module):
@@ -270,7 +306,7 @@ class Decoder(nn.Module):
         start = torch.zeros(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(start, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
 
     def new_cache(self, rows: int, slots: int) -> KVCache:

@@ -3277,6 +3277,22 @@ def test_padding_is_below_a_tenth(trunk, micro_batch):
     assert padding / slots < 0.1, padding / slots
 
 
+@pytest.mark.parametrize("micro_batch", [4, 8, 32])
+def test_padding_of_the_world_is_below_a_tenth(tokenizer, tiny, micro_batch):
+    """Counted in the batches that the algorithm itself makes of noisy answers and corrections."""
+    examples = []
+    for i in range(320):
+        scene = world.make_scene(f"padding {i}")
+        said = world.annotate(scene, Random(f"padding {i}"))
+        pair = data.Pair(f"row {i}", None, "What is here?", world.correct(scene, said), said)
+        examples.append(data.pair_example(pair, None, tokenizer, 0))
+    config = ddpo.DDPOConfig(batch_size=32, micro_batch=micro_batch)
+    algorithm = ddpo.DDPO(tiny, config, 0, examples)
+    batches = [batch for step in range(10) for batch in algorithm.batches(step)]
+    slots = sum(batch.tokens.numel() for batch in batches)
+    assert sum((batch.branch == -1).sum() for batch in batches) / slots < 0.1
+
+
 def test_logged_padding_is_what_row_lengths_say():
     examples = tiny_pairs([True, False, True], [0, 3, 1])
     widths = [data.row_length(example) for example in examples]

@@ -224,7 +224,8 @@ def make_optimizers(weights: dict[str, nn.Parameter], config) -> list[torch.opti
         {"params": [w for w in rest if w.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([g for g in groups if g["params"]], config.learning_rate, betas=(0.9, 0.95))
+        torch.optim.AdamW([g for g in groups if g["params"]], config.learning_rate, betas=(0.9, 0.95),
+                          fused=True)  # one pass over the weights, and no temporaries of their size
     ]
     if muon:
         optimizers.append(torch.optim.Muon(
