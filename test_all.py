@@ -3073,6 +3073,21 @@ def test_attention_mask_by_hand():
     ]
 
 
+def test_norm_is_torchs_with_its_gradients():
+    """On a CPU in float32, where the norm is our own."""
+    norm, plain = model_module.RMSNorm(24, eps=1e-3), torch.nn.RMSNorm(24, eps=1e-3)
+    with torch.no_grad():
+        plain.weight.copy_(norm.weight.normal_())
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    upstream = torch.randn(2, 5, 24)
+    ours, expected = norm(x), plain(x)
+    torch.testing.assert_close(ours, expected)
+    mine = torch.autograd.grad(ours, (x, norm.weight), upstream)
+    theirs = torch.autograd.grad(expected, (x, plain.weight), upstream)
+    for gradient, wanted in zip(mine, theirs):
+        torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-5)
+
+
 def greedy_without_cache(model, image, prompt, steps):
     tokens = prompt.clone()
     for _ in range(steps):
