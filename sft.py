@@ -13,7 +13,7 @@ all of them, and no answer can be copied from another. Some branches ask for a v
 with or without captions beside it: a skill that a reward model needs (reward models start from here).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import torch
@@ -158,16 +158,16 @@ class BaseConfig(Training):
 class JudgeConfig(Training):
     """For the built-in world's judge, on top of its base."""
 
-    learning_rate: float = option(1.5e-3, "peak learning rate of AdamW (embeddings, head, norms)")
-    muon_rate: float = option(0.01, "peak learning rate of Muon, for the blocks' matrices")
+    learning_rate: float = option(3e-3, "peak learning rate of AdamW (embeddings, head, norms)")
+    muon_rate: float = option(0.02, "peak learning rate of Muon, for the blocks' matrices")
     optimizer: str = option("muon", "muon learns look-ups several times sooner", ("muon", "adamw"))
     micro_batch: int = option(16, "rows per forward pass; smaller needs less memory, same result")
-    steps: int = option(2400, "optimizer steps")
+    steps: int = option(1800, "optimizer steps")
     warmup: float = option(0.05, "share of the steps over which the learning rate rises linearly")
-    easy: float = option(0.3, "share of the steps in which the lessons become hard")
+    reading: float = option(0.55, "share of the steps that only teach to read; the rest to judge")
+    easy: float = option(0.3, "share of those for judging in which the lessons become hard")
     fewer: float = option(0.33, "share of the false answers that say too much, not the wrong thing")
-    pictures: float = option(0.25, "share of the rows with a picture; the rest is reading only")
-    reading: float = option(0.3, "weight of the facts beside a true answer, against the verdicts")
+    pictures: float = option(0.25, "share of the judging rows with a picture")
     scenes: int = option(6000, "different training scenes")
 
 
@@ -245,12 +245,13 @@ class WorldConversations:
 class WorldVerdicts:
     """Answers to be judged by captions or by the picture, as a reward model will see them.
 
-    An answer is true if each thing it names is there. The false ones belong to lookalikes, which
-    begin as different from the scene as can be and come to differ in one word (easy ones staying
-    among them): started with one word, nothing is learnt in the same time. Most rows have no
-    picture: the trunk is an answer, and its branches bring the facts of the scene or of a lookalike.
-    There the facts of a true answer are learnt as well, since reading the answer for each of them is
-    half of comparing.
+    An answer is true if each thing it names is there. To compare, one first has to find in the
+    answer what a caption speaks of. So the lessons begin with reading: to tell the facts from a
+    description of a few things, or of many. (A base that cannot do that learns from verdicts only
+    which words occur.) Then the verdicts: the false answers belong to lookalikes, which begin as
+    different from the scene as can be and come to differ in one word, easy ones staying among them.
+    Most rows have no picture: the trunk is an answer, and its branches bring the facts of the scene
+    or of a lookalike; the facts of a true answer are still to be told.
     """
 
     HARDEST = 0.95  # of the way from all different to none
@@ -267,42 +268,71 @@ class WorldVerdicts:
     def examples(self, step: int) -> list[Example]:
         rng = Random(f"verdicts {self.seed} {step}")
         chosen = rng.sample(range(len(self.scenes)), self.config.batch_size)
-        hardest = self.HARDEST * min(1.0, step / (self.config.easy * self.steps))
-        return sorted((self.example(i, hardest, rng) for i in chosen), key=data.row_length)
+        first = round(self.config.reading * self.steps)
+        if step < first:
+            lessons = [self.reading(self.scenes[i], rng) for i in chosen]
+        else:
+            easy = (step - first) / (self.config.easy * (self.steps - first))
+            lessons = [self.judging(i, self.HARDEST * min(1.0, easy), rng) for i in chosen]
+        return sorted(lessons, key=data.row_length)
 
-    def example(self, i: int, hardest: float, rng: Random) -> Example:
-        scene, name = self.scenes[i], f"scene {self.scenes[i].seed}"
-        asked = data.prompt_text(rng.choice(world.DESCRIBE_PROMPTS_TRAIN), image=False)
-        others = [self.other(scene, hardest, rng) for _ in range(4)]
-        if rng.random() < self.config.pictures:
-            facts = world.facts(scene, rng) if rng.random() < 0.7 else []
-            responses = [
-                self.verdict(world.describe(said), facts, set(said.things) <= set(scene.things))
-                for said in others
-            ]
-            text = asked.replace("USER: ", f"USER: {data.IMAGE}\n", 1)
-            return Example(name, self.features[i],
-                           prompt_tokens(self.tokenizer, text, self.patches), responses)
-        responses = [
-            self.verdict("", world.facts(shown, rng), shown == scene, reads=shown == scene)
-            for shown in others
-        ]
-        trunk = prompt_tokens(self.tokenizer, asked, 0) + self.tokenizer.encode(world.describe(scene))
-        return Example(name, None, trunk, responses)
-
-    def other(self, scene: world.Scene, hardest: float, rng: Random) -> world.Scene:
-        """The scene itself, half of the time, or a lookalike."""
+    def reading(self, scene: world.Scene, rng: Random) -> Example:
+        """Things in words or as captions, and three times their captions to be told from that."""
+        scene = self.part(scene, rng)
+        said = world.describe(scene)
         if rng.random() < 0.5:
-            return scene
-        difference = 1 - hardest * rng.random() ** 0.5
-        return world.lookalike(scene, rng, difference, fewer=rng.random() < self.config.fewer)
+            said = "; ".join(world.facts(scene, rng)) + "."
+        facts = [self.request(world.facts(scene, rng)) for _ in range(3)]
+        responses = [Response(tokens, [1.0] * len(tokens)) for tokens in facts]
+        return self.written(scene, said, responses, rng)
 
-    def verdict(self, answer: str, facts: list[str], is_true: bool, reads: bool = False) -> Response:
-        """A branch: an answer (or what is left of one), the request to judge it, and the verdict."""
-        encode = self.tokenizer.encode
-        request = encode(f"USER: {data.judging_request(facts)} ASSISTANT:")
-        learnt = self.config.reading / len(request) if reads else 0.0
-        given = encode(answer) if answer else []
-        said = encode("Yes." if is_true else "No.")[:1]
-        return Response(given + request + said,
-                        [0.0] * len(given) + [learnt] * len(request) + [1.0])
+    def judging(self, i: int, hardest: float, rng: Random) -> Example:
+        if rng.random() >= self.config.pictures:
+            scene = self.part(self.scenes[i], rng)
+            responses = [
+                self.verdict([], world.facts(shown, rng), shown == scene, reads=shown == scene)
+                for shown in self.others(scene, hardest, rng)
+            ]
+            return self.written(scene, world.describe(scene), responses, rng)
+        scene = self.scenes[i]
+        facts = world.facts(scene, rng) if rng.random() < 0.7 else []
+        responses = [
+            self.verdict(self.tokenizer.encode(world.describe(said)), facts,
+                         set(said.things) <= set(scene.things))
+            for said in self.others(scene, hardest, rng)
+        ]
+        asked = data.prompt_text(rng.choice(world.DESCRIBE_PROMPTS_TRAIN))
+        trunk = prompt_tokens(self.tokenizer, asked, self.patches)
+        return Example(f"scene {scene.seed}", self.features[i], trunk, responses)
+
+    def part(self, scene: world.Scene, rng: Random) -> world.Scene:
+        """Some of the scene's things, two at least."""
+        count = rng.randint(2, len(scene.things))
+        return replace(scene, things=tuple(rng.sample(scene.things, count)))
+
+    def written(self, scene: world.Scene, said: str, responses: list[Response], rng: Random) -> Example:
+        """A row without picture: the trunk is a prompt and what was said."""
+        asked = data.prompt_text(rng.choice(world.DESCRIBE_PROMPTS_TRAIN), image=False)
+        trunk = prompt_tokens(self.tokenizer, asked, 0) + self.tokenizer.encode(said)
+        return Example(f"scene {scene.seed}", None, trunk, responses)
+
+    def others(self, scene: world.Scene, hardest: float, rng: Random) -> list[world.Scene]:
+        """Four scenes, each the scene itself or, half of the time, a lookalike."""
+        return [
+            scene if rng.random() < 0.5 else world.lookalike(
+                scene, rng, 1 - hardest * rng.random() ** 0.5, rng.random() < self.config.fewer)
+            for _ in range(4)
+        ]
+
+    def request(self, facts: list[str]) -> list[int]:
+        return self.tokenizer.encode(f"USER: {data.judging_request(facts)} ASSISTANT:")
+
+    def verdict(
+        self, answer: list[int], facts: list[str], is_true: bool, reads: bool = False
+    ) -> Response:
+        """A branch: an answer (or none), the request to judge it, and the verdict."""
+        request = self.request(facts)
+        learnt = 0.5 / len(request) if reads else 0.0
+        said = self.tokenizer.encode("Yes." if is_true else "No.")[:1]
+        return Response(answer + request + said,
+                        [0.0] * len(answer) + [learnt] * len(request) + [1.0])

@@ -6,6 +6,7 @@ against uninterrupted ones, and whatever a user can get wrong. No network; a GPU
 
 import copy
 import dataclasses
+import dataclasses
 import io
 import json
 import math
@@ -1885,15 +1886,14 @@ def test_report_axes_have_round_numbers(low, high, wanted):
 
 
 def test_lessons_in_judging_are_true_where_they_say_yes(tiny_rlhf, tokenizer_rlhf):
-    config = sft.JudgeConfig(scenes=40, batch_size=20, steps=8, pictures=0.5, reading=0.3)
+    config = sft.JudgeConfig(scenes=40, batch_size=20, steps=12, pictures=0.5, reading=0.25)
     small = ImageSettings(12, (0.5,) * 3, (0.25,) * 3, "pad")
     lessons = sft.WorldVerdicts(tiny_rlhf, tokenizer_rlhf, small, config, 0)
     names = {f"scene {scene.seed}": scene for scene in lessons.scenes}
     decode, seen = tokenizer_rlhf.decode, []
-    for step in range(8):
+    for step in range(3, 12):
         for example in lessons.examples(step):
             scene = names[example.name]
-            true_facts = set(world.facts(scene, random.Random(0)))
             for response in example.responses:
                 *rest, verdict = response.tokens
                 said, request = decode(rest).split("USER:")
@@ -1901,18 +1901,36 @@ def test_lessons_in_judging_are_true_where_they_say_yes(tiny_rlhf, tokenizer_rlh
                 given = re.search("Facts: (.*)[.] ASSISTANT:", request)
                 given = set(given[1].split("; ")) if given else set()
                 if example.image is None:
-                    assert right == (given == true_facts)
                     said = decode(example.prompt).split("ASSISTANT:")[1]
-                    assert not world.hallucinations(scene, said)
+                    told = [scene.find(kind) for kind in world.mentions(said)]
+                    part = dataclasses.replace(scene, things=tuple(told))
+                    assert not world.hallucinations(scene, said) and len(told) >= 2
+                    assert right == (given == set(world.facts(part, random.Random(0))))
                 else:
                     assert right == (not world.hallucinations(scene, said))
-                    assert given in (set(), true_facts)
+                    assert given in (set(), set(world.facts(scene, random.Random(0))))
                 assert response.weight[-1] == 1
-                learnt = 0.3 if example.image is None and right else 0
+                learnt = 0.5 if example.image is None and right else 0
                 assert sum(response.weight[:-1]) == pytest.approx(learnt)
                 seen.append((example.image is None, right, bool(given)))
     assert set(seen) == {(True, True, True), (True, False, True), *(
         (False, right, facts) for right in (True, False) for facts in (True, False))}
+
+
+def test_lessons_in_judging_begin_with_reading(tiny_rlhf, tokenizer_rlhf):
+    config = sft.JudgeConfig(scenes=40, batch_size=20, steps=12, reading=0.25)
+    small = ImageSettings(12, (0.5,) * 3, (0.25,) * 3, "pad")
+    lessons, decode = sft.WorldVerdicts(tiny_rlhf, tokenizer_rlhf, small, config, 0), tokenizer_rlhf.decode
+    sizes = set()
+    for example in [e for step in range(3) for e in lessons.examples(step)]:
+        said = decode(example.prompt).split("ASSISTANT:")[1]
+        told = [re.search("Facts: (.*)[.] ASSISTANT:", decode(r.tokens))[1] for r in example.responses]
+        assert len({frozenset(facts.split("; ")) for facts in told}) == 1 and len(told) == 3
+        for kind in world.mentions(said):
+            assert all(kind in facts for facts in told)
+        assert all(set(response.weight) == {1.0} for response in example.responses)
+        sizes.add(len(told[0].split("; ")) - 1)
+    assert example.image is None and min(sizes) == 2 and len(sizes) > 2
 
 
 def test_supervised_loss_by_hand():
