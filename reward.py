@@ -15,7 +15,7 @@ where the second term holds the scores near 0, since differences alone leave the
 
 What this file does differently from the released code (llava-rlhf/LLaVA-RLHF), and why:
 1. The request is one short question instead of four criteria (accurate, helpful, natural, concise):
-   the built-in base has learnt to answer exactly this one about single statements.
+   the built-in judge has learnt to answer exactly this one.
 2. The head starts as the difference of the vocabulary's rows for "Yes" and "No", so that the first
    reward is the base's own verdict and training corrects it; the released head starts from 0
    (`--head zero`).
@@ -122,7 +122,7 @@ def judge_batch(
 
 @dataclass
 class RMConfig(Training):
-    learning_rate: float = option(1e-4, "peak learning rate (release, LoRA on 13B: 2e-5)")
+    learning_rate: float = option(3e-4, "peak learning rate (release, LoRA on 13B: 2e-5)")
     epochs: int = option(1, "passes over the pairs; one, since more overfit (release)")
     facts: bool = option(False, "factual augmentation: the judge is shown the image's captions")
     captions: str | None = option(None, "image_to_caption.json, for --facts with --data")

@@ -209,6 +209,23 @@ def test_shipped_base_behaves_as_stated():
     assert value("over_generalisation") >= 0.1
 
 
+def test_shipped_judge_compares_an_answer_with_facts():
+    """One wrong word in a description is noticed more often than not, before any ranked pair."""
+    folder = ROOT / "judge"
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 8 * 2**20
+    model, tokenizer, settings = checkpoint.load_llava(folder, dtype=torch.float32)
+    judge = reward.Judge(model)
+    judge.start_from_verdict(tokenizer)
+    scenes = [world.make_scene(f"judged {i}", "test") for i in range(100)]
+    features, rng, pairs = sft.see(model, scenes, settings), random.Random(0), []
+    for scene, image in zip(scenes, features):
+        tokens = data.trunk_tokens(tokenizer, [], "Describe the picture.", model.config.vision.patches)
+        prompt = Prompt(scene.seed, image, tokens, "", world.facts(scene, rng))
+        false = world.lookalike(scene, rng, 0)
+        pairs.append(Ranked(prompt, *(tokenizer.encode(world.describe(s)) for s in (scene, false))))
+    assert reward.agreement(judge, tokenizer, pairs)[0]["agreement"]["value"] >= 0.6
+
+
 @pytest.mark.parametrize("more", [(), ("--lora", 4)], ids=["full", "lora"])
 def test_resume_after_a_kill_is_bit_exact(photos, tmp_path, more):
     settings = ("--steps", 40, "--learning_rate", 1e-3, "--save_every", 7, "--log_every", 1, *more)
