@@ -37,6 +37,7 @@ ALGORITHMS = {
     "ddpo": "dense direct preference optimisation (DDPO) on corrected segments",
     "rm": "a reward model from ranked answers", "ppo": "reinforcement learning (PPO)",
     "vision": "pretraining of the vision tower", "base": "training of the built-in base model",
+    "judge": "lessons in judging, for reward models to start from",
 }
 MEASURES = {  # section: (explanation, {measure: (label, 1 if more is better, -1 if less)})
     "Descriptions": ("Share of descriptions with at least one false …", {

@@ -10,7 +10,9 @@ learning to see from captions alone would need far more text than a laptop can r
 `--algo base` does so for the built-in world's own model, from random words on. An image is a trunk,
 and a noisy description and a dozen questions about it are its branches: the picture is read once for
 all of them, and no answer can be copied from another. Some branches ask for a verdict on a statement,
-with or without captions beside it: a skill that a reward model needs (reward models start from here).
+with or without captions beside it.
+
+`--algo judge` goes on from that base with what a reward model needs: to read, and to compare.
 """
 
 from dataclasses import dataclass, replace
@@ -272,8 +274,9 @@ class WorldVerdicts:
         if step < first:
             lessons = [self.reading(self.scenes[i], rng) for i in chosen]
         else:
-            easy = (step - first) / (self.config.easy * (self.steps - first))
-            lessons = [self.judging(i, self.HARDEST * min(1.0, easy), rng) for i in chosen]
+            easy = max(1.0, self.config.easy * (self.steps - first))  # steps until they are hard
+            hardest = self.HARDEST * min(1.0, (step - first) / easy)
+            lessons = [self.judging(i, hardest, rng) for i in chosen]
         return sorted(lessons, key=data.row_length)
 
     def reading(self, scene: world.Scene, rng: Random) -> Example:
@@ -332,7 +335,7 @@ class WorldVerdicts:
     ) -> Response:
         """A branch: an answer (or none), the request to judge it, and the verdict."""
         request = self.request(facts)
-        learnt = 0.5 / len(request) if reads else 0.0
+        learnt = 0.5 / len(request) if reads else 0.0  # all of the reading half a verdict's weight
         said = self.tokenizer.encode("Yes." if is_true else "No.")[:1]
         return Response(answer + request + said,
                         [0.0] * len(answer) + [learnt] * len(request) + [1.0])

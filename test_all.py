@@ -1903,7 +1903,7 @@ def test_report_axes_have_round_numbers(low, high, wanted):
 
 
 def test_lessons_in_judging_are_true_where_they_say_yes(tiny_rlhf, tokenizer_rlhf):
-    config = sft.JudgeConfig(scenes=40, batch_size=20, steps=12, pictures=0.5, reading=0.25)
+    config = sft.JudgeConfig(scenes=40, batch_size=20, steps=12, pictures=0.5, reading=0.25, easy=0.0)
     small = ImageSettings(12, (0.5,) * 3, (0.25,) * 3, "pad")
     lessons = sft.WorldVerdicts(tiny_rlhf, tokenizer_rlhf, small, config, 0)
     names = {f"scene {scene.seed}": scene for scene in lessons.scenes}
