@@ -46,7 +46,7 @@ class Decoding:
         self.cache.keep(alive)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: LLaVA,
     images: Tensor | None,
@@ -118,7 +118,8 @@ def generate(
         now.position += 1
         now.slots += samples
     flat = answers.flatten(0, 1)  # (B * samples, steps)
-    return [answer[answer != config.pad_token] for answer in flat]
+    with torch.inference_mode(False):  # what is made in here is fit for training again
+        return [answer[answer != config.pad_token] for answer in flat]
 
 
 def prefill(

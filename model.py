@@ -188,13 +188,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x.mul_(cos).addcmul_(swapped, sin)
 
 
+def inverse_size(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps), (..., 1)."""
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    return square.div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 class Normalise(torch.autograd.Function):
     """x * weight / sqrt(mean(x^2) + eps), which keeps x and one number a token for backward."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()  # (..., 1)
-        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = inverse_size(x, eps)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 
@@ -212,9 +217,11 @@ class RMSNorm(nn.RMSNorm):
     """torch's, which has a kernel for it on GPUs, but on a CPU keeps a second copy of x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu and x.dtype == self.weight.dtype == torch.float32:
+        if not (x.is_cpu and x.dtype == self.weight.dtype == torch.float32):
+            return super().forward(x)
+        if torch.is_grad_enabled():
             return Normalise.apply(x, self.weight, self.eps)
-        return super().forward(x)
+        return (x * inverse_size(x, self.eps)).mul_(self.weight)
 
 
 class Attention(nn.Module):
@@ -274,7 +281,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if torch.is_grad_enabled():
+            return self.down_proj(GatedSiLU.apply(gate, up))
+        return self.down_proj(F.silu(gate).mul_(up))
 
 
 class Block(nn.Module):
