@@ -90,7 +90,7 @@ class Linear(nn.Linear):
         self.active: str | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+        y = F.linear(x, self.weight)
         if self.active is not None:
             y = y + self.adapters[self.active](x)
         return y
@@ -217,11 +217,12 @@ class RMSNorm(nn.RMSNorm):
     """torch's, which has a kernel for it on GPUs, but on a CPU keeps a second copy of x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (x.is_cpu and x.dtype == self.weight.dtype == torch.float32):
+        weight, eps = self.weight, self.eps
+        if not (x.is_cpu and x.dtype == weight.dtype == torch.float32):
             return super().forward(x)
         if torch.is_grad_enabled():
-            return Normalise.apply(x, self.weight, self.eps)
-        return (x * inverse_size(x, self.eps)).mul_(self.weight)
+            return Normalise.apply(x, weight, eps)
+        return (x * inverse_size(x, eps)).mul_(weight)
 
 
 class Attention(nn.Module):
@@ -240,7 +241,7 @@ class Attention(nn.Module):
         cache: (keys, values, slots): x's own go to slots (T,), and the first S slots are looked at.
         """
         q, k, v = (
-            proj(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (B, heads, T, hd)
+            proj(x).view(*x.shape[:2], -1, self.config.head_dim).transpose(1, 2)  # (B, heads, T, hd)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)

@@ -6,7 +6,6 @@ against uninterrupted ones, and whatever a user can get wrong. No network; a GPU
 
 import copy
 import dataclasses
-import dataclasses
 import io
 import json
 import math
@@ -51,7 +50,6 @@ import generation
 import kernels
 import layouts
 import metrics
-import model as model_module
 import model as models
 import ppo
 import readers
@@ -3097,7 +3095,7 @@ def test_padding_and_siblings_change_nothing(tiny):
 
 
 def test_attention_mask_by_hand():
-    mask = model_module.attention_mask(torch.tensor([[0, 0, 1, 2, 2, -1]]))[0, 0].int().tolist()
+    mask = models.attention_mask(torch.tensor([[0, 0, 1, 2, 2, -1]]))[0, 0].int().tolist()
     assert mask == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -3110,7 +3108,7 @@ def test_attention_mask_by_hand():
 
 def test_norm_is_torchs_with_its_gradients():
     """On a CPU in float32, where the norm is our own."""
-    norm, plain = model_module.RMSNorm(24, eps=1e-3), torch.nn.RMSNorm(24, eps=1e-3)
+    norm, plain = models.RMSNorm(24, eps=1e-3), torch.nn.RMSNorm(24, eps=1e-3)
     with torch.no_grad():
         plain.weight.copy_(norm.weight.normal_())
     x = torch.randn(2, 5, 24, requires_grad=True)

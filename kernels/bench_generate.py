@@ -1,6 +1,7 @@
 """Tokens per second of `model.generate` against transformers' `generate`, on the same weights.
 
     python kernels/bench.py --generate                        the shipped base of the built-in world
+    python kernels/bench.py --generate --random               a random model of 0.3 M parameters
     python kernels/bench.py --generate --model DIR --device cuda --compiled
 
 A batch of answers of exactly so many new tokens (end-of-sequence is switched off), to questions
@@ -13,6 +14,7 @@ import argparse
 import dataclasses
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,7 @@ import checkpoint  # noqa: E402
 import drawing  # noqa: E402
 import world  # noqa: E402
 from data import prompt_text, prompt_tokens  # noqa: E402
-from kernels import bench  # noqa: E402
+from kernels import bench, bench_step  # noqa: E402
 from model import generate  # noqa: E402
 from vision import preprocess  # noqa: E402
 
@@ -122,6 +124,7 @@ def main(argv: list[str] | None) -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(ROOT / "base"), help="a folder in llava-hf's layout")
+    parser.add_argument("--random", action="store_true", help="a tiny random model instead")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), metavar="DTYPE",
                         default=torch.bfloat16 if gpu else torch.float32)
@@ -129,7 +132,13 @@ def main(argv: list[str] | None) -> None:
     parser.add_argument("--tokens", type=int, default=64, help="new ones of each answer")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--compiled", action="store_true")
-    table(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.random:
+            shape = "--width 64 --layers 2 --tower_width 64 --tower_layers 2 --image 56"
+            bench_step.make_model(Path(folder), bench_step.parse(shape.split()))
+            args.model = f"{folder}/model"
+        table(args)
 
 
 if __name__ == "__main__":
