@@ -3162,6 +3162,15 @@ def test_sampling_frequencies_follow_the_model(tiny):
     assert (counts - logits.softmax(-1)).abs().max() < 0.03
 
 
+def test_sampled_tokens_can_be_trained_on(tiny):
+    """Decoding runs in inference mode, whose tensors autograd refuses; its answers are ordinary."""
+    answer, = generate(tiny, None, [torch.arange(3, 9)], 4)
+    assert torch.is_grad_enabled() and not answer.is_inference()
+    tiny.logits(None, answer[None]).sum().backward()
+    assert tiny.decoder.embed_tokens.weight.grad is not None
+    tiny.zero_grad()
+
+
 def test_generation_needs_room(tiny):
     with pytest.raises(ValueError, match="leaves no room"):
         generate(tiny, None, [torch.ones(128, dtype=torch.long)], 5)
