@@ -4841,3 +4841,14 @@ def test_kernels_bench(flags, capsys, monkeypatch):
     assert len(ours) == 5 and "R = 20 response tokens" in lines[1]
     limit = 1e-5 if "float32" in lines[1] else 0.05
     assert all(float(row[-1]) < limit for row in ours), lines
+
+
+def test_generation_is_compared_with_transformers(capsys):
+    bench.main("--generate --random --batch 4 --tokens 3 --repeats 1".split())
+    shown = capsys.readouterr().out
+    assert "0.3 M parameters" in shown
+    for counts in ("4 prompts of 58 tokens x 1, 3 new each", "1 prompts of 58 tokens x 4, 3 new each"):
+        rows = shown.split(counts)[1].splitlines()[2:4]
+        (peer, _, one, _), (name, rate, ratio, _) = (row.split() for row in rows)
+        assert (peer, one, name) == ("transformers", "1.00", "ours")
+        assert float(rate) > 0 and float(ratio) > 0
