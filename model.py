@@ -214,7 +214,10 @@ class Normalise(torch.autograd.Function):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, which has a kernel for it on GPUs, but on a CPU keeps a second copy of x."""
+    """torch's, which has a kernel for it on GPUs, but on a CPU keeps a second copy of x.
+
+    Where there is no backward, as in decoding, autograd's part of the work is left out.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         weight, eps = self.weight, self.eps
@@ -283,7 +286,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # otherwise autograd's part of the work is left out
             return self.down_proj(GatedSiLU.apply(gate, up))
         return self.down_proj(F.silu(gate).mul_(up))
 

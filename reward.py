@@ -17,9 +17,9 @@ What this file does differently from the released code (llava-rlhf/LLaVA-RLHF), 
 1. The request is one short question instead of four criteria (accurate, helpful, natural, concise):
    the built-in judge has learnt to answer exactly this one.
 2. The head starts as the difference of the vocabulary's rows for "Yes" and "No", so that the first
-   reward is the base's own verdict and training corrects it; the released head starts from 0
+   reward is the model's own verdict and training corrects it; the released head starts from 0
    (`--head zero`).
-3. The answer's end-of-sequence token is left out of what is judged, as it was in the base's
+3. The answer's end-of-sequence token is left out of what is judged, as it was in the judge's
    lessons; that an answer has no end is the business of a rule.
 """
 
