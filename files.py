@@ -7,6 +7,7 @@ they are refused, with the command that converts them.
 """
 
 import contextlib
+import fcntl
 import glob
 import json
 import os
@@ -89,6 +90,40 @@ def whole_folder(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """A folder, made if need be, that no other process can claim meanwhile; removed if left empty.
+
+    The claim is the system's lock on the folder itself: a killed process leaves none behind.
+
+    Raises:
+        ValueError: another process has claimed it, or it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another run is at work in it; choose another --out") from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # not empty, as a rule
+                folder.rmdir()
+    finally:
+        os.close(handle)
+
+
+def clear(folder: Path) -> None:
+    """Remove what is in a folder, not the folder."""
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 class WeightFile:

@@ -298,9 +298,17 @@ def test_folders_are_never_lost(photos, tmp_path):
     other = run_train(*own_data(photos, tmp_path / "run", "--steps", 2))
     assert other.returncode == 1 and "other settings (steps differ)" in other.stderr
     file = run_train(*own_data(photos, tmp_path / "thesis" / "chapter.txt"))
-    assert file.returncode == 1 and "chapter.txt is not empty" in file.stderr
+    assert file.returncode == 1 and "chapter.txt is a file" in file.stderr
     nothing = run_train(*own_data(photos, tmp_path / "new", "--resume"))
     assert nothing.returncode == 1 and "no run to resume" in nothing.stderr
+    assert not (tmp_path / "new").exists()
+    with files.claimed(tmp_path / "run"):  # as a run that goes on does
+        before = (tmp_path / "run" / "config.json").read_bytes()
+        second = run_train(*own_data(photos, tmp_path / "run", "--steps", 3, "--overwrite"))
+        assert second.returncode == 1 and "another run is at work in it" in second.stderr
+        assert (tmp_path / "run" / "config.json").read_bytes() == before
+    again = run_train(*own_data(photos, tmp_path / "run", "--steps", 3, "--overwrite"))
+    assert again.returncode == 0, again.stderr
     missing = run_train("--model", tmp_path / "nowhere", "--out", tmp_path / "m")
     assert missing.returncode == 1 and "nowhere" in missing.stderr and "Traceback" not in missing.stderr
 

@@ -252,7 +252,7 @@ def start_folder(folder: Path, settings: dict, run: Run) -> bool:
     """Make the output folder ours; True if an interrupted run in it is to be gone on with."""
     file = folder / "config.json"
     if run.overwrite and file.exists():
-        shutil.rmtree(folder)
+        files.clear(folder)
     if file.exists():
         old = files.read_json(file)["settings"]
         changed = sorted(k for k in old.keys() | settings.keys() if old.get(k) != settings.get(k))
@@ -266,11 +266,10 @@ def start_folder(folder: Path, settings: dict, run: Run) -> bool:
             raise ValueError(f"{folder} holds an unfinished run; --resume goes on, --overwrite restarts")
     elif run.resume:
         raise ValueError(f"{folder} holds no run to resume")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run of ours; choose another --out")
-    if not run.resume and folder.exists():
-        shutil.rmtree(folder)  # a finished run with the same settings: made again, with one result
-    folder.mkdir(parents=True, exist_ok=True)
+    if not run.resume:
+        files.clear(folder)  # a finished run with the same settings: made again, with one result
     versions = {"plumbline": VERSION, "torch": torch.__version__, "python": platform.python_version()}
     files.write_atomic(file, {"settings": settings, "versions": versions})
     return run.resume
@@ -337,6 +336,14 @@ def execute(run: Run, config) -> None:
     if run.dry_run:
         return show(run, config, model, tokenizer, images, device)
     folder = Path(run.out or f"runs/{run.algo}")
+    with files.claimed(folder):
+        train_in(folder, run, config, device, model, tokenizer, images)
+    print(f"{folder}: {time.perf_counter() - started:.0f} s in all; the model is in "
+          f"{folder / 'model'}, the report in {folder / 'report.html'}", file=sys.stderr)
+
+
+def train_in(folder: Path, run: Run, config, device, model, tokenizer, images) -> None:
+    """From a model that is loaded to what a run leaves in its folder."""
     settings = {k: v for k, v in {**asdict(run), **asdict(config)}.items() if k not in TRANSIENT}
     resume = start_folder(folder, settings, run)
     algorithm = make_algorithm(run, config, model, tokenizer, images, folder, device)
@@ -352,13 +359,11 @@ def execute(run: Run, config) -> None:
         after = measure(prepare.measure_now, run, algorithm, model, tokenizer, images)
         print(evaluate.table(before[0], after[0]))
         evaluate.write_results(folder / "results.json", before, after)
-    page = report.write_report(folder)
+    report.write_report(folder)
     for old in folder.glob("checkpoint-*"):
         shutil.rmtree(old)
     for old in folder.glob("features.*"):
         old.unlink()
-    print(f"{folder}: {algorithm.steps} steps, {time.perf_counter() - started:.0f} s in all; "
-          f"the model is in {folder / 'model'}, the report in {page}", file=sys.stderr)
 
 
 def measure(how, run: Run, algorithm, model, tokenizer, images) -> tuple[dict, list[dict]] | None:
