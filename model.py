@@ -17,7 +17,7 @@ positions (2104.09864), grouped-query attention (2305.13245), LLaVA-1.5 (2310.03
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -519,7 +519,20 @@ class LLaVA(nn.Module):
         return self.head(self(images, tokens))
 
 
-def init_weights(model: LLaVA, seed: int) -> None:
+def deepen(model: LLaVA, layers: int, seed: int = 0) -> None:
+    """Put more decoder layers on top, in place. At first they pass on what they are given."""
+    text = model.config.text
+    new = nn.ModuleList(Block(text) for _ in range(layers))
+    init_weights(new, seed)
+    for block in new:
+        nn.init.zeros_(block.self_attn.o_proj.weight)
+        nn.init.zeros_(block.mlp.down_proj.weight)
+    model.decoder.layers.extend(new.to(model.head.weight))
+    model.decoder.config = replace(text, num_hidden_layers=len(model.decoder.layers))
+    model.config = replace(model.config, text=model.decoder.config)
+
+
+def init_weights(model: nn.Module, seed: int) -> None:
     """Random weights for a model that is not loaded: normal with deviation 1 / sqrt(fan-in)."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():

@@ -21,14 +21,14 @@ import torch
 import checkpoint
 import collect
 import features
+import lessons
 import ppo
 import reward
 import rollouts
-import sft
 import world
 from config import Run
 from files import read_json
-from model import add_adapter, carriers, select_trainable
+from model import add_adapter, carriers, deepen, select_trainable
 from preferences import Prompt, Ranked, Reader
 from prepare import BASE, WORLD, on_world
 from rows import DataError
@@ -133,7 +133,7 @@ def judge_start(run: Run) -> Path | None:
     return WORLD / ("judge" if run.seed == 0 else f"judge-seed{run.seed}") / "model"
 
 
-def missing_judge(run: Run) -> tuple[Run, sft.JudgeConfig] | None:
+def missing_judge(run: Run) -> tuple[Run, lessons.JudgeConfig] | None:
     """The run that teaches the built-in world's base to judge, if a reward model needs it."""
     model = judge_start(run)
     if model is None or (model / "config.json").exists():
@@ -142,7 +142,7 @@ def missing_judge(run: Run) -> tuple[Run, sft.JudgeConfig] | None:
     print(f"judge: not found in {out}, making it first", file=sys.stderr)
     first = Run(algo="judge", out=str(out), seed=run.seed, device=run.device, dtype=run.dtype,
                 from_scratch=run.from_scratch, resume=(out / "config.json").exists())
-    return first, sft.JudgeConfig()
+    return first, lessons.JudgeConfig()
 
 
 def make_reward_model(
@@ -156,6 +156,7 @@ def make_reward_model(
     origin = reward.lineage(tokenizer, checkpoint.fingerprint(model), config.facts)
     if start := judge_start(run):
         taught, _, _ = checkpoint.load_llava(start, model.head.weight.device, torch.float32)
+        deepen(model, len(taught.decoder.layers) - len(model.decoder.layers))
         model.load_state_dict(taught.state_dict())
     adapter = "default" if run.lora else None
     if adapter:

@@ -48,6 +48,7 @@ import features
 import files
 import generation
 import kernels
+import lessons
 import layouts
 import metrics
 import model as models
@@ -1909,43 +1910,72 @@ def test_report_axes_have_round_numbers(low, high, wanted):
 
 
 def test_lessons_in_judging_are_true_where_they_say_yes(tiny_rlhf, tokenizer_rlhf):
-    config = sft.JudgeConfig(scenes=40, batch_size=20, steps=12, pictures=0.5, reading=0.25, easy=0.0)
+    config = lessons.JudgeConfig(scenes=40, batch_size=20, steps=12, pictures=0.5, reading=0.0,
+                                 comparing=0.25, marked=0.5, easy=0.0)
     small = ImageSettings(12, (0.5,) * 3, (0.25,) * 3, "pad")
-    lessons = sft.WorldVerdicts(tiny_rlhf, tokenizer_rlhf, small, config, 0)
-    names = {f"scene {scene.seed}": scene for scene in lessons.scenes}
-    decode, seen = tokenizer_rlhf.decode, []
-    for step in range(3, 12):
-        for example in lessons.examples(step):
+    source = lessons.WorldVerdicts(tiny_rlhf, tokenizer_rlhf, small, config, 0)
+    names = {f"scene {scene.seed}": scene for scene in source.scenes}
+    decode, seen = tokenizer_rlhf.decode, {True: set(), False: set()}
+    captions = lambda scene: world.facts(scene, random.Random(0))
+    for step in range(12):
+        for example in source.examples(step):
             scene = names[example.name]
             for response in example.responses:
-                *rest, verdict = response.tokens
-                said, request = decode(rest).split("USER:")
-                right = decode([verdict]) == "Yes"
-                given = re.search("Facts: (.*)[.] ASSISTANT:", request)
-                given = set(given[1].split("; ")) if given else set()
+                said, request = decode(response.tokens).split("USER:")
+                learnt = [decode([token]) for token, weight in zip(response.tokens, response.weight)
+                          if weight == 1.0]
+                facts = re.search("Facts: (.*?)[.]", request)
+                facts = re.sub("; (Yes|No) ", "; ", facts[1]).split("; ") if facts else []
+                truth = set(captions(scene))
                 if example.image is None:
                     said = decode(example.prompt).split("ASSISTANT:")[1]
                     told = [scene.find(kind) for kind in world.mentions(said)]
-                    part = dataclasses.replace(scene, things=tuple(told))
+                    truth = set(captions(dataclasses.replace(scene, things=tuple(told))))
                     assert not world.hallucinations(scene, said) and len(told) >= 2
-                    assert right == (given == set(world.facts(part, random.Random(0))))
+                    right = set(facts) == truth
                 else:
-                    assert right == (not world.hallucinations(scene, said))
-                    assert given in (set(), set(world.facts(scene, random.Random(0))))
-                assert response.weight[-1] == 1
-                learnt = 0.5 if example.image is None and right else 0
-                assert sum(response.weight[:-1]) == pytest.approx(learnt)
-                seen.append((example.image is None, right, bool(given)))
-    assert set(seen) == {(True, True, True), (True, False, True), *(
-        (False, right, facts) for right in (True, False) for facts in (True, False))}
+                    assert set(facts) in (set(), truth)
+                    right = not world.hallucinations(scene, said)
+                compares = "ASSISTANT:" not in request
+                if compares:  # a fact is said if the answer names its thing, and truly
+                    false = {kind for sentence in re.split("(?<=[.]) ", said)
+                             for kind in world.mentions(sentence)
+                             if world.hallucinations(scene, sentence)}
+                    said_so = set(world.mentions(said)) - false
+                    wanted = ["Yes" if fact in truth and (fact.startswith("a picture of") or any(
+                        world.NOUNS.get(word) in said_so for word in fact.split())) else "No"
+                        for fact in facts]
+                    told = [decode([token]) for token, weight in zip(response.tokens, response.weight)
+                            if 0 < weight < 1]
+                    assert sum(word in (";", ".") for word in told) == wanted.count("Yes")
+                else:
+                    wanted = ["Yes" if right else "No"]
+                    assert set(response.weight) == {0.0, 1.0}
+                assert learnt == wanted and (step >= 3 or compares and example.image is None)
+                seen[compares].add((example.image is None, wanted[0], bool(facts)))
+    assert seen[True] == {(text, says, True) for text in (True, False) for says in ("Yes", "No")}
+    assert seen[False] == {(True, "Yes", True), (True, "No", True), *(
+        (False, says, facts) for says in ("Yes", "No") for facts in (True, False))}
+
+
+def test_layers_put_on_top_change_nothing_at_first(tiny):
+    model, prompt = copy.deepcopy(tiny), torch.arange(3, 9)
+    before, layers = model.logits(None, prompt[None]), len(model.decoder.layers)
+    models.deepen(model, 2)
+    assert len(model.decoder.layers) == model.config.text.num_hidden_layers == layers + 2
+    assert torch.equal(model.logits(None, prompt[None]), before)
+    assert len(generate(model, None, [prompt], 4)[0]) > 0
+    model.logits(None, prompt[None]).square().mean().backward()
+    assert model.decoder.layers[-1].mlp.down_proj.weight.grad.abs().max() > 0
 
 
 def test_lessons_in_judging_begin_with_reading(tiny_rlhf, tokenizer_rlhf):
-    config = sft.JudgeConfig(scenes=40, batch_size=20, steps=12, reading=0.25)
+    config = lessons.JudgeConfig(scenes=40, batch_size=20, steps=12, reading=0.25)
     small = ImageSettings(12, (0.5,) * 3, (0.25,) * 3, "pad")
-    lessons, decode = sft.WorldVerdicts(tiny_rlhf, tokenizer_rlhf, small, config, 0), tokenizer_rlhf.decode
+    source = lessons.WorldVerdicts(tiny_rlhf, tokenizer_rlhf, small, config, 0)
+    decode = tokenizer_rlhf.decode
     sizes = set()
-    for example in [e for step in range(3) for e in lessons.examples(step)]:
+    for example in [e for step in range(3) for e in source.examples(step)]:
         said = decode(example.prompt).split("ASSISTANT:")[1]
         told = [re.search("Facts: (.*)[.] ASSISTANT:", decode(r.tokens))[1] for r in example.responses]
         assert len({frozenset(facts.split("; ")) for facts in told}) == 1 and len(told) == 3

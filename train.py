@@ -30,6 +30,7 @@ import ddpo
 import dry_run
 import evaluate
 import files
+import lessons
 import ppo
 import prepare
 import report
@@ -37,11 +38,11 @@ import reward
 import rlhf
 import sft
 from config import Run
-from model import add_adapter, carriers, select_trainable
+from model import add_adapter, carriers, deepen, select_trainable
 
 VERSION = "0.1"
 
-ALGORITHMS = {"vision": sft.TowerConfig, "base": sft.BaseConfig, "judge": sft.JudgeConfig,
+ALGORITHMS = {"vision": sft.TowerConfig, "base": lessons.BaseConfig, "judge": lessons.JudgeConfig,
               "sft": sft.SFTConfig, "dpo": ddpo.DPOConfig, "ddpo": ddpo.DDPOConfig,
               "rm": reward.RMConfig, "ppo": ppo.PPOConfig}
 BUILT_IN = ("vision", "base", "judge")  # steps of the built-in world that take no data
@@ -280,8 +281,9 @@ def make_algorithm(run: Run, config, model, tokenizer, settings, folder: Path, d
     if run.algo == "vision":
         return sft.Tower(model, config, run.seed, settings)
     if run.algo in ("base", "judge"):
-        lessons = sft.WorldConversations if run.algo == "base" else sft.WorldVerdicts
-        source = lessons(model, tokenizer, settings, config, run.seed)
+        of_world = lessons.WorldConversations if run.algo == "base" else lessons.WorldVerdicts
+        deepen(model, getattr(config, "layers", 0), run.seed)
+        source = of_world(model, tokenizer, settings, config, run.seed)
         select_trainable(model)
         return sft.SFT(model, config, source)
     if run.algo == "rm":
