@@ -520,7 +520,11 @@ class LLaVA(nn.Module):
 
 
 def deepen(model: LLaVA, layers: int, seed: int = 0) -> None:
-    """Put more decoder layers on top, in place. At first they pass on what they are given."""
+    """Put so many more decoder layers on top, in place.
+
+    Their output matrices are 0 (the others drawn from the seed): at first they pass on what they
+    are given.
+    """
     text = model.config.text
     new = nn.ModuleList(Block(text) for _ in range(layers))
     init_weights(new, seed)

@@ -56,6 +56,7 @@ import ppo
 import readers
 import report
 import reward
+import rlhf
 import rollouts
 import rows
 import sft
@@ -1956,6 +1957,21 @@ def test_lessons_in_judging_are_true_where_they_say_yes(tiny_rlhf, tokenizer_rlh
     assert seen[True] == {(text, says, True) for text in (True, False) for says in ("Yes", "No")}
     assert seen[False] == {(True, "Yes", True), (True, "No", True), *(
         (False, says, facts) for says in ("Yes", "No") for facts in (True, False))}
+
+
+def test_a_judge_is_taught_and_reward_models_start_from_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["--steps", "4", "--scenes", "8", "--batch_size", "4", "--layers", "1"]
+    assert train.main(["--algo", "judge", *given, "--reading", "0.25", "--comparing", "0.34"]) == 0
+    base, taught = (checkpoint.load_llava(folder)[0] for folder in (ROOT / "base", "runs/judge/model"))
+    layers = taught.decoder.layers
+    assert len(layers) == len(base.decoder.layers) + 1
+    assert layers[-1].mlp.down_proj.weight.abs().max() > 0  # they began as 0
+    monkeypatch.setattr(rlhf, "JUDGE", tmp_path / "runs/judge/model")
+    given = ["--rankings", "4", "--held_out", "2", "--batch_size", "2", "--learning_rate", "0"]
+    assert train.main(["--algo", "rm", "--facts", *given]) == 0
+    judge = checkpoint.load_llava("runs/rm/model")[0].state_dict()
+    assert all(torch.equal(weight, judge[name]) for name, weight in taught.state_dict().items())
 
 
 def test_layers_put_on_top_change_nothing_at_first(tiny):
