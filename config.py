@@ -1,4 +1,4 @@
-"""How a hyperparameter is declared: once, in a dataclass, and the command line follows from it.
+"""Hyperparameters, each declared once in a dataclass, and the command line made from them.
 
     @dataclass
     class Config(Training):
@@ -12,10 +12,12 @@ import dataclasses
 import math
 from dataclasses import dataclass, field, fields
 from types import UnionType
-from typing import get_args, get_type_hints
+from typing import ClassVar, get_args, get_type_hints
 
 
-ALGORITHMS = ("vision", "base", "judge", "sft", "dpo", "ddpo", "rm", "ppo")
+VERSION = "0.2"
+TRANSIENT = {  # options that do not change a result
+    "resume", "overwrite", "dry_run", "save_every", "log_every", "tensorboard"}
 
 
 def option(default, help: str, choices: tuple | None = None, least: float = 0):
@@ -37,7 +39,7 @@ def number(kind: type, least: float):
 
 @dataclass
 class Training:
-    """What every algorithm's optimisation needs; each algorithm sets its own defaults."""
+    """Optimisation; each algorithm sets its own defaults."""
 
     learning_rate: float = option(1e-5, "peak learning rate")
     batch_size: int = option(32, "rows per optimizer step", least=1)
@@ -47,18 +49,23 @@ class Training:
     steps: int = option(0, "optimizer steps; 0: as many as the epochs need")
     warmup: float = option(0.1, "share of the steps over which the learning rate rises linearly")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
-    weight_decay: float = option(0.0, "AdamW's decoupled weight decay")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay, of matrices only")
+
+    # Fixed for most algorithms; one that leaves the choice to the user makes options of them.
+    optimizer: ClassVar[str] = "adamw"
+    facts: ClassVar[bool] = False  # whether examples carry the image's captions
+    captions: ClassVar[str | None] = None  # image_to_caption.json, where the data is the user's
 
 
 @dataclass
 class Run:
-    """What every run has, whatever its algorithm."""
+    """Options of every run, whatever its algorithm."""
 
-    algo: str = option("ddpo", "what to run", choices=ALGORITHMS)
+    algo: str = option("ddpo", "what to run")
     out: str = option("", "output folder; default runs/<algo>")
     model: str | None = option(None, "folder of a LLaVA model; default: the built-in world's base")
     data: list[str] | None = option(
-        None, "JSONL or parquet files of corrections; 'world': corrections of the base's own answers")
+        None, "JSONL or parquet files; 'world': feedback on the base's own answers")
     images: str | None = option(None, "folder of the images that JSONL rows name")
     seed: int = option(0, "decides every random choice")
     lora: int = option(0, "train low-rank adapters of this rank; 0: all of decoder and projector")
@@ -66,23 +73,35 @@ class Run:
     device: str = option("auto", "cpu, cuda, cuda:1 ...")
     dtype: str = option("auto", "of computation; auto: bfloat16 on a GPU, float32 on a CPU",
                         choices=("auto", "float32", "bfloat16"))
-    gradient_checkpointing: bool = option(False, "recompute activations: less memory, 1/3 more time")
-    image_mode: str = option("auto", "pad: to a square, as LLaVA-1.5 was trained; crop: the middle; "
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    image_mode: str = option("auto", "pad: to a square, as in LLaVA-1.5; crop: the middle; "
                              "auto: as the model's folder says", choices=("auto", "pad", "crop"))
     corrections: int = option(1400, "corrections to collect (built-in world); RLHF-V's number")
     test_scenes: int = option(500, "held-out scenes of the evaluation (built-in world)")
     save_every: int = option(100, "steps between checkpoints", least=1)
     log_every: int = option(10, "steps between lines of metrics.jsonl", least=1)
     tensorboard: bool = option(False, "the same as events for TensorBoard, in the run's folder")
-    skip_bad_rows: bool = option(False, "leave unusable rows out and list them, instead of stopping")
-    from_scratch: bool = option(False, "make the built-in base here instead of using the shipped one")
-    dry_run: bool = option(False, "show what would be trained on, and stop")
-    resume: bool = option(False, "go on with the interrupted run in the output folder")
-    overwrite: bool = option(False, "replace whatever run is in the output folder")
+    skip_bad_rows: bool = option(False, "list unusable rows and leave them out")
+    from_scratch: bool = option(False, "make the built-in models here, not use the shipped")
+    dry_run: bool = option(False, "print the planned runs and the training rows, and stop")
+    resume: bool = option(False, "continue the interrupted run in the output folder")
+    overwrite: bool = option(False, "replace the run in the output folder")
+
+    def use_bfloat16(self, device_type: str) -> bool:
+        """Whether products are computed in bfloat16; on a CPU only if asked for."""
+        return self.dtype == "bfloat16" or self.dtype == "auto" and device_type == "cuda"
+
+    def on_world(self) -> bool:
+        """Whether the run learns from the built-in world's feedback."""
+        return self.data in (None, ["world"])
 
 
-def add_options(parser: argparse.ArgumentParser, config: type) -> None:
-    """One option per field of the dataclass; those not given stay out of the namespace."""
+def add_options(parser: argparse.ArgumentParser, config: type, **choices: tuple) -> None:
+    """Add an option per field of the dataclass; those not given stay out of the namespace.
+
+    Args:
+        choices: of fields by name, where the dataclass does not list them.
+    """
     hints = get_type_hints(config)
     for spec in fields(config):
         kind = hints[spec.name]
@@ -93,8 +112,8 @@ def add_options(parser: argparse.ArgumentParser, config: type) -> None:
         common = {"help": text + shown, "default": argparse.SUPPRESS}
         if kind is bool:
             parser.add_argument(f"--{spec.name}", action=argparse.BooleanOptionalAction, **common)
-        elif spec.metadata["choices"]:
-            parser.add_argument(f"--{spec.name}", choices=spec.metadata["choices"], **common)
+        elif allowed := spec.metadata["choices"] or choices.get(spec.name):
+            parser.add_argument(f"--{spec.name}", choices=allowed, **common)
         elif kind in (int, float):
             parser.add_argument(f"--{spec.name}", type=number(kind, spec.metadata["least"]),
                                 metavar=kind.__name__, **common)

@@ -21,18 +21,27 @@ What this file does differently from the released code (RLHF-V/RLHF-V), and why:
    gamma 1.1 and the sum: `--beta 0.1 --gamma 1.1 --no-normalize`.
 2. A segment that was only inserted or deleted counts as corrected, as Eq. 5 says. The released code
    keeps replacements alone: `--replacements_only`.
-3. The reference's scores are computed once, before the first step, and not at every step.
+3. The diff covers the answers alone; the released code diffs prompt and answer together.
+Like the released code, it computes the reference's scores once, before the first step.
+
+The loss is `DDPO.loss`, in plain PyTorch. `--fused on` (the default on a GPU) computes the same
+numbers in `kernels.ddpo_loss`, which never holds the (R, vocabulary) logits; a test compares both.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
+import kernels
+from algorithm import Algorithm, Data, Start
 from config import Training, option
-from data import Batch, Epochs, Example, collate, row_length, split
-from model import LLaVA
+from data import Batch, Epochs, micro_batches, pair_tokens, row_length, split
+from formats.checkpoint import fingerprint
+from formats.files import read_json, write_atomic
 
 
 def response_scores(
@@ -74,33 +83,6 @@ def preference_loss(
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
-
-def response_states(model: LLaVA, batch: Batch) -> Tensor:
-    """Hidden states (R, D) that predict the responses' tokens; no others meet the vocabulary."""
-    hidden = model(batch.images, batch.tokens, batch.position, batch.branch)  # (B, T, D)
-    return hidden.flatten(0, 1)[batch.source]
-
-
-def batch_scores(model: LLaVA, batch: Batch, normalize: bool) -> Tensor:
-    """Scores (G,) of every response in the batch."""
-    logp = model.head(response_states(model, batch), batch.target)
-    return response_scores(logp, batch.weight, batch.group, batch.groups, normalize)
-
-
-def pair_loss(
-    model: LLaVA, batch: Batch, beta: float, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean loss, chosen and rejected rewards (P,), scores (2P,) of a batch of pairs.
-
-    What `preference_loss` makes of `batch_scores`, fused: the (R, vocabulary) logits are never in
-    memory (`kernels.ddpo_loss`).
-    """
-    return model.head(
-        response_states(model, batch), batch.target, segment_weight=batch.weight,
-        group=batch.group, reference=batch.reference, beta=beta, normalize=normalize,
-    )
-
-
 @dataclass
 class DDPOConfig(Training):
     learning_rate: float = option(1e-5, "peak learning rate (paper, 7B and up: 5e-7)")
@@ -109,6 +91,8 @@ class DDPOConfig(Training):
     normalize: bool = option(True, "scores are means (Eq. 5), not sums (Eq. 4, and the release)")
     min_match: int = option(3, "a common run of fewer tokens counts as corrected (release)")
     replacements_only: bool = option(False, "insertions and deletions keep weight 1 (release)")
+    fused: str = option("auto", "compute the loss in the fused kernel, the same numbers without "
+                        "the logits in memory; auto: on a GPU", choices=("auto", "on", "off"))
 
 
 @dataclass
@@ -118,57 +102,100 @@ class DPOConfig(DDPOConfig):
     normalize: bool = option(False, "scores are sums (Eq. 4)")
 
 
-class DDPO:
-    """DPO and DDPO on preference pairs; the two differ by their configuration only."""
+@dataclass
+class PreferenceBatch(Batch):
+    """Pairs, chosen at even groups and rejected at odd ones."""
 
-    def __init__(self, model: LLaVA, config: DDPOConfig, seed: int, examples: list[Example]):
-        """`examples` carry two responses each, chosen first, and the reference's scores of both."""
-        self.model, self.config = model, config
-        self.modules = nn.ModuleDict({"model": model})
-        self.source = Epochs(examples, config, seed)
+    reference: Tensor | None = None  # (G,) the frozen reference's scores
+
+
+class DDPO(Algorithm):
+    """Align with corrected segments by dense direct preference optimisation (DDPO)."""
+
+    Config = DDPOConfig
+
+    def __init__(self, start: Start, config: DDPOConfig, data: Data):
+        self.model, self.config = start.model, config
+        self.modules = nn.ModuleDict({"model": self.model})
+        self.source = Epochs(data.train, config, start.run.seed)
         self.steps = self.source.steps
+        self.fused = config.fused == "on" or config.fused == "auto" and start.device.type == "cuda"
+        self.reference = reference_scores(start, config, data)
 
-    def batches(self, step: int) -> list[Batch]:
-        return make_batches(self.model, self.source.examples(step), self.config.micro_batch)
+    @staticmethod
+    def tokens(row, tokenizer, patches: int, config: DDPOConfig):
+        return pair_tokens(
+            row, tokenizer, patches, config.gamma, config.min_match, config.replacements_only)
 
-    def size(self, batch: Batch) -> int:
-        return batch.groups // 2
+    def batches(self, step: int) -> list[PreferenceBatch]:
+        batches = micro_batches(self.model, self.source.examples(step), self.config.micro_batch)
+        return [
+            PreferenceBatch(**vars(batch), reference=torch.tensor(
+                [score for name in batch.names for score in self.reference[name]]))
+            for batch in batches
+        ]
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        loss, chosen_rewards, rejected_rewards, scores = pair_loss(
-            self.model, batch, self.config.beta, self.config.normalize
-        )
+    def loss(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, float]]:
+        beta, normalize = self.config.beta, self.config.normalize
+        if self.fused:
+            loss, chosen_rewards, rejected_rewards, scores = self.model.head(
+                self.model.response_states(batch), kernels.ddpo_loss, batch.target, batch.weight,
+                batch.group, batch.reference, beta, normalize)
+        else:
+            logp = self.model.response_logp(batch)  # (R,)
+            scores = response_scores(logp, batch.weight, batch.group, batch.groups, normalize)
+            losses, chosen_rewards, rejected_rewards = preference_loss(
+                scores[0::2], scores[1::2], batch.reference[0::2], batch.reference[1::2], beta)
+            loss = losses.mean()
         margins = chosen_rewards - rejected_rewards
         metrics = {
             "rewards/chosen": chosen_rewards.mean(),
             "rewards/rejected": rejected_rewards.mean(),
             "rewards/margins": margins.mean(),
             "rewards/accuracies": (margins > 0).float().mean(),
-            "logps/chosen": scores[0::2].mean(),
-            "logps/rejected": scores[1::2].mean(),
+            "logps/chosen": scores[0::2].detach().mean(),
+            "logps/rejected": scores[1::2].detach().mean(),
         }
-        values = torch.stack(list(metrics.values())).tolist()  # one wait for the device
+        values = torch.stack(list(metrics.values())).tolist()  # waits for the device once
         return loss, dict(zip(metrics, values)) | {"padding": batch.padding}
 
 
-def make_batches(model: LLaVA, examples: list[Example], size: int) -> list[Batch]:
-    """Micro-batches of `size` rows; rows of like length together, so that little is padding."""
-    context = model.config.text.max_position_embeddings
-    ordered = sorted(examples, key=row_length)
-    return [collate(part, model.config.pad_token, context) for part in split(ordered, size)]
+class DPO(DDPO):
+    """Align with ranked or corrected answers by direct preference optimisation (DPO)."""
+
+    Config = DPOConfig
 
 
 @torch.no_grad()
-def reference_scores(
-    model: LLaVA, examples: list[Example], config: DDPOConfig, device, progress=iter
-) -> list[list[float]]:
-    """The frozen model's score of both responses of every pair, [chosen, rejected] each.
+def reference_scores(start: Start, config: DDPOConfig, data: Data) -> dict[str, list[float]]:
+    """The frozen reference's scores [chosen, rejected] of every pair, by the pair's name.
 
-    Computed once and kept: what the usual trainers do at every step costs a third of their time.
+    The reference is the model before its first step. Its scores are computed once, under the
+    autocast of training, and kept in the run's folder: computed at every step, as usual trainers
+    do, they would take a third of the time.
+
+    Raises:
+        ValueError: the folder holds scores of another model, other data or settings.
     """
+    digest = hashlib.sha256(fingerprint(start.model).encode())
+    for example in data.train:
+        digest.update(repr((example.name, example.prompt, example.responses)).encode())
+    key = f"{digest.hexdigest()} normalize={config.normalize} bfloat16={start.bfloat16}"
+    path = start.folder / "reference.json"
+    if path.exists():
+        saved = read_json(path)
+        if saved["key"] != key:
+            raise ValueError(f"{path} belongs to another model, other data or settings; delete it")
+        return saved["scores"]
     scores = {}
-    for part in progress(split(sorted(examples, key=row_length), config.micro_batch)):
-        for batch in make_batches(model, part, config.micro_batch):
-            values = batch_scores(model, batch.to(device), config.normalize).view(-1, 2).tolist()
-            scores.update(zip(batch.names, values))
-    return [scores[example.name] for example in examples]
+    parts = split(sorted(data.train, key=row_length), config.micro_batch)
+    for part in tqdm(parts, desc="reference", disable=None, leave=False):
+        for batch in micro_batches(start.model, part, config.micro_batch):
+            batch = batch.to(start.device)
+            with start.autocast():
+                logp = start.model.response_logp(batch)
+            values = response_scores(
+                logp, batch.weight, batch.group, batch.groups, config.normalize)
+            scores |= zip(batch.names, values.view(-1, 2).tolist())
+    write_atomic(path, {"key": key, "scores": scores})
+    return scores

@@ -1,302 +1,269 @@
-"""How truthful a model is, measured on the built-in world and on the public benchmarks.
+"""Measure how truthful a model is, on the built-in world and on public benchmarks.
 
     python evaluate.py runs/ddpo                                     the built-in world, again
     python evaluate.py --compare runs/sft runs/dpo runs/ddpo         paired differences
-    python evaluate.py --model DIR --image photo.jpg --prompt "..."  one answer, as it comes
+    python evaluate.py --model DIR --image photo.jpg --prompt "..."  one answer, streamed
     python evaluate.py --model DIR --data rows.jsonl --images DIR    many answers, into a JSONL file
     python evaluate.py --model DIR --pope coco_pope_random.json --images DIR
     python evaluate.py --model DIR --chair instances.json captions.json --images DIR
-    python evaluate.py --model DIR --mmhal response_template.json --images DIR
-    python evaluate.py --mmhal FILLED.json --replies replies.jsonl   a judge has answered
+    python evaluate.py --model DIR --amber AMBER --images DIR        descriptions, yes/no questions
+    python evaluate.py --model DIR --vqa questions.jsonl --images DIR
+    python evaluate.py --model DIR --mmhal response_template.json --judge_prompt eval_gpt4.py
+    python evaluate.py --mmhal FILLED.json --replies replies.jsonl   score the replies of a judge
+    python evaluate.py --suite DIR --models A B                      all of them, side by side
 
-The built-in world knows the truth about its pictures, so what the papers had people or GPT-4 judge
-is counted exactly, on held-out scenes and with wordings that training never used:
+All scores say how they came about; the files in evaluation/ list what differs from the public
+scripts. --images defaults to the folder of the file that names the images.
+
+On the built-in world the truth is known, so that measures for which the papers rely on people or
+GPT-4 are exact. Scenes are held out, and training never uses the wordings of the questions.
 
     hallucination/*      descriptions with a false object, attribute, position, number, any
     chair_i              false mentions of objects among all mentions
-    coverage             objects mentioned among objects there: saying little is no way to truth
+    coverage             objects mentioned among objects present: guards against terse answers
     pope/*               yes/no questions; absent objects are random, popular or adversarial
     question/*           right answers by topic
     over_generalisation  RLHF-V's Table 2: how much more often a setting's most frequent objects
                          are hallucinated in that setting than anywhere
     mmhal/*              MMHal's eight kinds of question, on its scale of 0..6
 
-Answers go to --output (default: `answers` in the run's folder), where interrupted commands go on.
+Answers go to --output (default: `answers` in the run's folder; runs/suite), where the same command
+resumes.
 """
 
-import argparse
-import json
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import coco
-import world
-from ask import Ask, answer_file, answers, image_features, read_asks, stream
-from benchmarks import (
-    chair, judge, judge_prompt, mmhal, pope, questionnaire, rating, read_mmhal, read_replies,
-    world_metrics, world_terms,
-)
-from checkpoint import find_device, fingerprint, load_llava
-from files import sentence, write_atomic
-from metrics import comparison, listing, paired, read_results, table, write_results
+import torch
+
+import evaluation
+import generation
+from evaluation import benchmarks, judge, parts, suite
+from evaluation.answers import ImageQuestion, answer_file, read_questions
+from evaluation.builtin import SCENES
+from evaluation.parts import LONG_TOKENS, SUFFIX, Part
+from formats.checkpoint import find_device, fingerprint, load_llava
+from formats.files import error_message, write_atomic
+from formats.rows import find_files, open_image, report_skipped
+from formats.tokenizer import Tokenizer
 from model import LLaVA
-from rows import DataError, find_files, image_path, open_image, whole_rows
 from vision import ImageSettings
 
-__all__ = [  # what train.py, tests and other tools use, wherever it is made
-    "answers", "chair", "image_features", "measure_world", "mmhal", "pope", "read_results", "table",
-    "world_metrics", "write_results",
-]
-SCENES = 500
-SHORT = 16  # tokens; enough for every true answer to a short question of the world
-YES_OR_NO = 6  # tokens; enough to tell which
-LONG = 128  # tokens; twice its longest true description
-DESCRIBE = "Please describe this image in detail."  # where --chair is given no questions
+Loaded = tuple[LLaVA, Tokenizer, ImageSettings]
 
-
-def measure_world(
-    model: LLaVA, tokenizer, settings: ImageSettings, scenes: int = SCENES, seed: int = 0,
-    progress: bool = True,
-) -> tuple[dict, list[dict]]:
-    """Measure a model on held-out scenes, greedily and with wordings that training never uses.
-
-    Args:
-        scenes: how many; scene i is `world.make_scene(i, "test")`.
-        seed: of the choice of questions, and of the bootstrap.
-        progress: show progress bars, on a terminal.
-
-    Returns:
-        metrics, {name: {"value", "low", "high"}} (see `benchmarks.world_terms`); and one record per
-        scene: its truth, the description with its false spans, all questions and answers.
-    """
-    label = lambda text: text if progress else None
-    truth = [world.make_scene(i, "test") for i in range(scenes)]
-    records = questionnaire(truth, seed)
-    features = image_features(model, settings, [world.draw(s, settings.size) for s in truth])
-    texts = answers(
-        model, tokenizer, settings, features, [record["question"] for record in records], LONG,
-        progress=label("describing"),
-    )
-    asked = [(i, item) for i, record in enumerate(records) for item in record["asked"].values()]
-    short = [each for each in asked if each[1]["topic"] in ("exists", "comparison")]
-    rest = [each for each in asked if each[1]["topic"] not in ("exists", "comparison")]
-    for part, tokens in ((short, YES_OR_NO), (rest, SHORT)):
-        replies = answers(
-            model, tokenizer, settings, features[[i for i, _ in part]],
-            [item["question"] for _, item in part], tokens, progress=label("asking"),
-        )
-        for (_, item), reply in zip(part, replies):
-            item["answer"] = reply
-    for scene, record, text in zip(truth, records, texts):
-        judge(scene, record, text, [item["answer"] for item in record["asked"].values()])
-    return world_metrics(records, seed), records
-
-
-# ------------------------------------------------------------------------------- what is asked for
+# ----------------------------------------------------------------------- runs, and single questions
 
 
 def model_folder(path: str) -> Path:
-    """Where the model of a run is; or the folder itself, if it is a model's."""
+    """Return the folder of a run's model, or the folder itself if it holds a model."""
     folder = Path(path)
     if (folder / "model" / "config.json").exists():
         return folder / "model"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
     if (folder / "metrics.jsonl").exists():
         raise FileNotFoundError(f"{folder}: an unfinished run; it has no model yet")
     return folder
 
 
-def load(given, path: str):
-    """(model, tokenizer, image settings) on the chosen device."""
-    return load_llava(model_folder(path), find_device(given.device))
+def load(args: Namespace, path: str) -> Loaded:
+    """Load a model in the wanted dtype; a CPU computes float16 models in float32, much faster."""
+    device, auto = find_device(args.device), args.dtype == "auto"
+    loaded = load_llava(model_folder(path), device, None if auto else getattr(torch, args.dtype))
+    if auto and device.type == "cpu" and loaded[0].head.weight.dtype == torch.float16:
+        loaded[0].float()
+    return loaded
 
 
-def measure_run(given) -> None:
+def run_world(args: Namespace) -> None:
     """Measure a run's model on the built-in world; rewrite its results.json and report.html."""
-    folder = model_folder(given.run)
+    folder = model_folder(args.run)
     is_run = folder.name == "model" and (folder.parent / "config.json").exists()
-    path = folder.parent / "results.json" if is_run else None
-    before = read_results(path).get("before") if path and path.exists() else None
-    scenes = given.scenes or (len(before[1]) if before else SCENES)
-    after = measure_world(*load(given, given.run), scenes, given.seed)
-    print(table(before[0], after[0]) if before else listing(after[0]))
-    if path:
-        write_results(path, before, after)
-        from report import write_report  # here: no other command needs what it imports
+    path = folder.parent / "results.json"
+    results = evaluation.read_results(path) if is_run and path.exists() else {}
+    before = results.get("before")
+    measured = len((before or results["after"])[1]) if results else None
+    scenes = args.scenes or measured or SCENES
+    if measured not in (None, scenes):
+        raise ValueError(f"{path} has measures of {measured} scenes, which do not compare with "
+                         f"--scenes {scenes}; leave --scenes out, or move the file away")
+    after = evaluation.measure_world(*load(args, args.run), scenes, args.seed)
+    print(evaluation.table(before[0], after[0]) if before else evaluation.listing(after[0]))
+    if is_run:
+        evaluation.write_results(path, before, after)
+        print(f"wrote {path} and {evaluation.write_report(folder.parent)}", file=sys.stderr)
 
-        print(f"wrote {path} and {write_report(folder.parent)}", file=sys.stderr)
 
-
-def compare(given) -> None:
+def run_compare(args: Namespace) -> None:
     """Print the runs' measures and their paired differences to the first run."""
-    found, names = [], [Path(run).name for run in given.compare]
-    for run in given.compare:
+    metrics, terms, keys = [], [], []
+    for run in args.compare:
         path = Path(run) / "results.json"
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file; first run: python evaluate.py {run}")
-        found.append(read_results(path)["after"])
-    keys = [[(r["scene"], r["question"]) for r in records] for _, records in found]
-    for run, key in zip(given.compare, keys):
-        if key != keys[0]:
-            raise ValueError(
-                f"{run} and {given.compare[0]} were measured on different scenes; measure both "
-                "again with the same --scenes and --seed"
-            )
-    terms = [world_terms(records) for _, records in found]
-    differences = [paired(terms[0], each, given.seed) for each in terms[1:]]
-    print(comparison(names, [metrics for metrics, _ in found], differences))
+        found, records = evaluation.read_results(path)["after"]
+        keys.append([(record["scene"], record["question"]) for record in records])
+        if keys[-1] != keys[0]:
+            raise ValueError(f"{run} and {args.compare[0]} were measured on different scenes; "
+                             "measure both again with the same --scenes and --seed")
+        metrics.append(found)
+        terms.append(evaluation.world_terms(records))
+    differences = [evaluation.paired(terms[0], each, args.seed) for each in terms[1:]]
+    print(evaluation.comparison([Path(run).name for run in args.compare], metrics, differences))
 
 
-def chat(given) -> None:
+def run_image(args: Namespace) -> None:
     """Stream the answer to one question about one image."""
-    if not Path(given.image).is_file():
-        raise FileNotFoundError(f"--image {given.image}: no such file")
-    image = open_image("--image", Path(given.image))
-    stream(*load(given, given.model), image, given.prompt, given.max_new_tokens or 512,
-           given.temperature, given.seed)
+    image = open_image("--image", Path(args.image))
+    generation.stream(*load(args, args.model), image, args.prompt,
+                      args.max_new_tokens or LONG_TOKENS, args.temperature, args.seed)
 
 
 # ------------------------------------------------------------------------------- files of questions
 
 
-def output_folder(given) -> Path:
-    if given.output:
-        return Path(given.output)
-    folder = model_folder(given.model)
-    return (folder.parent if folder.name == "model" else Path("runs") / folder.name) / "answers"
+def output_file(args: Namespace, name: str) -> Path:
+    """Return a file in --output, or else in `answers` in the run's folder; make the folder."""
+    model = model_folder(args.model) if args.model else Path()
+    run = model.parent if model.name == "model" else Path("runs", model.name)
+    folder = Path(args.output or run / "answers")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
 
 
-def ask_all(given, asks: list[Ask], stem: str, tokens: int) -> list[dict]:
-    """Answer questions into <output>/<stem>.jsonl; rows without an answer are listed, left out."""
-    model, tokenizer, settings = load(given, given.model)
-    tokens = given.max_new_tokens or tokens
-    how = f"max_new_tokens={tokens} temperature={given.temperature} seed={given.seed}"
-    reply = lambda images, questions, seed: answers(
-        model, tokenizer, settings, images, questions, tokens, given.temperature, seed=seed,
-        batch_size=given.batch_size)
-    path = output_folder(given) / f"{stem}.jsonl"
-    rows = answer_file(reply, f"{fingerprint(model)} {how}", asks, path, given.batch_size,
-                       given.seed, given.skipped)
+def answer(args: Namespace, questions: list[ImageQuestion], path: Path, limit: int,
+           loaded: Loaded | None = None) -> list[dict]:
+    """Answer questions into a JSONL file, by --model if none is `loaded`; return answered rows."""
+    model, tokenizer, settings = loaded or load(args, args.model)
+    how = f"max_new_tokens={limit} temperature={args.temperature} seed={args.seed}"
+    if args.dtype != "auto":
+        how += f" dtype={args.dtype}"
+
+    def respond(images: list, texts: list[str], seed: int) -> list[str]:
+        return generation.answers(model, tokenizer, settings, images, texts, limit,
+                                  args.temperature, seed=seed, batch_size=args.batch_size)
+
+    by = f"{fingerprint(model)} {how}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = answer_file(respond, by, questions, path, args.batch_size, args.seed, args.skipped)
     print(f"answers: {path}", file=sys.stderr)
     return [row for row in rows if "answer" in row]
 
 
-def given_answers(path: str) -> list[dict]:
-    """Rows of a file of answers made elsewhere, each with its text under "answer"."""
-    rows = []
-    for name, row in whole_rows(Path(path)):
-        texts = [row[k] for k in ("answer", "caption", "text") if isinstance(row.get(k), str)]
-        if not texts:
-            raise DataError(f"{name}: no answer, caption or text")
-        rows.append({**row, "answer": texts[0], "name": name})
-    return rows
+def run_data(args: Namespace) -> None:
+    """Answer every row of the files."""
+    for path in find_files(args.data):
+        questions = read_questions(path, args.images or str(path.parent), args.prompt, args.skipped)
+        answer(args, questions, output_file(args, f"{path.stem}.jsonl"),
+               args.max_new_tokens or LONG_TOKENS)
 
 
-def ask_data(given) -> None:
-    """Answer every row of the given files."""
-    for path in find_files(given.data):
-        ask_all(given, read_asks(path, given.images, given.prompt, given.skipped), path.stem, 512)
+def run_short(args: Namespace) -> None:
+    """Score POPE, or questions with short answers, on each of the files of questions."""
+    make = parts.pope_part if args.pope else parts.vqa_part
+    score(args, [make(path, args.images, args.suffix, args.skipped)
+                 for path in find_files(args.pope or args.vqa)])
 
 
-def run_pope(given) -> None:
-    """POPE on each of the given files of questions."""
-    for path in find_files(given.pope):
-        if given.answers:
-            questions = [row for _, row in whole_rows(path)]
-            rows = given_answers(given.answers)
-            if len(rows) != len(questions):
-                raise DataError(
-                    f"{given.answers}: {len(rows)} answers to {len(questions)} questions")
-            rows = [{**q, "answer": row["answer"]} for q, row in zip(questions, rows)]
+def run_chair(args: Namespace) -> None:
+    score(args, [parts.chair_part(find_files(args.chair), args.images, find_files(args.data or []),
+                                  args.prompt, args.synonyms, args.skipped)])
+
+
+def run_amber(args: Namespace) -> None:
+    rows = score(args, parts.amber_parts(Path(args.amber), args.images, args.suffix, args.skipped))
+    if args.model:
+        write_atomic(output_file(args, "amber_responses.json"), parts.amber_responses(rows))
+
+
+def score(args: Namespace, chosen: Sequence[Part]) -> list[dict]:
+    """Print and write the scores of benchmarks, of --model or of --answers; return all rows."""
+    every = []
+    for part in chosen:
+        tokens = args.max_new_tokens or part.tokens
+        if args.answers:
+            rows = part.given(Path(args.answers))
         else:
-            asks = read_asks(path, given.images, skip=given.skipped)
-            rows = ask_all(given, asks, path.stem, SHORT)
-        if not all(row.get("label") in ("yes", "no") for row in rows):
-            raise DataError(f"{path}: every row needs a label, yes or no")
-        print(path.stem)
-        show(given, path.stem, pope(
-            [row["answer"] for row in rows], [row["label"] for row in rows],
-            [row.get("image", i) for i, row in enumerate(rows)]))
+            path = output_file(args, f"{part.file}.jsonl")
+            rows = list(map(part.clean, answer(args, part.ask(), path, tokens)))
+        if rows:
+            note = part.note(None if args.answers else tokens)
+            print_scores(args, part, part.measure(rows, args.seed)[0], note)
+        every += rows
+    if not every:
+        raise ValueError("nothing to score: there are no answers")
+    return every
 
 
-def run_chair(given) -> None:
-    """CHAIR and Object HalBench's measures of descriptions."""
-    truth, files = coco.read_objects(find_files(given.chair))
-    if given.answers:
-        rows = given_answers(given.answers)
-    elif given.data:
-        asks = [ask for path in find_files(given.data)
-                for ask in read_asks(path, given.images, given.prompt, given.skipped)]
-        rows = ask_all(given, asks, "chair", 512)
-    else:
-        prompt = given.prompt or DESCRIBE
-        asks = [Ask(f"{given.chair[0]} image {name}", image_path("--chair", name, given.images),
-                    prompt, {"image": name, "question": prompt}) for name in files.values()]
-        rows = ask_all(given, asks, "chair", 512)
-    keys = [coco.image_key(row.get("image", row.get("image_id", ""))) for row in rows]
-    for row, key in zip(rows, keys):
-        if key not in truth:
-            raise DataError(f"{row.get('name', '--chair')}: nothing is known about image {key!r}; "
-                            "give annotations that include it")
-    show(given, "chair", chair([row["answer"] for row in rows], [truth[key] for key in keys], keys))
-
-
-def run_mmhal(given) -> None:
-    """Fill MMHal's template and write the judge's prompts; or read its replies."""
-    path = Path(given.mmhal)
-    rows = read_mmhal(path)
-    if given.replies:
-        replies = read_replies(Path(given.replies), len(rows))
+def run_mmhal(args: Namespace) -> None:
+    """Fill MMHal's template and write the judge's prompts; or score its replies."""
+    path = Path(args.mmhal)
+    rows = benchmarks.read_mmhal(path)
+    if args.replies:
+        replies = benchmarks.read_replies(Path(args.replies), len(rows))
         for i, reply in enumerate(replies):
-            if rating(reply) is None:
-                what = "no reply" if not reply else "not exactly one rating"
-                print(f"prompt {i}: {what}, counts as 0: {reply[-60:]!r}", file=sys.stderr)
-        show(given, "mmhal", mmhal(replies))
+            if benchmarks.rating(reply) is None:
+                print(f"prompt {i}: not one rating, counts as 0: {reply[-60:]!r}", file=sys.stderr)
+        labels = {row.get("judge_prompt") for row in rows}
+        part = parts.mmhal_part(path, args.images, labels.pop() if len(labels) == 1 else None)
+        print_scores(args, part, evaluation.mmhal(replies), part.scored)
         return
-    asks = [
-        Ask(f"{path} row {i}", mmhal_image(f"{path} row {i}", row, given.images), row["question"],
-            {"image": row["image_id"], "question": row["question"]})
-        for i, row in enumerate(rows, 1)
-    ]
-    given.skipped = None  # 96 prompts in a fixed order: none can be left out
-    for row, answered in zip(rows, ask_all(given, asks, "mmhal", 512)):
-        row["model_answer"] = answered["answer"]
-    folder = output_folder(given)
-    write_atomic(folder / "mmhal_filled.json", rows)
-    prompts = [{"id": i, "prompt": judge_prompt(row)} for i, row in enumerate(rows)]
-    lines = (json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in prompts)
-    write_atomic(folder / "mmhal_prompts.jsonl", "".join(lines))
-    print(f'give {folder / "mmhal_prompts.jsonl"} to a judge; with its replies as rows '
-          f'{{"id": 0, "reply": "..."}}:\n  python evaluate.py --mmhal '
-          f'{folder / "mmhal_filled.json"} --replies replies.jsonl')
+    prompt = judge.read_judge_prompt(args.judge_prompt)
+    args.skipped = None  # the order of the prompts is fixed
+    questions = benchmarks.mmhal_questions(path, rows, args.images or path.parent)
+    path = output_file(args, "mmhal.jsonl")
+    answered = answer(args, questions, path, args.max_new_tokens or LONG_TOKENS)
+    texts = [row["answer"] for row in answered]
+    filled, prompts = judge.write_prompts(path.parent, rows, texts, prompt)
+    print(f"{judge.judge_note(prompt.label)}\ngive {prompts} to a judge; with its replies as rows "
+          '{"id": 0, "reply": "..."}:\n'
+          f"  python evaluate.py --mmhal {filled} --replies replies.jsonl")
 
 
-def mmhal_image(name: str, row: dict, images: str | None) -> Path:
-    """The file of a row's image: named as in its address, or by its id."""
-    names = [str(row["image_src"]).rpartition("/")[2]]
-    names += [f"{row['image_id']}.{kind}" for kind in ("jpg", "jpeg", "png")]
-    there = [each for each in names if each and (Path(images or ".") / each).is_file()]
-    return image_path(name, (there or names)[0], images)
+def run_suite(args: Namespace) -> None:
+    """Run all benchmarks of a folder on all models; print and write the comparison."""
+    source, out = Path(args.suite), Path(args.output or "runs/suite")
+    models, whole = suite.model_names(args.models or [args.model]), Namespace(**vars(args))
+    whole.skipped = None  # MMHal needs all answers, for the order of the prompts
+    chosen, prompt = suite.find_parts(source, args.images, args.suffix, args.skipped)
+    questions = {part.name: part.ask() for part in chosen}  # fails before a model is loaded
+    tokens = {part.name: args.max_new_tokens or part.tokens for part in chosen}
+    scores, terms, template = {}, {}, source / "mmhal" / "response_template.json"
+    for name, path in models.items():
+        loaded = load(args, path)
+
+        def ask(part: Part) -> list[dict]:
+            file = out / name / f"{part.name.replace('/', '_')}.jsonl"
+            rows = answer(whole if part.name == "mmhal" else args, questions[part.name], file,
+                          tokens[part.name], loaded)
+            return list(map(part.clean, rows))
+
+        found = suite.measure(chosen, ask, out / name, template, prompt, args.seed)
+        scores[name], terms[name] = found
+    notes = suite.notes(chosen, tokens, scores)
+    print(*(f"{name}: {note}" for name, note in notes.items()), sep="\n")
+    differences = suite.compare(terms, args.seed)
+    print(suite.table(scores, differences))
+    for path in suite.write_suite(out, source.resolve().name, models, notes, scores, differences):
+        print(f"wrote {path}", file=sys.stderr)
 
 
-def show(given, stem: str, metrics: dict) -> None:
-    """Print metrics; keep them beside the answers, where there is such a place."""
-    print(listing(metrics))
-    if given.output or given.model:
-        path = output_folder(given) / f"{stem}.scores.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, metrics)
+def print_scores(args: Namespace, part: Part, metrics: dict, note: str) -> None:
+    """Print metrics, and write them beside the answers if these have a folder."""
+    print(f"{part.file}: {note}\n{suite.table({'value': metrics}, {})}")
+    if args.output or args.model:
+        mode = f".{part.mode}" if part.mode else ""
+        write_atomic(output_file(args, f"{part.file}{mode}.scores.json"), metrics)
 
 
 # --------------------------------------------------------------------------------- the command line
 
 
-def parser() -> argparse.ArgumentParser:
-    cli = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)
-    add = cli.add_argument
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        description=__doc__, epilog=f"--suite. {suite.__doc__}",
+        formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
     add("run", nargs="?", help="run (or model) folder to measure on the built-in world")
     add("--compare", nargs="+", metavar="RUN", help="measured runs; differences are to the first")
     add("--model", metavar="DIR", help="run or model folder that answers")
@@ -306,9 +273,19 @@ def parser() -> argparse.ArgumentParser:
     add("--pope", nargs="+", metavar="FILE", help="POPE's questions: image, text, label")
     add("--chair", nargs="+", metavar="FILE",
         help='COCO instances and captions, or {"image.jpg": ["object"]}')
+    add("--amber", metavar="DIR", help="a copy of AMBER's repository; --images has its images")
+    add("--vqa", nargs="+", metavar="FILE", help="image, question, answers: short ones of people")
     add("--mmhal", metavar="FILE", help="MMHal's response_template.json, or filled")
-    add("--images", metavar="DIR", help="folder that image names are relative to")
-    add("--answers", metavar="FILE", help="score these answers (for --pope, --chair); ask no model")
+    add("--suite", metavar="DIR", help="a folder of benchmarks; see above")
+    add("--models", nargs="+", metavar="DIR", help="of --suite; differences are to the first")
+    add("--images", metavar="DIR", help="where images are; default: beside the file of questions")
+    add("--answers", metavar="FILE",
+        help="score these answers (--pope, --chair, --vqa; --amber in its format) of any model")
+    add("--suffix", metavar="TEXT", help="a line after each question of --pope and --vqa "
+        f"['{SUFFIX}'], and of --amber's yes/no questions ['']; '' asks as the file does")
+    add("--synonyms", metavar="FILE", help="for --chair: the official data/synonyms.txt")
+    add("--judge_prompt", metavar="FILE", help="for --mmhal: the release's eval_gpt4.py; "
+        "'short': this project's own prompt, which no published score uses")
     add("--replies", metavar="FILE", help="a judge's replies to MMHal's prompts")
     add("--output", metavar="DIR", help="folder for answers and scores")
     add("--scenes", type=int, metavar="N", help=f"of the built-in world [{SCENES}]")
@@ -317,42 +294,48 @@ def parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=16, metavar="N", help="questions at a time [16]")
     add("--seed", type=int, default=0, metavar="N", help="of sampling and intervals [0]")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
-    add("--skip_bad_rows", action="store_true", help="list unusable rows and go on")
-    return cli
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of computation; auto: as stored, but float32 for float16 on a CPU")
+    add("--skip_bad_rows", action="store_true", help="leave unusable rows out and list them")
+    return parser
 
 
-def choose(given, cli: argparse.ArgumentParser):
-    """The command that the options ask for; anything unclear ends here."""
-    commands = {"run": measure_run, "compare": compare, "image": chat, "pope": run_pope,
-                "chair": run_chair, "mmhal": run_mmhal, "data": ask_data}
-    wanted = [name for name in commands if getattr(given, name)]
-    if "chair" in wanted and "data" in wanted:
-        wanted.remove("data")  # the questions of --chair
+def choose_command(args: Namespace, parser: ArgumentParser) -> Callable[[Namespace], None]:
+    """Return the command that the options ask for; exit if that is unclear."""
+    commands = {"run": run_world, "compare": run_compare, "image": run_image, "pope": run_short,
+                "chair": run_chair, "amber": run_amber, "vqa": run_short, "mmhal": run_mmhal,
+                "suite": run_suite, "data": run_data}
+    no_model = {"run": True, "compare": True, "mmhal": args.replies, "suite": args.models}
+    no_model |= dict.fromkeys(("pope", "chair", "amber", "vqa"), args.answers)
+    wanted = [name for name in commands if getattr(args, name)]
+    if wanted == ["chair", "data"]:
+        wanted = ["chair"]  # --data holds its questions
     if len(wanted) != 1:
-        cli.error("give one of: a run, --compare, --image, --data, --pope, --chair, --mmhal")
-    scores_only = given.answers or given.replies
-    if wanted[0] not in ("run", "compare") and not given.model and not scores_only:
-        cli.error(f"--{wanted[0]} needs --model")
-    if given.image and not given.prompt:
-        cli.error("--image needs --prompt")
+        parser.error("give one of: a run, --compare, --image, --data, --pope, --chair, --amber, "
+                     "--vqa, --mmhal, --suite")
+    if not args.model and not no_model.get(wanted[0]):
+        parser.error(f"--{wanted[0]} needs --model")
+    if args.image and not args.prompt:
+        parser.error("--image needs --prompt")
+    if args.mmhal and not args.replies and not args.judge_prompt:
+        parser.error("--mmhal needs --judge_prompt: the release's eval_gpt4.py, or short")
     return commands[wanted[0]]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    cli = parser()
-    given = cli.parse_args(arguments)
-    command = choose(given, cli)
-    given.skipped = [] if given.skip_bad_rows else None
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    command = choose_command(args, parser)
+    args.skipped = [] if args.skip_bad_rows else None
     try:
-        command(given)
+        command(args)
     except (ValueError, OSError) as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
+        print(f"error: {error_message(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
+        print("\nstopped; the same command resumes", file=sys.stderr)
         return 130
-    if given.skipped:
-        print(f"{len(given.skipped)} rows left out:", *given.skipped, sep="\n  ", file=sys.stderr)
+    report_skipped(args.skipped)
     return 0
 
 

@@ -1,36 +1,62 @@
-"""Answers from the model: a prompt is read once, and its samples are decoded as branches of it.
+"""Decoding: a prompt is computed once, and its samples are decoded as branches of it.
 
 The keys and values of a batch lie in buffers of fixed size, a slot per token:
 
     slot      0 .. width - 1      width, +1, ..       ..                       .. slots - 1
               prompt (trunk)      step 0: sample 1..k | step 1: sample 1..k |  ..  | unused
 
-and a mask (rows, 1, samples, slots), added to the attention scores, says which sample may look at
-which slot: the prompt's from the start, its own new ones as they are filled. A step so changes
-nothing but values in memory that stays where it is. Run plainly it looks at the filled slots only;
-compiled, at all of them, so that no shape changes and CUDA graphs can replay the step.
+A mask (rows, 1, samples, slots), added to the attention scores, opens the prompt's slots to every
+sample from the start, and to each sample its own new slots as they are filled. A step only writes
+into preallocated buffers. Eager decoding attends to the filled slots only; compiled decoding to all
+of them, so that no shape changes and CUDA graphs can replay the step.
 """
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from model import KVCache, LLaVA
+from data import prompt_text, prompt_tokens
+from model import LLaVA, TextConfig, product_dtype, rotary
+from vision import ImageSettings, preprocess
 
 SLOTS = 64  # buffers are multiples of this, so that prompts of like length share a compiled step
 CHECK_EVERY = 16  # steps on a GPU between questions whether all are done: each waits for the device
 
 
+class KVCache:
+    """Keys and values of all layers in static buffers, and the rotary tables of their positions.
+
+    The buffers start as zeros and not as unwritten memory: a NaN in a masked slot would still reach
+    the result (0 * NaN).
+    """
+
+    def __init__(self, config: TextConfig, rows: int, slots: int, device, dtype: torch.dtype):
+        shape = (rows, config.num_key_value_heads, slots, config.head_dim)
+        new = functools.partial(torch.zeros, shape, device=device, dtype=dtype)
+        self.k = [new() for _ in range(config.num_hidden_layers)]
+        self.v = [new() for _ in range(config.num_hidden_layers)]
+        position = torch.arange(slots, device=device)[None]
+        tables = rotary(position, config.head_dim, config.rope_theta, dtype)
+        self.cos, self.sin = (table[0, 0] for table in tables)  # (slots, head_dim)
+
+    def rotary(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions, as `model.rotary` computes them."""
+        return self.cos[position].unsqueeze(1), self.sin[position].unsqueeze(1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these: (rows,) indices or bool."""
+        self.k, self.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
+
+
 @dataclass
 class Decoding:
-    """The rows still being answered, and where their next tokens go."""
+    """The rows still being decoded, and where their next tokens go."""
 
     row: Tensor  # (n,) which prompt
     finished: Tensor  # (n, samples) bool
@@ -40,7 +66,7 @@ class Decoding:
     cache: KVCache
 
     def keep(self, alive: Tensor) -> None:
-        """Forget the rows that are answered; alive: (n,) bool."""
+        """Drop finished rows; alive: (n,) bool."""
         for name in ("row", "finished", "position", "mask"):
             setattr(self, name, getattr(self, name)[alive])
         self.cache.keep(alive)
@@ -58,44 +84,54 @@ def generate(
     on_token: Callable[[Tensor], None] | None = None,
     compiled: bool = False,
 ) -> list[Tensor]:
-    """Answers to a batch of prompts: each prompt is read once, its samples are branches of it.
+    """Decode a batch of prompts: each prompt is computed once, its samples are branches of it.
 
     Args:
         images: as for `LLaVA.embed`, for those prompts that have an image, in order.
         prompts: 1-D token tensors, image tokens expanded.
-        max_new_tokens: answers are cut off here; a whole answer ends with end-of-sequence.
+        max_new_tokens: the limit; a whole answer ends with end-of-sequence.
         temperature: 0 takes the most likely token; above 0 samples from softmax(logits / t).
         samples: answers per prompt.
         on_token: called with each step's (B, samples) tokens, for streaming; padding after the end.
-        compiled: decode with `torch.compile`, as CUDA graphs on a GPU. The first batch of a shape
-            takes its time to compile: for many or long answers.
+        compiled: decode with `torch.compile`, as CUDA graphs on a GPU. Worth its compile time for
+            many or long answers.
 
     Returns:
         len(prompts) * samples 1-D token tensors, the samples of one prompt side by side. The draws
         of a prompt do not depend on when the others end.
 
     Raises:
-        ValueError: if a prompt leaves no room for an answer within the model's context.
+        ValueError: a prompt leaves no room for an answer within the model's context.
     """
-    config, device = model.config, model.head.weight.device
-    width = max(len(prompt) for prompt in prompts)
-    steps = min(max_new_tokens, config.text.max_position_embeddings - width)
+    context, width = model.config.text.max_position_embeddings, max(map(len, prompts))
+    steps = min(max_new_tokens, context - width)
     if steps < 1:
-        raise ValueError(
-            f"a prompt of {width} tokens leaves no room for an answer in a context of "
-            f"{config.text.max_position_embeddings}"
-        )
-    logits, now = prefill(model, images, prompts, samples, steps)
+        raise ValueError(f"a prompt of {width} tokens leaves no room for an answer in a context of "
+                         f"{context}")
+    answers = decode_steps(
+        model, *prefill(model, images, prompts, samples, steps), width, steps, temperature,
+        generator, on_token, compiled)
+    with torch.inference_mode(False):  # tensors made here can be trained on again
+        return [answer[answer != model.config.pad_token] for answer in answers.flatten(0, 1)]
+
+
+def decode_steps(
+    model: LLaVA, logits: Tensor, now: Decoding, width: int, steps: int, temperature: float,
+    generator: torch.Generator | None, on_token: Callable | None, compiled: bool,
+) -> Tensor:
+    """Up to `steps` tokens of every sample, (B, samples, steps), padded after the end."""
+    config, device = model.config, logits.device
+    rows, samples = now.finished.shape
     next_logits = compiled_decode(now.cache) if compiled else decode
     banned = torch.zeros(logits.shape[-1], device=device)
-    banned[[config.image_token, config.pad_token]] = -torch.inf  # never chosen
-    itself = now.mask.new_full((samples, samples), -torch.inf).fill_diagonal_(0)
-    answers = now.row.new_full((len(prompts), samples, steps), config.pad_token)
+    banned[[config.image_token, config.pad_token]] = -torch.inf  # never sampled
+    own_slot_mask = now.mask.new_full((samples, samples), -torch.inf).fill_diagonal_(0)
+    answers = now.row.new_full((rows, samples, steps), config.pad_token)
     for step in range(steps):
         draw = None
         if temperature > 0:
-            draw = torch.rand(answers.shape[:2], generator=generator, device=device)[now.row]
-        token = choose(logits + banned, temperature, draw)
+            draw = torch.rand((rows, samples), generator=generator, device=device)[now.row]
+        token = sample_token(logits + banned, temperature, draw)
         answers[now.row, :, step] = token.masked_fill(now.finished, config.pad_token)
         if on_token:
             on_token(answers[:, :, step])
@@ -110,22 +146,20 @@ def generate(
             if count <= len(alive) // 2 and not compiled:
                 now.keep(alive)  # copies the buffers, at most once per halving
                 token = token[alive]
-        now.mask.index_copy_(3, now.slots, itself.expand(len(token), 1, -1, -1))
-        seen = None if compiled else width + (step + 1) * samples
+        now.mask.index_copy_(3, now.slots, own_slot_mask.expand(len(token), 1, -1, -1))
+        filled = None if compiled else width + (step + 1) * samples
         logits = next_logits(
-            model, token, now.position, now.slots, now.mask[..., :seen], now.cache
+            model, token, now.position, now.slots, now.mask[..., :filled], now.cache
         )
         now.position += 1
         now.slots += samples
-    flat = answers.flatten(0, 1)  # (B * samples, steps)
-    with torch.inference_mode(False):  # what is made in here is fit for training again
-        return [answer[answer != config.pad_token] for answer in flat]
+    return answers
 
 
 def prefill(
     model: LLaVA, images: Tensor | None, prompts: list[Tensor], samples: int, steps: int
 ) -> tuple[Tensor, Decoding]:
-    """Read the prompts: logits (B, samples, V) of the first new token, and where it will go."""
+    """Compute the prompts: logits (B, samples, V) of the first new token, and where it will go."""
     device = model.head.weight.device
     length = torch.tensor([len(prompt) for prompt in prompts], device=device)
     tokens = nn.utils.rnn.pad_sequence(
@@ -133,7 +167,8 @@ def prefill(
     )  # (B, T)
     rows, width = tokens.shape
     slots = -(-(width + steps * samples) // SLOTS) * SLOTS
-    cache = model.decoder.new_cache(rows, slots)
+    weight = model.decoder.embed_tokens.weight
+    cache = KVCache(model.config.text, rows, slots, device, product_dtype(weight))
     slot = torch.arange(slots, device=device)
     inside = slot < length[:, None]  # (B, slots)
     hidden = model(
@@ -165,18 +200,18 @@ def compiled() -> Callable:
 
 
 def compiled_decode(cache: KVCache) -> Callable:
-    """`decode` compiled for the shapes that it meets; on a GPU replayed as CUDA graphs."""
-    for buffer in (*cache.k, *cache.v):  # written in place: a graph must not work on copies of them
+    """`decode`, compiled; on a GPU replayed as CUDA graphs."""
+    for buffer in (*cache.k, *cache.v):  # written in place: a graph must not copy them
         torch._dynamo.mark_static_address(buffer)
 
     def step(*args) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()  # what the last step returned has been used
+        torch.compiler.cudagraph_mark_step_begin()  # the last step's result has been used
         return compiled()(*args)
 
     return step
 
 
-def choose(logits: Tensor, temperature: float, draw: Tensor | None) -> Tensor:
+def sample_token(logits: Tensor, temperature: float, draw: Tensor | None) -> Tensor:
     """One token per row of (n, samples, V) logits: the likeliest, or where `draw` falls.
 
     Args:
@@ -189,3 +224,105 @@ def choose(logits: Tensor, temperature: float, draw: Tensor | None) -> Tensor:
     # 1 - draw is above 0: a token of probability 0 is never where the sum first reaches it.
     wanted = (1 - draw)[..., None] * reached[..., -1:]
     return torch.searchsorted(reached, wanted).squeeze(-1)
+
+
+# -------------------------------------------------------------------------- answers to many prompts
+
+
+def pixels_of(images: Sequence[Image.Image], settings: ImageSettings) -> Tensor:
+    """(N, 3, size, size), the tower's input."""
+    return torch.stack([
+        preprocess(image, settings.size, settings.mean, settings.std, settings.mode)
+        for image in images
+    ])
+
+
+@torch.no_grad()
+def image_features(
+    model: LLaVA, settings: ImageSettings, images: Sequence[Image.Image], batch_size: int = 64
+) -> Tensor:
+    """The tower's features (N, patches, D_vision), for several questions about the same images."""
+    like = model.head.weight
+    return torch.cat([
+        model.image_features(pixels_of(images[i : i + batch_size], settings).to(like))
+        for i in range(0, len(images), batch_size)
+    ])
+
+
+def progress_bar(total: int, label: str | None):
+    """A bar on a terminal, none elsewhere, and none without a label."""
+    return tqdm(total=total, desc=label, disable=True if label is None else None, leave=False)
+
+
+def answers(
+    model: LLaVA, tokenizer, settings: ImageSettings, images: Sequence[Image.Image] | Tensor,
+    questions: Sequence[str], max_new_tokens: int = 128, temperature: float = 0.0,
+    samples: int = 1, seed: int = 0, batch_size: int = 64, progress: str | None = None,
+) -> list[str]:
+    """Answer questions about images, one image and one question each.
+
+    Args:
+        images: one per question: Pillow images, or features (N, patches, D_vision) of the tower.
+        questions: without `<image>` and template; both are added.
+        max_new_tokens: the limit of an answer.
+        temperature: 0 is greedy; above 0 draws from a generator seeded by (seed, batch index).
+        samples: answers per question.
+        batch_size: questions per batch; prompts of about one length go together.
+        progress: label of a progress bar; None shows none.
+
+    Returns:
+        len(questions) * samples texts in the order of the questions, samples of one side by side.
+    """
+    if len(images) != len(questions):
+        raise ValueError(f"{len(images)} images for {len(questions)} questions")
+    patches, like = model.config.vision.patches, model.head.weight
+    prompts = [
+        torch.tensor(prompt_tokens(tokenizer, prompt_text(question), patches))
+        for question in questions
+    ]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = [""] * (len(prompts) * samples)
+    with progress_bar(len(prompts), progress) as bar:
+        for index, start in enumerate(range(0, len(order), batch_size)):
+            rows = order[start : start + batch_size]
+            if isinstance(images, Tensor):
+                batch = images[rows]
+            else:
+                batch = pixels_of([images[i] for i in rows], settings)
+            generator = torch.Generator(like.device).manual_seed(seed * 1_000_003 + index)
+            out = generate(
+                model, batch.to(like), [prompts[i] for i in rows], max_new_tokens, temperature,
+                samples, generator,
+            )
+            for k, tokens in enumerate(out):
+                row = rows[k // samples] * samples + k % samples
+                texts[row] = tokenizer.decode(tokens).strip()
+            bar.update(len(rows))
+    return texts
+
+
+def stream(
+    model: LLaVA, tokenizer, settings: ImageSettings, image: Image.Image, question: str,
+    max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0,
+    write: Callable[[str], object] = partial(print, end="", flush=True),
+) -> str:
+    """Write one answer piece by piece as it is decoded, and return it whole."""
+    like, tokens, text = model.head.weight, [], ""
+
+    def on_token(step: Tensor) -> None:
+        nonlocal text
+        tokens.append(int(step[0, 0]))
+        whole = tokenizer.decode(tokens)
+        if not whole.endswith("\ufffd"):  # the rest of this character is still to come
+            write(whole[len(text) :])
+            text = whole
+
+    prompt = torch.tensor(
+        prompt_tokens(tokenizer, prompt_text(question), model.config.vision.patches))
+    out = generate(
+        model, pixels_of([image], settings).to(like), [prompt], max_new_tokens, temperature, 1,
+        torch.Generator(like.device).manual_seed(seed), on_token,
+    )
+    whole = tokenizer.decode(out[0])
+    write(whole[len(text) :] + "\n")
+    return whole.strip()

@@ -1,45 +1,49 @@
-"""What an answer is worth: a reward model learnt from ranked pairs, and rules that need no model.
+"""The reward of an answer: a reward model trained on ranked pairs, and rules without a model.
 
 The reward model is the supervised model with a scalar head (LLaVA-RLHF, arXiv 2309.14525). A
-request to judge is appended to the answer; the reward is read at its last token, the last ":" of
+request to rate is appended to the answer; the reward is read at its last token, the last ":" of
 
     USER: <image>\\n{question} ASSISTANT: {answer} USER: Is this true? Facts: ...; ... . ASSISTANT:
 
 *Factual augmentation* puts captions of the image into the request, shuffled, in training and in
-use: the judge need not see better than the policy, only read. Two answers to a prompt are two
-branches of one trunk, as everywhere here. With the score r of each, a ranked pair's loss is
+use, so that a reward model no better at seeing than the policy can still detect errors. Two answers
+to a prompt are two branches of one trunk. With the score r of each, a ranked pair's loss is
 
     L = -log sigmoid(r_chosen - r_rejected) + c |mean(r_chosen + r_rejected)|
 
-where the second term holds the scores near 0, since differences alone leave their level free.
+where the second term keeps the scores near 0: differences alone leave their level free.
 
 What this file does differently from the released code (llava-rlhf/LLaVA-RLHF), and why:
 1. The request is one short question instead of four criteria (accurate, helpful, natural, concise):
-   the built-in judge has learnt to answer exactly this one.
+   the built-in reward model was initialised on exactly this one.
 2. The head starts as the difference of the vocabulary's rows for "Yes" and "No", so that the first
-   reward is the model's own verdict and training corrects it; the released head starts from 0
-   (`--head zero`).
-3. The answer's end-of-sequence token is left out of what is judged, as it was in the judge's
-   lessons; that an answer has no end is the business of a rule.
+   reward is the model's own verdict and training corrects it. In the released code the head's
+   weights are random and its bias starts at 0 (`--head zero` starts both at 0).
+3. The answer's end-of-sequence token is left out of the input, as in the initialisation. A rule
+   penalises answers that do not end.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import metrics
+from algorithm import Algorithm, Data, Start
 from config import Training, option
-from data import Batch, Epochs, Example, Response, Tokenizer, collate, judging_request, split
-from files import open_file
-from model import LLaVA, use_adapter
-from preferences import Prompt, Ranked
+from data import Batch, Epochs, Example, Response, collate_for, pair_tokens, reward_request, split
+from formats.adapters import load_adapter
+from formats.checkpoint import load_llava
+from formats.files import open_file
+from formats.tokenizer import Tokenizer
+from lora import use_adapter
+from model import LLaVA
 
 HEAD = "reward_head.safetensors"  # beside the folder of the reward model's weights
 
@@ -47,41 +51,38 @@ HEAD = "reward_head.safetensors"  # beside the folder of the reward model's weig
 
 
 def pairwise_loss(chosen: Tensor, rejected: Tensor, centring: float = 1e-3) -> Tensor:
-    """Bradley-Terry loss of P ranked pairs, with the release's centring term.
+    """Bradley-Terry loss of P ranked pairs, with the release's centring term: a scalar.
 
     Args:
         chosen, rejected: (P,) rewards of the better and of the worse answers.
         centring: weight of |mean(chosen + rejected)|, which holds the rewards near 0.
-
-    Returns:
-        Scalar, at least 0; log 2 where the rewards are all 0.
     """
     return -F.logsigmoid(chosen - rejected).mean() + centring * (chosen + rejected).mean().abs()
 
 
-def judged(tokenizer: Tokenizer, answer: Sequence[int], facts: Sequence[str] = ()) -> Response:
-    """An answer and the request to judge it, as a branch with one entry: where the verdict begins.
+def with_request(tokenizer: Tokenizer, answer: list[int], facts: Sequence[str]) -> Response:
+    """An answer and the request to rate it, as a branch with one entry: where the reward is read.
 
     Args:
         answer: its tokens; end-of-sequence is left out.
-        facts: captions of the image, in the order in which the judge shall read them.
+        facts: captions of the image, in the order of the request.
     """
     tokens = [token for token in answer if token != tokenizer.eos_token]
-    tokens += tokenizer.encode(f"USER: {judging_request(facts)} ASSISTANT:")
-    # The closing token is never read. It is there to be predicted: by the request's last token.
+    tokens += tokenizer.encode(f"USER: {reward_request(facts)} ASSISTANT:")
+    # The request's last token predicts the closing one, which the model never reads.
     return Response(tokens + [tokenizer.eos_token], [0.0] * len(tokens) + [1.0])
 
 
 def shuffled(facts: Sequence[str], *seeds) -> list[str]:
-    """The facts in an order that the seeds decide."""
+    """The facts in the order that the seeds draw."""
     return Random(f"facts {seeds}").sample(facts, len(facts))
 
 
-class Judge(nn.Module):
-    """A LLaVA with a scalar head instead of the vocabulary: a reward model, or PPO's critic."""
+class RewardModel(nn.Module):
+    """A LLaVA with a scalar head instead of the vocabulary; also PPO's critic."""
 
     def __init__(self, model: LLaVA, adapter: str | None = None):
-        """`adapter`: the one to compute with, over a base that others share; None: no adapter."""
+        """`adapter` over a base that other models may share; None: without an adapter."""
         super().__init__()
         self.model, self.adapter = model, adapter
         weight = model.head.weight
@@ -89,80 +90,80 @@ class Judge(nn.Module):
         self.bias = nn.Parameter(torch.zeros((), device=weight.device))
 
     def forward(self, batch: Batch) -> Tensor:
-        """(R,) float32, one number for each of the batch's entries, read where it is predicted."""
+        """(R,) float32, a scalar per entry of the batch, read at the token that predicts it."""
         with use_adapter(self.model, self.adapter):
-            hidden = self.model(batch.images, batch.tokens, batch.position, batch.branch)
-        states = hidden.flatten(0, 1)[batch.source].float()  # (R, D)
+            states = self.model.response_states(batch).float()  # (R, D)
         return (states * self.weight).sum(-1) + self.bias  # no matrix product: stays float32
 
     def start_from_verdict(self, tokenizer: Tokenizer) -> None:
-        """The head becomes what the model itself has to say: log p(Yes) - log p(No)."""
+        """Set the head to the model's own verdict: log p(Yes) - log p(No)."""
         yes, no = (tokenizer.encode(word)[0] for word in ("Yes.", "No."))
         rows = self.model.head.weight.detach().float()
         with torch.no_grad():
             self.weight.copy_(rows[yes] - rows[no])
 
 
-def judge_batch(
+def reward_batch(
     model: LLaVA, tokenizer: Tokenizer,
-    rows: Sequence[tuple[Prompt, Sequence[Sequence[int]]]], seeds: tuple,
+    rows: Sequence[tuple[Example, Sequence[Sequence[int]]]], seeds: tuple,
 ) -> Batch:
-    """Prompts with the tokens of their answers, each followed by the request, as one batch.
+    """Collate examples with the tokens of answers to each, every answer followed by the request.
 
-    All answers to a prompt are shown the facts in the same order, which `seeds` decide.
+    All answers to an example get its facts in the same order, which `seeds` draw.
     """
     examples = []
-    for prompt, answers in rows:
-        facts = shuffled(prompt.facts, *seeds, prompt.name)
-        responses = [judged(tokenizer, answer, facts) for answer in answers]
-        examples.append(Example(prompt.name, prompt.image, prompt.tokens, responses))
-    context = model.config.text.max_position_embeddings
-    return collate(examples, model.config.pad_token, context)
+    for example, answers in rows:
+        facts = shuffled(example.facts, *seeds, example.name)
+        responses = [with_request(tokenizer, answer, facts) for answer in answers]
+        examples.append(Example(example.name, example.image, example.prompt, responses))
+    return collate_for(model, examples)
 
 
 @dataclass
 class RMConfig(Training):
     learning_rate: float = option(3e-4, "peak learning rate (release, LoRA on 13B: 2e-5)")
     epochs: int = option(1, "passes over the pairs; one, since more overfit (release)")
-    facts: bool = option(False, "factual augmentation: the judge is shown the image's captions")
+    facts: bool = option(False, "factual augmentation: put the image's captions into the request")
     captions: str | None = option(None, "image_to_caption.json, for --facts with --data")
     centring: float = option(1e-3, "weight of |mean reward| in the loss (release)")
     head: str = option("verdict", "the scalar head starts from the rows of Yes and No, or from "
                        "zero (release)", choices=("verdict", "zero"))
     rankings: int = option(4000, "ranked pairs to collect on the built-in world (release: 10k)")
-    noise: float = option(0.1, "how often the built-in world's annotator ranks wrongly")
-    held_out: int = option(500, "pairs to measure agreement on; of own data a tenth at most")
+    noise: float = option(0.1, "share of pairs that the built-in world's annotator ranks wrongly")
+    held_out: int = option(500, "pairs to measure agreement on; at most a tenth of your own data")
 
 
-class RewardModel:
-    """Training on ranked pairs."""
+class RewardTraining(Algorithm):
+    """Train a reward model on ranked answers."""
 
-    def __init__(
-        self, judge: Judge, tokenizer: Tokenizer, config: RMConfig, seed: int, pairs: list[Ranked],
-        held_out: list[Ranked], origin: dict[str, str],
-    ):
-        """`held_out` is what `measure` measures on; `origin` goes into the file (see `lineage`)."""
-        self.judge, self.tokenizer, self.config, self.seed = judge, tokenizer, config, seed
-        self.held_out, self.origin = held_out, origin
+    Config = RMConfig
+    reads = "rankings"
+    first = ("base", "rm_init")
+
+    def __init__(self, start: Start, config: RMConfig, data: Data):
+        self.tokenizer, self.config, self.seed = start.tokenizer, config, start.run.seed
+        self.held_out = data.held_out
+        self.provenance = provenance(start.tokenizer, start.base, config.facts)
+        self.reward_model = RewardModel(start.model, "default" if start.run.lora else None)
         if config.head == "verdict":
-            judge.start_from_verdict(tokenizer)
-        self.modules = nn.ModuleDict({"judge": judge})
-        self.source = Epochs(pairs, config, seed, pair_length)
+            self.reward_model.start_from_verdict(start.tokenizer)
+        self.modules = nn.ModuleDict({"reward_model": self.reward_model})
+        self.source = Epochs(data.train, config, self.seed, pair_length)
         self.steps = self.source.steps
+
+    @staticmethod
+    def tokens(row, tokenizer: Tokenizer, patches: int, config: RMConfig):
+        return pair_tokens(row, tokenizer, patches)
 
     def batches(self, step: int) -> list[Batch]:
         pairs = sorted(self.source.examples(step), key=pair_length)
         return [
-            pair_batch(self.judge.model, self.tokenizer, part, (self.seed, step))
+            pair_batch(self.reward_model.model, self.tokenizer, part, (self.seed, step))
             for part in split(pairs, self.config.micro_batch)
         ]
 
-    def size(self, batch: Batch) -> int:
-        return batch.groups // 2
-
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        rewards = self.judge(batch)  # (2 P,)
-        chosen, rejected = rewards[0::2], rewards[1::2]
+        chosen, rejected = self.reward_model(batch).view(-1, 2).unbind(1)  # (P,) each
         margins = (chosen - rejected).detach()
         return pairwise_loss(chosen, rejected, self.config.centring), {
             "rewards/chosen": chosen.detach().mean().item(),
@@ -172,48 +173,47 @@ class RewardModel:
             "padding": batch.padding,
         }
 
-    def measure(self) -> tuple[dict, list[dict]] | None:
-        """Agreement with the held-out pairs; None if there are none."""
+    def measure(self, world: Callable, means: Callable) -> tuple[dict, list[dict]] | None:
         if not self.held_out:
             return None
-        return agreement(self.judge, self.tokenizer, self.held_out, self.config.micro_batch)
+        given = self.reward_model, self.tokenizer, self.held_out, self.config.micro_batch
+        records = rate_pairs(*given)
+        return means({"agreement": agreement(records)}), records
 
     def save(self, folder: Path) -> None:
-        save_head(self.judge, folder, self.origin)
+        save_head(self.reward_model, folder, self.provenance)
 
 
-def pair_length(pair: Ranked) -> int:
-    return len(pair.chosen) + len(pair.rejected)
+def pair_length(example: Example) -> int:
+    return sum(len(response.tokens) for response in example.responses)
 
 
-def pair_batch(model: LLaVA, tokenizer: Tokenizer, pairs: Sequence[Ranked], seeds) -> Batch:
-    rows = [(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
-    return judge_batch(model, tokenizer, rows, seeds)
+def pair_batch(model: LLaVA, tokenizer: Tokenizer, examples: Sequence[Example], seeds) -> Batch:
+    rows = [(each, [response.tokens for response in each.responses]) for each in examples]
+    return reward_batch(model, tokenizer, rows, seeds)
 
 
 @torch.no_grad()
-def agreement(
-    judge: Judge, tokenizer: Tokenizer, pairs: Sequence[Ranked], batch_size: int = 64, seed: int = 0
-) -> tuple[dict, list[dict]]:
-    """How often the judge prefers the answer that was chosen; a tie counts half.
+def rate_pairs(
+    reward_model: RewardModel, tokenizer: Tokenizer, examples: Sequence[Example],
+    batch_size: int = 64, seed: int = 0,
+) -> list[dict]:
+    """A record per ranked pair: question, both answers, and their rewards [chosen, rejected]."""
+    records = []
+    for part in split(list(examples), batch_size):
+        batch = pair_batch(reward_model.model, tokenizer, part, (seed, "agreement"))
+        rewards = reward_model(batch.to(reward_model.weight.device)).view(-1, 2).tolist()
+        for example, pair in zip(part, rewards):
+            chosen, rejected = (tokenizer.decode(r.tokens) for r in example.responses)
+            records.append({"name": example.name, "question": example.question,
+                            "chosen": chosen, "rejected": rejected, "rewards": pair})
+    return records
 
-    Returns:
-        {"agreement": {"value", "low", "high"}} with a 95 % bootstrap interval over the pairs, and
-        one record per pair with both answers and rewards.
-    """
-    records, device = [], judge.weight.device
-    for part in split(list(pairs), batch_size):
-        batch = pair_batch(judge.model, tokenizer, part, (seed, "agreement")).to(device)
-        rewards = judge(batch).view(-1, 2).tolist()
-        for pair, (chosen, rejected) in zip(part, rewards):
-            records.append({
-                "name": pair.prompt.name, "question": pair.prompt.question,
-                "chosen": tokenizer.decode(pair.chosen),
-                "rejected": tokenizer.decode(pair.rejected), "rewards": [chosen, rejected]})
-    both = torch.tensor([record["rewards"] for record in records], dtype=torch.float64)
-    right = (both[:, 0] > both[:, 1]).double() + 0.5 * (both[:, 0] == both[:, 1])
-    terms = {"agreement": [(1, right.numpy(), torch.ones(len(right)).double().numpy())]}
-    return metrics.with_intervals(terms, seed), records
+
+def agreement(records: Sequence[dict]) -> np.ndarray:
+    """(N,) 1 where the chosen answer has the higher reward, 1/2 for a tie, else 0."""
+    rewards = np.array([record["rewards"] for record in records])
+    return (np.sign(rewards[:, 0] - rewards[:, 1]) + 1) / 2
 
 
 # --------------------------------------------------------------------------- rules, without a model
@@ -236,96 +236,115 @@ def symbolic_reward(text: str, truth: str | None) -> float:
     return 0.0
 
 
-def length_penalty(length: int, longest: int, factor: float = 1.0, weight: float = 10.0) -> float:
-    """-`weight` for an answer of the longest length, in proportion for shorter ones (release).
+def length_penalty(length: int, full: int, factor: float = 1.0, weight: float = 10.0) -> float:
+    """-`weight` for an answer of `full` tokens, in proportion for other lengths (release).
 
     Args:
         length: tokens of the answer.
-        longest: tokens that cost the whole penalty.
-        factor: the prompt's own scale (`length_bonus` in the files); 0: length is free.
+        full: tokens that cost the whole penalty.
+        factor: the prompt's own scale (`length_bonus` in the files); 0: no penalty.
         weight: the release's 10.
     """
-    return -weight * factor * length / longest
+    return -weight * factor * length / full
 
 
-def missing_end_penalty(ended: bool, penalty: float = -8.0) -> float:
+def missing_eos_penalty(ended: bool, penalty: float = -8.0) -> float:
     """The penalty for an answer without end-of-sequence, cut off at the length limit (release)."""
     return 0.0 if ended else penalty
 
 
 class Scorer:
-    """The reward of sampled answers: the reward model's score and the rules."""
+    """The reward of completions: the reward model's score and the rules."""
 
-    def __init__(self, judge: Judge, tokenizer: Tokenizer, config):
-        """`config` is PPO's: facts, symbolic_bonus, length_penalty, longest, missing_end."""
-        self.judge, self.tokenizer, self.config = judge, tokenizer, config
+    def __init__(self, reward_model: RewardModel, tokenizer: Tokenizer, config):
+        """`config` has the rules' settings (see ppo.PPOConfig)."""
+        self.reward_model, self.tokenizer, self.config = reward_model, tokenizer, config
 
     @torch.no_grad()
     def __call__(
-        self, rows: Sequence[tuple[Prompt, Sequence[Sequence[int]]]], seeds
+        self, rows: Sequence[tuple[Example, Sequence[Sequence[int]]]], seeds: tuple
     ) -> dict[str, Tensor]:
-        """Parts of the reward, each (N,), all answers of all prompts one after another.
+        """Parts of the reward, each (N,), the completions of all examples one after another.
 
         Raises:
-            ValueError: the reward model gave something that is no finite number.
+            ValueError: the reward model returned NaN or infinity.
         """
-        config, parts = self.config, []
-        for part in split(list(rows), config.micro_batch):
-            batch = judge_batch(self.judge.model, self.tokenizer, part, seeds)
-            parts.append(self.judge(batch.to(self.judge.weight.device)).cpu())
-        model = torch.cat(parts)
-        named = [prompt.name for prompt, answers in rows for _ in answers]
-        bad = [name for name, ok in zip(named, model.isfinite().tolist()) if not ok]
+        parts = []
+        for part in split(list(rows), self.config.micro_batch):
+            batch = reward_batch(self.reward_model.model, self.tokenizer, part, seeds)
+            parts.append(self.reward_model(batch.to(self.reward_model.weight.device)).cpu())
+        scores = torch.cat(parts)
+        names = [example.name for example, completions in rows for _ in completions]
+        bad = [name for name, finite in zip(names, scores.isfinite().tolist()) if not finite]
         if bad:
             raise ValueError(
-                f"the reward model gave NaN or infinity for {len(bad)} of {len(named)} answers (to "
+                f"the reward model gave NaN or infinity for {len(bad)} of {len(names)} answers (to "
                 f"{', '.join(dict.fromkeys(bad[:8]))}); train it with a smaller --learning_rate")
-        rules = [self.rules(prompt, answer) for prompt, answers in rows for answer in answers]
+        rules = [self.rules(example, each) for example, completions in rows for each in completions]
         symbolic, length, no_end = torch.tensor(rules).T
-        return {"rm": model, "symbolic": symbolic, "length": length, "no_end": no_end}
+        return {"rm": scores, "symbolic": symbolic, "length": length, "no_end": no_end}
 
-    def rules(self, prompt: Prompt, answer: Sequence[int]) -> tuple[float, float, float]:
-        config, ended = self.config, self.tokenizer.eos_token in answer
-        text = self.tokenizer.decode(answer)
+    def rules(self, example: Example, completion: Sequence[int]) -> tuple[float, float, float]:
+        config, text = self.config, self.tokenizer.decode(completion)
+        ended = self.tokenizer.eos_token in completion
         return (
-            config.symbolic_bonus * symbolic_reward(text, prompt.truth),
-            length_penalty(
-                len(answer), config.longest, prompt.length_factor, config.length_penalty),
-            missing_end_penalty(ended, config.missing_end),
+            config.symbolic_bonus * symbolic_reward(text, example.truth),
+            length_penalty(len(completion), config.length_penalty_tokens, example.length_factor,
+                           config.length_penalty),
+            missing_eos_penalty(ended, config.missing_eos_penalty),
         )
 
 
 # ----------------------------------------------------------------------------------- on the disk
 
 
-def lineage(tokenizer: Tokenizer, base: str, facts: bool) -> dict[str, str]:
-    """What a reward model must have in common with whatever uses it."""
+def provenance(tokenizer: Tokenizer, base: str, facts: bool) -> dict[str, str]:
+    """What a reward model must have in common with a policy that uses it."""
     return {"tokenizer": hashlib.sha256(tokenizer.model_proto).hexdigest()[:16], "base": base,
             "facts": "with facts" if facts else "without facts"}
 
 
-def save_head(judge: Judge, folder: Path, origin: dict[str, str]) -> None:
-    """Write the scalar head; `origin` as `lineage` gives it. The model is saved as any model."""
-    tensors = {name: getattr(judge, name).detach().cpu() for name in ("weight", "bias")}
-    save_file(tensors, folder / HEAD, {"format": "pt", **origin})
+def save_head(reward_model: RewardModel, folder: Path, provenance: dict[str, str]) -> None:
+    """Write the scalar head; `provenance` as the function returns it."""
+    tensors = {name: getattr(reward_model, name).detach().cpu() for name in ("weight", "bias")}
+    save_file(tensors, folder / HEAD, {"format": "pt", **provenance})
 
 
-def load_head(judge: Judge, folder: Path, origin: dict[str, str]) -> None:
-    """Read the scalar head of the reward model in `folder`.
+def load_head(reward_model: RewardModel, folder: Path, provenance: dict[str, str]) -> None:
+    """Read the scalar head in `folder`.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it was trained with another tokenizer, over
-            another base, or the other way about facts.
+        ValueError: it belongs to another tokenizer or base, or another use of facts.
     """
-    if not (folder / HEAD).exists():
-        raise FileNotFoundError(f"{folder}: no reward model ({HEAD} is missing); make one with "
-                                "python train.py --algo rm")
-    entries = open_file(folder / HEAD)
-    found = entries["weight"].handle.metadata()
-    for key, value in origin.items():
+    tensors, found = open_file(folder / HEAD)
+    for key, value in provenance.items():
         if found.get(key) != value:
             raise ValueError(f"{folder}: a reward model for another {key} ({found.get(key)}, not "
                              f"{value}); train one with python train.py --algo rm")
     with torch.no_grad():
-        for name, entry in entries.items():
-            getattr(judge, name).copy_(entry.read())
+        for name, tensor in tensors.items():
+            getattr(reward_model, name).copy_(tensor)
+
+
+def load_reward_model(
+    start: Start, folder: Path, facts: bool, adapter: str | None = None
+) -> RewardModel:
+    """The reward model of a finished run.
+
+    Args:
+        facts: whether it will be given facts; it must have been trained so.
+        adapter: load it as an adapter of this name over `start.model`; None: as its own model.
+    """
+    if not (folder / HEAD).exists():
+        raise FileNotFoundError(f"{folder}: no reward model ({HEAD} is missing); make one with "
+                                "python train.py --algo rm")
+    if adapter and not (folder / "adapter").exists():
+        raise ValueError(f"{folder}: a reward model without adapter; with --lora train it with "
+                         "--lora too")
+    if adapter:
+        load_adapter(start.model, folder / "adapter", adapter)
+        reward_model = RewardModel(start.model, adapter)
+    else:
+        reward_model = RewardModel(load_llava(folder / "model", start.device, torch.float32)[0])
+    load_head(reward_model, folder, provenance(start.tokenizer, start.base, facts))
+    return reward_model

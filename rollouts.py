@@ -1,94 +1,176 @@
-"""Sampling from the policy, and what the other models say about every token that was sampled."""
+"""Shared by RL algorithms: their models, sampled completions, and log-probabilities of these."""
 
-import time
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from data import Batch, Example, Response, collate, split
-from model import LLaVA, generate, use_adapter
-from preferences import Prompt
+from algorithm import Data, Start
+from data import Batch, Example, Response, collate_for, split
+from formats.files import jsonl
+from formats.rows import DataError
+from formats.tokenizer import Tokenizer
+from generation import generate
+from lora import lora_layers, select_trainable, use_adapter
+from model import LLaVA
+from reward import RewardModel, Scorer, load_reward_model
+
+SHOWN = 8  # completions of every rollout that go into samples.jsonl
 
 
 @dataclass
-class Role:
-    """One of PPO's models: with an adapter over a base that others share, or on its own (None)."""
+class AdaptedModel:
+    """A model with an adapter over a base that others share, or without one (None)."""
 
     model: LLaVA
     adapter: str | None = None
 
     def logp(self, batch: Batch, temperature: float) -> Tensor:
-        """(R,) log-probabilities of the batch's tokens at a temperature."""
+        """(R,) log-probabilities of the batch's response tokens at a temperature."""
         with use_adapter(self.model, self.adapter):
-            hidden = self.model(batch.images, batch.tokens, batch.position, batch.branch)
-            states = hidden.flatten(0, 1)[batch.source]
-            return self.model.head(states / temperature, batch.target)  # W (h / t) = (W h) / t
+            return self.model.response_logp(batch, temperature)
 
 
 @dataclass
-class Answers:
-    """P prompts' answers, k each, N in all; right-padded with 0 where (N, T)."""
+class Roles:
+    """The models of reinforcement learning, and the reward of rows (example, completions)."""
 
-    tokens: list[list[list[int]]]  # k answers to each prompt
-    mask: Tensor  # (N, T) bool, True = token
-    logp: Tensor  # (N, T) log-probabilities of the policy
-    reference: Tensor  # (N, T) of the reference
-    values: Tensor  # (N, T) of the critic
-    seconds: float  # that sampling took
+    policy: AdaptedModel
+    reference: AdaptedModel
+    critic: nn.Module  # batch -> (R,) values
+    reward: Callable[[Sequence, tuple], dict[str, Tensor]]  # parts of the reward, see reward.Scorer
 
 
-def answer_batch(model: LLaVA, rows: Sequence[tuple[Prompt, Sequence[list[int]]]]) -> Batch:
-    """Prompts with their answers as branches; every token of an answer is an entry."""
+def make_roles(start: Start, config) -> Roles:
+    """Load the reward model, copy it as the critic, and copy the start as the reference.
+
+    With LoRA they are adapters over the one base. The critic's head starts at zero.
+
+    Args:
+        config: has facts and the rules' settings (see reward.Scorer).
+    """
+    model, folder = start.model, start.reward_model
+    if start.run.lora:
+        policy, reference = AdaptedModel(model, "default"), AdaptedModel(model, None)
+        reward_model = load_reward_model(start, folder, config.facts, "reward")
+        critic = load_reward_model(start, folder, config.facts, "critic")
+        select_trainable(model, "default")
+        for module in lora_layers(model, "critic"):
+            module.adapters["critic"].requires_grad_(True)
+    else:
+        policy = AdaptedModel(model)
+        reference = AdaptedModel(copy.deepcopy(model).requires_grad_(False))
+        reward_model = load_reward_model(start, folder, config.facts)
+        critic = RewardModel(copy.deepcopy(reward_model.model))
+        select_trainable(critic.model)
+        critic.model.head.requires_grad_(False)  # the critic has no use for a vocabulary
+        reward_model.requires_grad_(False)
+    with torch.no_grad():  # values start at 0, whatever the level of the rewards
+        critic.weight.zero_(), critic.bias.zero_()
+    return Roles(policy, reference, critic,
+                 Scorer(reward_model, start.tokenizer, config))
+
+
+def check_room(start: Start, config, data: Data) -> None:
+    """Raise DataError if a prompt leaves no room for a completion in the model's context."""
+    longest = max(len(example.prompt) for example in data.train)
+    context = start.model.config.text.max_position_embeddings
+    if longest + config.max_new_tokens > context:
+        raise DataError(f"the longest prompt has {longest} tokens and completions may have "
+                        f"{config.max_new_tokens}, but the context holds {context}; "
+                        "use a smaller --max_new_tokens")
+
+
+def sample(
+    policy: AdaptedModel, examples: Sequence[Example], config, seed: int, rollout: int
+) -> list[list[list[int]]]:
+    """Tokens of `config.samples` completions of each example; seed and rollout decide the draws.
+
+    Args:
+        config: has samples, temperature, max_new_tokens and generate_batch.
+    """
+    like = policy.model.head.weight
+    generator = torch.Generator(like.device).manual_seed(seed * 1_000_003 + rollout)
+    completions = []
+    with use_adapter(policy.model, policy.adapter):
+        for part in split(examples, config.generate_batch):
+            images = torch.stack([example.image for example in part]).to(like)
+            prompts = [torch.tensor(example.prompt) for example in part]
+            found = generate(policy.model, images, prompts, config.max_new_tokens,
+                             config.temperature, config.samples, generator)
+            completions += [tokens.tolist() for tokens in found]
+    return split(completions, config.samples)
+
+
+def completion_batch(
+    model: LLaVA, rows: Sequence[tuple[Example, Sequence[list[int]]]]
+) -> Batch:
+    """Collate examples with their completions as branches; every token is an entry."""
     examples = [
-        Example(prompt.name, prompt.image, prompt.tokens,
-                [Response(answer, [1.0] * len(answer)) for answer in answers])
-        for prompt, answers in rows
+        Example(example.name, example.image, example.prompt,
+                [Response(tokens, [1.0] * len(tokens)) for tokens in completions])
+        for example, completions in rows
     ]
-    return collate(examples, model.config.pad_token, model.config.text.max_position_embeddings)
+    return collate_for(model, examples)
 
 
-class Sampler:
-    """Samples answers; the same seed and rollout give the same ones."""
+def per_token(
+    functions: Sequence[Callable[[Batch], Tensor]], model: LLaVA, examples: Sequence[Example],
+    tokens: Sequence[Sequence[list[int]]], micro_batch: int,
+) -> tuple[Tensor, ...]:
+    """Evaluate functions of every token of N completions.
 
-    def __init__(self, policy: Role, reference: Role, critic: nn.Module, config, seed: int):
-        """`config` has samples, temperature, max_new_tokens, generate_batch and micro_batch."""
-        self.policy, self.reference, self.critic = policy, reference, critic
-        self.config, self.seed = config, seed
+    Args:
+        functions: batch -> (R,), such as log-probabilities and values.
+        tokens: the completions of each example.
 
-    @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt], rollout: int) -> Answers:
-        started = time.perf_counter()
-        tokens = self.sample(prompts, rollout)
-        seconds = time.perf_counter() - started
-        return Answers(tokens, *self.measure(prompts, tokens), seconds)
+    Returns:
+        mask (N, T) bool, True = token; and (N, T) float32 per function, right-padded with 0.
+    """
+    lengths = torch.tensor([len(each) for group in tokens for each in group])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (N, T)
+    found = []
+    for part in split(list(zip(examples, tokens)), micro_batch):
+        batch = completion_batch(model, part).to(model.head.weight.device)
+        found.append(torch.stack([function(batch) for function in functions]).float().cpu())
+    # A batch's entries come completion by completion, token by token, as True does in the mask.
+    flat = torch.cat(found, dim=1)  # (functions, R)
+    return mask, *(torch.zeros(mask.shape).masked_scatter(mask, values) for values in flat)
 
-    def sample(self, prompts: Sequence[Prompt], rollout: int) -> list[list[list[int]]]:
-        """Tokens of `samples` answers to each prompt."""
-        config, model = self.config, self.policy.model
-        like = model.head.weight
-        generator = torch.Generator(like.device).manual_seed(self.seed * 1_000_003 + rollout)
-        answers = []
-        with use_adapter(model, self.policy.adapter):
-            for part in split(prompts, config.generate_batch):
-                images = torch.stack([prompt.image for prompt in part]).to(like)
-                asked = [torch.tensor(prompt.tokens) for prompt in part]
-                found = generate(model, images, asked, config.max_new_tokens, config.temperature,
-                                 config.samples, generator)
-                answers += [answer.tolist() for answer in found]
-        return split(answers, config.samples)
 
-    def measure(self, prompts, tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """mask; and log-probability of the policy, of the reference, and value of every token."""
-        lengths = torch.tensor([len(answer) for group in tokens for answer in group])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (N, T)
-        found, device = [], self.policy.model.head.weight.device
-        for part in split(list(zip(prompts, tokens)), self.config.micro_batch):
-            batch = answer_batch(self.policy.model, part).to(device)
-            roles = [role.logp(batch, self.config.temperature)
-                     for role in (self.policy, self.reference)]
-            found.append(torch.stack([*roles, self.critic(batch)]).float().cpu())  # (3, R)
-        # entries come answer by answer, token by token, and so do the places of a mask
-        flat = torch.cat(found, dim=1)
-        return mask, *(torch.zeros(mask.shape).masked_scatter(mask, each) for each in flat)
+def completion_table(
+    tokenizer: Tokenizer, examples: Sequence[Example], tokens: Sequence[Sequence[list[int]]],
+    parts: dict[str, Tensor], kl: Tensor, false_parts: Callable[[Example, str], list[str] | None],
+) -> list[dict]:
+    """A row per completion: text, score with its parts, KL in nats, what of it is false."""
+    rows = []
+    both = [(example, each) for example, group in zip(examples, tokens) for each in group]
+    for i, (example, completion) in enumerate(both):
+        text = tokenizer.decode(completion).strip()
+        score = {name: part[i].item() for name, part in parts.items()}
+        rows.append({
+            "prompt": example.name, "question": example.question, "answer": text,
+            "score": sum(score.values()), **score, "kl": kl[i].item(), "tokens": len(completion),
+            "ended": completion[-1] == tokenizer.eos_token, "false": false_parts(example, text),
+        })
+    return rows
+
+
+def summary(table: list[dict]) -> dict[str, float]:
+    """Means over a table of completions, named as in other trainers."""
+    mean = lambda name: sum(row[name] for row in table) / len(table)
+    metrics = {
+        "objective/kl": mean("kl"), "objective/scores": mean("score"),
+        "response/length": mean("tokens"), "response/ended": mean("ended"),
+    }
+    known = [bool(row["false"]) for row in table if row["false"] is not None]
+    return metrics | ({"truth/hallucination": sum(known) / len(known)} if known else {})
+
+
+def write_samples(folder: Path, step: int, table: list[dict]) -> None:
+    """Append some completions of a rollout to the run's samples.jsonl."""
+    with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+        file.write(jsonl({"step": step, **row} for row in table[:: max(1, len(table) // SHOWN)]))

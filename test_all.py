@@ -1,11 +1,16 @@
 """All tests, in the order of the README's file map: `pytest -q`.
 
-Mathematics against independent references, our files against `transformers` and `peft`, resumed runs
-against uninterrupted ones, and whatever a user can get wrong. No network; a GPU is used where one is.
+They compare the mathematics with independent references, our files with `transformers` and `peft`,
+and resumed runs with uninterrupted ones, and try what a user can get wrong. No network; a GPU is
+used where there is one.
 """
 
+import ast
 import copy
 import dataclasses
+import graphlib
+import http.client
+import importlib
 import io
 import json
 import math
@@ -17,118 +22,148 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from html.parser import HTMLParser
+from dataclasses import replace
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import sentencepiece
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import ask
-import benchmarks
-import charts
-import checkpoint
-import coco
-import collect
+import annotate
 import config
-import convert
 import data
 import ddpo
-import dry_run
 import evaluate
-import features
-import files
+import evaluation
 import generation
 import kernels
-import lessons
-import layouts
-import metrics
-import model as models
 import ppo
-import readers
-import report
+import recipes
 import reward
-import rlhf
 import rollouts
-import rows
 import sft
 import train
 import world
-from checkpoint import save_llava
+from algorithm import Data, Start
+from annotation import server as page_server, store as corrections
+from annotation.agreement import kappa
+from annotation.diff import Units, compare
 from data import Example, Response, collate
-from kernels import bench, bench_step, fused, reference
-from model import (
-    LLaVA, LLaVAConfig, TextConfig, add_adapter, carriers, generate, init_weights,
-    select_trainable, use_adapter,
+from evaluation import amber as ambers
+from evaluation import (
+    answers, benchmarks, builtin, charts, coco, metrics, parts, preview, report, suite, synonyms,
+    vqa,
 )
-from preferences import Prompt, Ranked, Reader
-from readers import Conversation, Pair, read_conversations, read_pairs, read_prompts
-from rows import DataError, ParquetImage, open_image
+from formats import (
+    Conversation, DataError, Pair, checkpoint, features, files, fingerprint, latest_state, layouts,
+    load_adapter, load_llava, load_state, open_image, read_conversations, read_pairs, read_prompts,
+    readers, report_skipped, save_adapter, save_llava, save_state,
+)
+from formats import tokenizer as tokenizer_file
+from formats.rows import ParquetImage, find_files, whole_rows
+from generation import generate
+from kernels import bench, bench_head, fused, lean, reference
+from lora import add_adapter, lora_layers, select_trainable, use_adapter
+from model import Head, LLaVA, LLaVAConfig, TextConfig, attention_mask, init_weights
 from vision import ImageSettings, VisionConfig, preprocess
-from world import Scene, Span, Thing
+from world import Scene, Thing, feedback, pretraining
 
 ROOT = Path(__file__).parent
 
 # ================================================================================ shared fixtures
 
-TEXT = TextConfig(
-    vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-)
-TINY = LLaVAConfig(
-    vision=VisionConfig(16, 32, 2, 2, image_size=12, patch_size=4), text=TEXT,
-    image_token=58, pad_token=59, eos_token=2,
-)
-PATCHES = 9
+TEXT = TextConfig(60, 32, 64, 2, 4, num_key_value_heads=2, max_position_embeddings=128)
+TOWER = VisionConfig(16, 32, 2, 2, image_size=12, patch_size=4)
+IMAGE, PAD, EOS, PATCHES = 58, 59, 2, 9  # special tokens; features of an image
+IMAGES = ImageSettings(12, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    model = LLaVA(TINY).eval()
+def make_model(text=TEXT, image_token=IMAGE, pad_token=PAD, eos_token=EOS):
+    """A model with random weights, all but the tower's trainable."""
+    model = LLaVA(LLaVAConfig(TOWER, text, image_token, pad_token, eos_token)).eval()
     init_weights(model, 0)
+    select_trainable(model)
     return model
+
+
+@pytest.fixture
+def tiny():
+    return make_model()
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    data.train_tokenizer(sft.world_texts(40), path, 700)
-    return data.Tokenizer(path)
+    tokenizer_file.train_tokenizer(pretraining.world_texts(40), path, 700)
+    return tokenizer_file.Tokenizer(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tokenizer):
+    """A model with random weights that reads the built-in world's texts; not to be changed."""
+    text = replace(TEXT, vocab_size=tokenizer.vocab_size, num_attention_heads=2,
+                   max_position_embeddings=400)
+    return make_model(text, tokenizer.image_token, tokenizer.pad_token, tokenizer.eos_token)
 
 
 def random_example(seed, image=True, lengths=(7, 9), shared=0):
+    """A row whose weighted responses have their first `shared` tokens in common."""
     g = torch.Generator().manual_seed(seed)
-    draw = lambda n: torch.randint(3, 58, (n,), generator=g).tolist()
-    prefix = draw(shared)
-    responses = []
+    draw = lambda n: torch.randint(3, IMAGE, (n,), generator=g).tolist()
+    prefix, responses = draw(shared), []
     for n in lengths:
-        tokens = prefix + draw(n) + [2]
+        tokens = prefix + draw(n) + [EOS]
         responses.append(Response(tokens, (torch.rand(len(tokens), generator=g) + 0.5).tolist()))
-    picture = torch.randn(3, 12, 12, generator=g) if image else None
-    prompt = [1] + [58] * PATCHES * image + draw(4 + seed % 3)
-    return Example(f"row {seed}", picture, prompt, responses, [0.1 * seed, -0.2])
+    pixels = torch.randn(3, 12, 12, generator=g) if image else None
+    prompt = [1] + [IMAGE] * PATCHES * image + draw(4 + seed % 3)
+    return Example(f"row {seed}", pixels, prompt, responses)
 
 
-def entry_logp(model, batch):
-    hidden = model(batch.images, batch.tokens, batch.position, batch.branch)
-    return model.head(hidden.flatten(0, 1)[batch.source], batch.target)
+def logp_alone(model, example, response):
+    """Log-probabilities (T,) of a response's tokens, plainly causal, with no sibling or padding."""
+    tokens = torch.tensor([example.prompt + response.tokens])
+    images = None if example.image is None else example.image[None]
+    logits = model.logits(images, tokens)[0, len(example.prompt) - 1 : -1]
+    return logits.log_softmax(-1)[range(len(logits)), response.tokens]
 
 
-# ======================================================================================= train.py
+def make_start(model, tokenizer, folder, **settings):
+    """What recipes.load_start gives: a model with its trainable weights selected."""
+    return Start(config.Run(**settings), model, tokenizer, IMAGES, folder, base=fingerprint(model))
 
 
-def run_train(*arguments, **kwargs):
-    """train.py as a user starts it; returns the finished process."""
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, **kwargs)
+def make_ddpo(model, examples, folder, reference=None, **settings):
+    """DDPO on examples; `reference`, if given, replaces the scores of the model itself."""
+    start = make_start(model, None, folder)
+    algorithm = ddpo.DDPO(start, ddpo.DDPOConfig(**settings), Data(examples))
+    algorithm.reference = reference or algorithm.reference
+    return algorithm
+
+
+@pytest.fixture
+def run_train(capsys):
+    """A function that runs train.py, asserts its exit status, and returns all that it printed."""
+    def run(*arguments, status=0):
+        capsys.readouterr()
+        found, shown = train.main([str(each) for each in arguments]), "".join(capsys.readouterr())
+        assert found == status, shown
+        return shown
+
+    return run
+
+
+def read_log(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (Path(folder) / name).open()]
 
 
 def same_weights(one, two):
@@ -139,20 +174,23 @@ def same_weights(one, two):
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """Somebody's own data: six images and their corrections."""
-    folder = tmp_path_factory.mktemp("photos")
-    rows = []
+    folder, lines = tmp_path_factory.mktemp("photos"), []
     for i in range(6):
         Image.new("RGB", (40 + 9 * i, 60), (40 * i, 90, 200 - 30 * i)).save(folder / f"{i}.png")
-        rows.append({"image": f"{i}.png", "question": "Describe the picture.",
-                     "chosen": f"There is a red car on the left. {i}",
-                     "rejected": f"There is a blue car on the left. There is a dog. {i}"})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines.append(json.dumps({
+            "image": f"{i}.png", "question": "Describe the picture.",
+            "chosen": f"There is a red car on the left. {i}",
+            "rejected": f"There is a blue car on the left. There is a dog. {i}"}) + "\n")
+    (folder / "rows.jsonl").write_text("".join(lines))
     return folder
 
 
 def own_data(photos, out, *more):
     return ("--algo", "ddpo", "--data", photos / "rows.jsonl", "--images", photos, "--out", out,
             "--batch_size", 4, *more)
+
+
+# ======================================================================================= train.py
 
 
 def test_schedule():
@@ -162,197 +200,185 @@ def test_schedule():
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
 
 
-def test_command_line_follows_the_dataclasses():
-    run, config = train.parse(["--algo", "ddpo", "--gamma", "2", "--no-normalize", "--lora", "4"])
-    assert (config.gamma, config.normalize, config.beta, run.lora) == (2.0, False, 0.5, 4)
-    assert type(train.parse(["--algo", "dpo"])[1]) is ddpo.DPOConfig
-    assert train.parse(["--algo", "ppo", "--missing_end", "-3"])[1].missing_end == -3
-    for wrong in (["--algo", "nonsense"], ["--gama", "3"], ["--algo", "sft", "--gamma", "3"],
-                  ["--beta", "much"], ["--normalize", "False"], ["--batch_size", "0"],
-                  ["--learning_rate", "nan"], ["--lora", "-8"], ["--images", "photos"]):
+def test_command_line_follows_the_dataclasses(capsys):
+    run, found = train.parse("--algo ddpo --gamma 2 --no-normalize --lora 4".split())
+    assert (found.gamma, found.normalize, found.beta, run.lora) == (2.0, False, 0.5, 4)
+    assert train.parse("--algo ppo --missing_eos_penalty -3".split())[1].missing_eos_penalty == -3
+    for wrong in ("--algo nonsense", "--gama 3", "--algo sft --gamma 3", "--beta much", "--lora -8",
+                  "--normalize False", "--batch_size 0", "--learning_rate nan", "--images photos"):
         with pytest.raises(SystemExit) as stopped:
-            train.parse(wrong)
+            train.parse(wrong.split())
         assert stopped.value.code == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    shown = capsys.readouterr().out
+    for algo, kind in train.ALGORITHMS.items():
+        assert type(train.parse(["--algo", algo])[1]) is kind.Config
+        assert re.search(rf"^  {algo} +{re.escape(train.about(kind))}$", shown, re.M)
 
 
-def test_alignment_reduces_hallucination_from_end_to_end(tmp_path):
-    """The main job, small: sample, correct, align, measure. Same seed, same result."""
-    arguments = ("--algo", "ddpo", "--corrections", 128, "--test_scenes", 60, "--epochs", 6,
-                 "--learning_rate", 1e-4, "--out", "out")
-    first = run_train(*arguments, cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    assert "hallucination/any" in first.stdout and "before" in first.stdout
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    before, after = (results[when]["metrics"] for when in ("before", "after"))
-    value = lambda metrics, name: metrics[name]["value"]
-    assert value(after, "hallucination/object") < 0.6 * value(before, "hallucination/object")
-    assert value(after, "hallucination/any") < value(before, "hallucination/any")
-    assert value(after, "coverage") > value(before, "coverage") - 0.05
-    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 24 and lines[-1]["rewards/accuracies"] > 0.8
-    shutil.move(tmp_path / "out", tmp_path / "kept")
-    second = run_train(*arguments, cwd=tmp_path)
-    assert second.stdout == first.stdout
+def test_alignment_reduces_hallucination_from_end_to_end(tmp_path, monkeypatch, run_train):
+    """The main job, small: sample, correct, align, measure. A fresh process does the same."""
+    monkeypatch.chdir(tmp_path)
+    command = ("--algo ddpo --corrections 128 --test_scenes 60 --epochs 6 --learning_rate 1e-4 "
+               "--out out").split()
+    shown = run_train(*command)
+    assert "hallucination/any" in shown and "before" in shown
+    results = json.loads(Path("out/results.json").read_text())
+    value = lambda when, name: results[when]["metrics"][name]["value"]
+    for name, most in (("hallucination/object", 0.6), ("hallucination/any", 0.999)):
+        assert value("after", name) < most * value("before", name)
+    assert value("after", "coverage") > value("before", "coverage") - 0.05
+    last = read_log("out")[-1]
+    assert last["step"] == 24 and last["rewards/accuracies"] > 0.8
+    shutil.move("out", "kept")
+    shutil.rmtree("runs")  # the corrections are collected again
+    again = subprocess.run(
+        [sys.executable, ROOT / "train.py", *command], capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout and shown.startswith(again.stdout), again.stderr
     assert same_weights(tmp_path / "out/model", tmp_path / "kept/model")
 
 
 def test_shipped_base_behaves_as_stated():
     """Competent but untruthful: it sees what is there, and adds what usually is."""
-    size = sum(file.stat().st_size for file in (ROOT / "base").iterdir())
-    assert size <= 8 * 2**20 and not list((ROOT / "base").glob("*.bin"))
-    model, tokenizer, settings = checkpoint.load_llava(ROOT / "base", dtype=torch.float32)
-    metrics, _ = evaluate.measure_world(model, tokenizer, settings, 100, progress=False)
-    value = lambda name: metrics[name]["value"]
-    assert value("coverage") >= 0.95
-    assert value("hallucination/object") >= 0.45
-    assert value("pope/random/accuracy") >= 0.85
-    assert value("over_generalisation") >= 0.1
+    model, tokenizer, images = load_llava(ROOT / "world" / "base", dtype=torch.float32)
+    found, _ = evaluation.measure_world(model, tokenizer, images, 100)
+    for name, least in (("coverage", 0.95), ("hallucination/object", 0.45),
+                        ("pope/random/accuracy", 0.85), ("over_generalisation", 0.1)):
+        assert found[name]["value"] >= least
 
 
-def test_shipped_judge_compares_an_answer_with_facts():
+def test_shipped_initialisation_compares_an_answer_with_facts():
     """One wrong word in a description is noticed more often than not, before any ranked pair."""
-    folder = ROOT / "judge"
-    assert sum(file.stat().st_size for file in folder.iterdir()) <= 8 * 2**20
-    model, tokenizer, settings = checkpoint.load_llava(folder, dtype=torch.float32)
-    judge = reward.Judge(model)
-    judge.start_from_verdict(tokenizer)
+    model, tokenizer, images = load_llava(ROOT / "world" / "rm_init", dtype=torch.float32)
+    reward_model = reward.RewardModel(model)
+    reward_model.start_from_verdict(tokenizer)
     scenes = [world.make_scene(f"judged {i}", "test") for i in range(100)]
-    features, rng, pairs = sft.see(model, scenes, settings), random.Random(0), []
-    for scene, image in zip(scenes, features):
-        tokens = data.trunk_tokens(tokenizer, [], "Describe the picture.", model.config.vision.patches)
-        prompt = Prompt(scene.seed, image, tokens, "", world.facts(scene, rng))
-        false = world.lookalike(scene, rng, 0)
-        pairs.append(Ranked(prompt, *(tokenizer.encode(world.describe(s)) for s in (scene, false))))
-    assert reward.agreement(judge, tokenizer, pairs)[0]["agreement"]["value"] >= 0.6
+    rng, pairs = random.Random(0), []
+    prompt = data.trunk_tokens(tokenizer, [], "Describe the picture.", model.config.vision.patches)
+    for scene, image in zip(scenes, world.tasks.encode_scenes(model, scenes, images)):
+        facts, false = world.facts(scene, rng), world.lookalike(scene, rng, 0)
+        responses = [data.turn(tokenizer, "", world.describe(each)) for each in (scene, false)]
+        pairs.append(Example(scene.seed, image, prompt, responses, facts=facts))
+    assert reward.agreement(reward.rate_pairs(reward_model, tokenizer, pairs)).mean() >= 0.6
+    for folder in ("base", "rm_init"):
+        files_of = list((ROOT / "world" / folder).iterdir())
+        assert sum(file.stat().st_size for file in files_of) <= 8 * 2**20
+        assert not any(file.suffix == ".bin" for file in files_of)
 
 
 @pytest.mark.parametrize("more", [(), ("--lora", 4)], ids=["full", "lora"])
-def test_resume_after_a_kill_is_bit_exact(photos, tmp_path, more):
+def test_resume_after_a_kill_is_bit_exact(photos, tmp_path, run_train, more):
     settings = ("--steps", 40, "--learning_rate", 1e-3, "--save_every", 7, "--log_every", 1, *more)
-    whole = run_train(*own_data(photos, tmp_path / "whole", *settings))
-    assert whole.returncode == 0, whole.stderr
-    command = [sys.executable, str(ROOT / "train.py"),
-               *map(str, own_data(photos, tmp_path / "cut", *settings))]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    run_train(*own_data(photos, tmp_path / "whole", *settings))
+    command = own_data(photos, tmp_path / "cut", *settings)
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *map(str, command)],
+                               stderr=subprocess.PIPE, text=True)
     log = tmp_path / "cut/metrics.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 10):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "--resume goes on" in said
-    step = checkpoint.load_state(checkpoint.latest_state(tmp_path / "cut"))["step"]
+    shown = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "--resume continues" in shown
+    step = load_state(latest_state(tmp_path / "cut"))["step"]
     assert 10 <= step < 40
-    again = run_train(*own_data(photos, tmp_path / "cut", *settings))
-    assert again.returncode == 1 and "unfinished run; --resume goes on" in again.stderr
-    resumed = run_train(*own_data(photos, tmp_path / "cut", *settings, "--resume"))
-    assert resumed.returncode == 0 and f"resumed at step {step}" in resumed.stderr
+    assert "unfinished run; --resume continues" in run_train(*command, status=1)
+    assert f"resumed at step {step}" in run_train(*command, "--resume")
     assert same_weights(tmp_path / "whole/model", tmp_path / "cut/model")
-    losses = [[json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").open()]
-              for run in ("whole", "cut")]
+    losses = [[line["loss"] for line in read_log(tmp_path / run)] for run in ("whole", "cut")]
     assert losses[0] == losses[1] and len(losses[0]) == 40
 
 
-def test_micro_batches_change_nothing(photos, tmp_path):
-    for size in (4, 1):
-        done = run_train(*own_data(photos, tmp_path / str(size), "--micro_batch", size, "--steps", 3))
-        assert done.returncode == 0, done.stderr
-    first, second = (load_file(tmp_path / str(size) / "model/model.safetensors") for size in (4, 1))
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], atol=1e-4, rtol=1e-3)
+def test_micro_batches_change_nothing(photos, tmp_path, run_train):
+    logs = []
+    for size in (4, 3, 1):  # 3: and one row left, which weighs a third of that
+        out = tmp_path / str(size)
+        run_train(*own_data(photos, out, "--micro_batch", size, "--steps", 3, "--log_every", 1))
+        logs.append([(line["loss"], line["grad_norm"]) for line in read_log(out)])
+    torch.testing.assert_close(*map(torch.tensor, logs[:2]), atol=0, rtol=1e-4)
+    torch.testing.assert_close(*map(torch.tensor, logs[1:]), atol=0, rtol=1e-4)
 
 
-def test_dry_run_shows_segments_and_writes_nothing(photos, tmp_path):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good(photos, tmp_path, run_train):
+    shown = run_train(*own_data(
+        photos, tmp_path, "--learning_rate", 1e30, "--steps", 9, "--warmup", 0, "--save_every", 1,
+        "--max_grad_norm", 1e30), status=1)
+    assert re.search(r"error: .* at step \d+ \(rows: .*rows.jsonl row \d", shown)
+    assert latest_state(tmp_path) is not None
+
+
+def test_dry_run_and_rows_that_stop_or_are_listed(photos, tmp_path, run_train):
     shown = run_train(*own_data(photos, tmp_path / "none", "--dry_run"))
-    assert shown.returncode == 0 and not (tmp_path / "none").exists()
-    assert "rows.jsonl row 3" in shown.stdout and "[" in shown.stdout and "6 rows" in shown.stdout
+    assert shown.startswith(f"--algo ddpo --out {tmp_path / 'none'}\n") and "[" in shown
+    assert "rows.jsonl row 3" in shown and "6 rows" in shown and not (tmp_path / "none").exists()
+    bad = [{"image": "0.png", "question": "Why?", "chosen": "word " * 500, "rejected": "a"},
+           {"image": "gone.png", "question": "Why?", "chosen": "b", "rejected": "a"}]
+    (tmp_path / "bad.jsonl").write_text(
+        (photos / "rows.jsonl").read_text() + "".join(json.dumps(row) + "\n" for row in bad))
+    command = own_data(photos, tmp_path / "out", "--data", tmp_path / "bad.jsonl", "--steps", 1)
+    assert re.search(r"bad.jsonl row [78]", run_train(*command, status=1))
+    for more in ("--dry_run", "--overwrite"):
+        shown = run_train(*command, "--skip_bad_rows", more)
+        assert "2 rows left out" in shown
+        assert "context holds" in shown and "no image 'gone.png'" in shown
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(photos, tmp_path):
-    broken = run_train(*own_data(photos, tmp_path / "run", "--learning_rate", 1e30, "--steps", 9,
-                                 "--warmup", 0, "--save_every", 1, "--max_grad_norm", 1e30))
-    assert broken.returncode == 1 and "Traceback" not in broken.stderr
-    assert re.search(r"error: .* at step \d+ \(rows: .*rows.jsonl row \d", broken.stderr)
-    assert checkpoint.latest_state(tmp_path / "run") is not None
+def test_folders_are_never_lost(photos, tmp_path, run_train):
+    thesis, done = tmp_path / "thesis", tmp_path / "done"
+    thesis.mkdir()
+    (thesis / "chapter.txt").write_text("all my work")
+    run_train(*own_data(photos, done, "--steps", 1))
+    for out, more, phrase in (
+        (thesis, ["--overwrite"], "not empty"),
+        (thesis / "chapter.txt", [], "chapter.txt is a file"),
+        (done, ["--steps", 2], "other settings (steps differ)"),
+        (tmp_path / "new", ["--resume"], "no run to resume"),
+    ):
+        assert phrase in run_train(*own_data(photos, out, *more), status=1)
+    assert (thesis / "chapter.txt").read_text() == "all my work" and not (tmp_path / "new").exists()
+    other = own_data(photos, done, "--steps", 3, "--overwrite")
+    with files.lock_folder(done):  # as a run that goes on does
+        before = (done / "config.json").read_bytes()
+        assert "another run is using it" in run_train(*other, status=1)
+        assert (done / "config.json").read_bytes() == before
+    run_train(*other)
 
 
-def test_bad_rows_stop_or_are_listed(photos, tmp_path):
-    rows = (photos / "rows.jsonl").read_text()
-    long = json.dumps({"image": "0.png", "question": "Why?", "chosen": "word " * 500, "rejected": "a"})
-    lost = json.dumps({"image": "gone.png", "question": "Why?", "chosen": "b", "rejected": "a"})
-    (tmp_path / "bad.jsonl").write_text(rows + long + "\n" + lost + "\n")
-    arguments = ("--data", tmp_path / "bad.jsonl", "--images", photos, "--out", tmp_path / "out",
-                 "--steps", 1)
-    stopped = run_train(*arguments)
-    assert stopped.returncode == 1 and "Traceback" not in stopped.stderr
-    assert re.search(r"bad.jsonl row [78]", stopped.stderr)
-    went_on = run_train(*arguments, "--skip_bad_rows", "--overwrite")
-    assert went_on.returncode == 0 and "2 rows left out" in went_on.stderr
-    assert "context holds" in went_on.stderr and "no image 'gone.png'" in went_on.stderr
-
-
-def test_folders_are_never_lost(photos, tmp_path):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.txt").write_text("all my work")
-    refused = run_train(*own_data(photos, tmp_path / "thesis", "--overwrite"))
-    assert refused.returncode == 1 and "not empty" in refused.stderr
-    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "all my work"
-    assert run_train(*own_data(photos, tmp_path / "run", "--steps", 1)).returncode == 0
-    other = run_train(*own_data(photos, tmp_path / "run", "--steps", 2))
-    assert other.returncode == 1 and "other settings (steps differ)" in other.stderr
-    file = run_train(*own_data(photos, tmp_path / "thesis" / "chapter.txt"))
-    assert file.returncode == 1 and "chapter.txt is a file" in file.stderr
-    nothing = run_train(*own_data(photos, tmp_path / "new", "--resume"))
-    assert nothing.returncode == 1 and "no run to resume" in nothing.stderr
-    assert not (tmp_path / "new").exists()
-    with files.claimed(tmp_path / "run"):  # as a run that goes on does
-        before = (tmp_path / "run" / "config.json").read_bytes()
-        second = run_train(*own_data(photos, tmp_path / "run", "--steps", 3, "--overwrite"))
-        assert second.returncode == 1 and "another run is at work in it" in second.stderr
-        assert (tmp_path / "run" / "config.json").read_bytes() == before
-    again = run_train(*own_data(photos, tmp_path / "run", "--steps", 3, "--overwrite"))
-    assert again.returncode == 0, again.stderr
-    missing = run_train("--model", tmp_path / "nowhere", "--out", tmp_path / "m")
-    assert missing.returncode == 1 and "nowhere" in missing.stderr and "Traceback" not in missing.stderr
-
-
-def test_a_start_that_failed_leaves_nothing_in_the_way(photos, tmp_path, capsys):
-    settings = [str(each) for each in own_data(photos, tmp_path / "run", "--steps", 1)]
-    for wrong, sentence in ((("--images", "nowhere"), "no image '0.png' in "),
-                            (("--data", "none.jsonl"), "none.jsonl: no such file"),
-                            (("--device", "abacus"), "--device abacus: ")):
-        assert train.main([*settings, *wrong]) == 1
-        assert f"error: {sentence}" in re.sub("error: .*row 1: ", "error: ", capsys.readouterr().err)
-    assert train.main(settings) == 0
-
-
-def test_tensorboard_says_that_it_is_missing(photos, tmp_path, monkeypatch, capsys):
+def test_a_start_that_failed_leaves_nothing_in_the_way(photos, tmp_path, monkeypatch, run_train):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # cannot be imported
-    given = [str(each) for each in own_data(photos, tmp_path / "run", "--tensorboard")]
-    assert train.main(given) == 1
-    assert "error: --tensorboard needs a package: pip install tensorboard" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    out = tmp_path / "run"
+    for wrong, sentence in (
+        (("--tensorboard",), "--tensorboard needs a package: pip install tensorboard"),
+        (("--images", "nowhere"), ".*row 1: no image '0.png' in "),
+        (("--data", "none.jsonl"), "none.jsonl: no such file"), (("--model", "none"), ".*none.*"),
+        (("--device", "abacus"), "--device abacus: "),
+    ):
+        shown = run_train(*own_data(photos, out, "--steps", 1, *wrong), status=1)
+        assert re.match(f"error: {sentence}", shown) and shown.count("\n") == 1
+        assert wrong != ("--tensorboard",) or not out.exists()
+    run_train(*own_data(photos, out, "--steps", 1))
 
 
-def test_tensorboard_has_what_the_log_has(photos, tmp_path, monkeypatch):
+def test_tensorboard_has_what_the_log_has(photos, tmp_path, monkeypatch, run_train):
     """Also of a run that was killed two steps after its checkpoint, and resumed."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    given = [str(each) for each in own_data(
-        photos, tmp_path, "--steps", 6, "--save_every", 2, "--log_every", 1, "--tensorboard")]
-    one_step = train.Loop.one_step
+    command = own_data(
+        photos, tmp_path, "--steps", 6, "--save_every", 2, "--log_every", 1, "--tensorboard")
+    one_step, save = train.Loop.one_step, train.Loop.save
 
     def killed(loop):
         if loop.step == 4:
             raise KeyboardInterrupt
         return one_step(loop) | {"loss": 9.0}  # steps that will be made again, with other numbers
 
-    save = train.Loop.save
-    monkeypatch.setattr(train.Loop, "one_step", killed)
-    monkeypatch.setattr(train.Loop, "save", lambda loop: save(loop) if loop.step == 2 else None)
-    assert train.main(given) == 130
-    monkeypatch.undo()
-    assert train.main([*given, "--resume"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Loop, "one_step", killed)
+        patch.setattr(train.Loop, "save", lambda loop: save(loop) if loop.step == 2 else None)
+        run_train(*command, status=130)
+    run_train(*command, "--resume")
     found = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+    lines = read_log(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert set(found.Tags()["scalars"]) == lines[0].keys() - {"step"}
     for name in found.Tags()["scalars"]:
@@ -361,72 +387,186 @@ def test_tensorboard_has_what_the_log_has(photos, tmp_path, monkeypatch):
 
 
 def test_corrections_are_true_and_reproducible(tmp_path):
-    model, tokenizer, settings = checkpoint.load_llava(ROOT / "base", dtype=torch.float32)
-    paths = [collect.corrections(model, tokenizer, settings, tmp_path / n, 20, 4) for n in "ab"]
-    assert paths[0].read_text() == paths[1].read_text()
-    for pair in readers.read_pairs([paths[0]], tmp_path / "a/images"):
-        number = int(pair.image.stem)
-        scene = world.make_scene(f"corrections 4 {number}")
-        assert world.hallucinations(scene, pair.rejected) and not world.hallucinations(scene, pair.chosen)
-        assert rows.open_image("x", pair.image).tobytes() == world.draw(scene, 72).tobytes()
+    start = load_llava(ROOT / "world" / "base", dtype=torch.float32)
+    one, two = (feedback.corrections(*start, tmp_path / name, 20, 4) for name in "ab")
+    assert one.read_text() == two.read_text()
+    for pair in read_pairs([one], one.parent / "images"):
+        scene = world.make_scene(f"corrections 4 {int(pair.image.stem)}")
+        assert world.hallucinations(scene, pair.rejected)
+        assert not world.hallucinations(scene, pair.chosen)
+        assert open_image("x", pair.image).tobytes() == world.draw(scene, 72).tobytes()
 
 
-PHOTOS = ROOT.parent / "shared" / "photos"
+# ============================================================================ the house, recipes.py
+
+FLOORS = [  # an import only ever points down this list; within a folder, to other files of it
+    r"kernels\.bench.*", "train|evaluate|annotate", "annotation", "recipes", "evaluation", "world",
+    "ppo|grpo", "rollouts", "reward", "ddpo|sft", "algorithm", "generation", "data", "formats",
+    "model", "lora", "vision|kernels|config",
+]
 
 
-@pytest.mark.skipif(not PHOTOS.exists(), reason="no real photos beside the repository")
-@pytest.mark.parametrize("name", ["corrections.jsonl", "corrections.parquet"])
-def test_real_photos(tmp_path, name):
-    pytest.importorskip("pyarrow")
-    done = run_train("--data", PHOTOS / name, "--images", PHOTOS, "--out", tmp_path / "o", "--steps", 2)
-    assert done.returncode == 0, done.stderr
+def import_graph():
+    """{module: modules of this repository that it imports}, imports inside functions included."""
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+             for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
+             if not path.name.startswith(("t_", "test_"))}
+    graph = {}
+    for module, path in paths.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = ".".join(filter(None, (package if node.level else "", node.module)))
+                found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+        graph[module] = (found & paths.keys()) - {module}
+    return graph
 
 
-def test_readme_names_every_file_and_the_right_lines():
+def floor(module):
+    return next(i for i, names in enumerate(FLOORS) if re.fullmatch(rf"({names})(\..*)?", module))
+
+
+def test_imports_point_downward_without_a_circle():
+    graph = import_graph()
+    assert len(graph) > 40
+    for module, imported in graph.items():
+        for other in imported:
+            same_folder = module.partition(".")[0] == other.partition(".")[0]
+            assert floor(other) > floor(module) or same_folder, f"{module} imports {other}"
+    order = graphlib.TopologicalSorter(graph).static_order()  # raises CycleError on a circle
+    assert set(order) == graph.keys()
+
+
+def test_readme_names_every_room_and_the_right_lines():
     readme = (ROOT / "README.md").read_text()
-    for file in ROOT.glob("[!t]*.py"):
-        assert f"`{file.name}`" in readme, f"{file.name} is not in the README's file map"
+    rooms = [path.name for path in ROOT.glob("[!t]*.py")] + ["train.py", "test_all.py"]
+    rooms += [f"{path.parent.name}/" for path in ROOT.glob("*/__init__.py")]
+    for room in rooms:
+        assert f"`{room}`" in readme, f"{room} is not in the README's file map"
     found = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", readme)
     assert len(found) >= 6
     for name, file, line in found:
         lines = (ROOT / file).read_text().splitlines()
-        right = [i for i, text in enumerate(lines, 1) if re.match(rf"(def|class) {name}\b", text)]
+        right = [i for i, text in enumerate(lines, 1) if re.match(rf" *(def|class) {name}\b", text)]
         assert right == [int(line)], f"{name} is at line {right} of {file}"
 
 
-def test_every_algorithm_has_its_options():
-    assert set(config.ALGORITHMS) == set(train.ALGORITHMS)
-    for algo in config.ALGORITHMS:
-        assert issubclass(type(train.parse(["--algo", algo])[1]), config.Training)
+def simpo_in_the_readme():
+    """The code of the README's own algorithm, and its line in the registry."""
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(\"\"\"SimPO.*?)```", readme, re.S)
+    (line,) = re.findall(r'^    ("simpo": .*),$', readme, re.M)
+    return code, line
 
 
-# ======================================================================================== ddpo.py
+def test_a_new_algorithm_is_one_file_and_one_line(tmp_path, monkeypatch, capsys, run_train):
+    """The README's recipe, word by word, on the built-in world."""
+    code, line = simpo_in_the_readme()
+    assert code.count("\n") <= 80
+    (tmp_path / "simpo.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    simpo = importlib.import_module("simpo")
+    name, kind = line.split(": ")
+    monkeypatch.setitem(train.ALGORITHMS, json.loads(name), eval(kind, {"simpo": simpo}))
+    with pytest.raises(SystemExit):
+        train.main(["--algo", "simpo", "--help"])
+    assert train.about(simpo.SimPO) in (shown := capsys.readouterr().out) and "--margin" in shown
+    run_train("--algo", "simpo", "--corrections", 8, "--test_scenes", 4, "--batch_size", 8,
+              "--steps", 3, "--log_every", 1, "--learning_rate", 1e-4)
+    losses = [line["loss"] for line in read_log("runs/simpo")]
+    assert len(losses) == 3 and losses[2] < losses[0]
+    page = Path("runs/simpo/report.html").read_text()
+    assert train.about(simpo.SimPO).rstrip(".") in page and "Reward margin" in page
+    assert not Path("runs/simpo/reference.json").exists()  # nothing scored a reference
 
 
-def test_scores_are_eq_5_by_hand():
+def test_simpos_loss_by_hand():
+    names = {}
+    exec(simpo_in_the_readme()[0], names)
+    loss = names["simpo_loss"](torch.tensor([-1.0]), torch.tensor([-2.0]), beta=2.0, margin=0.5)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-(2 * -1 + 2 * 2 - 0.5))))
+
+
+def test_runs_are_planned_from_settings_alone(tmp_path, monkeypatch, run_train):
+    monkeypatch.chdir(tmp_path)
+    made = "runs/world"
+    vision, base = ("vision", f"{made}/vision"), ("base", f"{made}/base")
+    rm = lambda name: [("rm", f"{made}/rm-{name}")]
+    plan = lambda command: recipes.plan(*train.parse(command.split()), train.ALGORITHMS)
+    for command, first in {
+        "ddpo": [],  # the base is shipped
+        "sft --from_scratch": [vision, base],
+        "rm": [], "rm --from_scratch": [vision, base, ("rm_init", f"{made}/rm_init")],
+        "ppo": rm("plain-0"), "ppo --facts --seed 2": rm("facts-2"),
+        "ppo --lora 4": rm("plain-lora4-0"), "ppo --reward_model x": [],
+        "base --model x": [], "base --seed 1": [("vision", f"{made}/vision-seed1")],
+    }.items():
+        algo = command.partition(" ")[0]
+        assert [(run.algo, run.out) for run, _ in plan(f"--algo {command}")] == [*first, (algo, "")]
+    killed = tmp_path / made / "rm-plain-0"
+    killed.mkdir(parents=True)
+    (killed / reward.HEAD).write_text("")  # killed before its model was saved
+    assert len(plan("--algo ppo")) == 2
+    (killed / "model").mkdir()
+    (killed / "model" / "config.json").write_text("{}")
+    assert len(plan("--algo ppo")) == 1
+    (first, settings), _ = plan("--algo ppo --facts --dtype bfloat16")
+    assert settings.facts and first.dtype == "bfloat16" and not first.resume
+    assert run_train("--algo", "ppo", "--facts", "--dry_run").count("--algo") == 2
+    assert not (tmp_path / made / "rm-facts-0").exists()
+
+
+def test_options_of_optimiser_and_images(tiny, tmp_path):
+    muon = SimpleNamespace(optimizer="muon", muon_rate=0.1, learning_rate=0.01, weight_decay=0.5)
+    weights = {n: p for n, p in tiny.named_parameters() if n.startswith("decoder")}
+    found = [(group["peak"], group["weight_decay"], {p.ndim for p in group["params"]})
+             for each in train.make_optimizers(weights, muon) for group in each.param_groups]
+    assert found == [(0.01, 0.5, {2}), (0.01, 0.0, {1}), (0.1, 0.5, {2})]  # AdamW twice, Muon
+    for mode in ("pad", "crop"):
+        given = train.parse(["--image_mode", mode])
+        start = recipes.load_start(*given, ddpo.DDPO, torch.device("cpu"), tmp_path)
+        assert start.images.mode == mode
+
+
+def test_reward_models_start_from_the_initialisation(tmp_path, monkeypatch, run_train):
+    monkeypatch.chdir(tmp_path)
+    run_train("--algo", "rm_init", "--steps", 4, "--batch_size", 4, "--layers", 1)
+    base, trained = (load_llava(folder)[0]
+                     for folder in (ROOT / "world/base", "runs/rm_init/model"))
+    layers = trained.decoder.layers
+    assert len(layers) == len(base.decoder.layers) + 1
+    assert layers[-1].mlp.down_proj.weight.abs().max() > 0  # it began as 0
+    monkeypatch.setitem(recipes.SHIPPED, "rm_init", tmp_path / "runs/rm_init/model")
+    run_train("--algo", "rm", "--facts", "--rankings", 4, "--held_out", 2, "--batch_size", 2,
+              "--learning_rate", 0)
+    weights = load_llava("runs/rm/model")[0].state_dict()
+    assert all(torch.equal(each, weights[name]) for name, each in trained.state_dict().items())
+
+
+# =============================================================================== ddpo.py, sft.py
+
+
+def test_scores_are_eq_4_and_5_by_hand():
     logp = torch.tensor([-1.0, -2.0, -0.5, -3.0, -0.25], dtype=torch.float64)
     weight = torch.tensor([1.0, 5.0, 1.0, 5.0, 1.0], dtype=torch.float64)
     group = torch.tensor([0, 0, 0, 1, 1])
-    scores = ddpo.response_scores(logp, weight, group, 2)
+    score = lambda weight, mean: ddpo.response_scores(logp, weight, group, 2, mean).tolist()
     # 1/N [sum of unchanged + gamma * sum of corrected], N = |unchanged| + gamma |corrected|
-    assert scores[0].item() == pytest.approx((-1.0 - 0.5 + 5 * -2.0) / (2 + 5 * 1), abs=1e-12)
-    assert scores[1].item() == pytest.approx((-0.25 + 5 * -3.0) / (1 + 5 * 1), abs=1e-12)
-    sums = ddpo.response_scores(logp, weight, group, 2, normalize=False)
-    assert sums.tolist() == pytest.approx([-11.5, -15.25], abs=1e-12)
-
-
-def test_scores_with_weight_one_are_eq_4():
-    logp = torch.randn(10, dtype=torch.float64)
-    group = torch.tensor([0] * 4 + [1] * 6)
-    scores = ddpo.response_scores(logp, torch.ones(10).double(), group, 2, normalize=False)
-    torch.testing.assert_close(scores, torch.stack([logp[:4].sum(), logp[4:].sum()]))
+    assert score(weight, True) == pytest.approx(
+        [(-1.0 - 0.5 + 5 * -2.0) / (2 + 5 * 1), (-0.25 + 5 * -3.0) / (1 + 5 * 1)], abs=1e-12)
+    assert score(weight, False) == pytest.approx([-11.5, -15.25], abs=1e-12)
+    assert score(torch.ones(5).double(), False) == pytest.approx([-3.5, -3.25], abs=1e-12)
 
 
 def test_preference_loss_and_its_gradient_against_the_closed_form():
     values = torch.randn(4, 6, dtype=torch.float64)
     chosen, rejected = (v.clone().requires_grad_() for v in values[:2])
     beta = 0.3
-    losses, r_chosen, r_rejected = ddpo.preference_loss(chosen, rejected, values[2], values[3], beta)
+    losses, r_chosen, r_rejected = ddpo.preference_loss(chosen, rejected, *values[2:], beta)
     margin = beta * ((values[0] - values[2]) - (values[1] - values[3]))
     torch.testing.assert_close(losses, torch.log(1 + torch.exp(-margin)))
     torch.testing.assert_close(r_chosen, beta * (values[0] - values[2]))
@@ -437,66 +577,63 @@ def test_preference_loss_and_its_gradient_against_the_closed_form():
     torch.testing.assert_close(rejected.grad, slope)
 
 
-def test_loss_is_log_2_where_policy_is_reference(tiny):
-    examples = [random_example(i) for i in range(4)]
-    config = ddpo.DDPOConfig(micro_batch=2)
-    scores = ddpo.reference_scores(tiny, examples, config, torch.device("cpu"))
-    for example, pair in zip(examples, scores):
-        example.reference = pair
-    algorithm = ddpo.DDPO(tiny, config, 0, examples)
-    loss, metrics = algorithm.loss(algorithm.batches(0)[0])
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fused", ["off", "on"])
+def test_margin_is_0_where_policy_is_reference(tiny, tmp_path, lora, dtype, fused):
+    """Policy and reference are computed in one precision: the first margins are exactly 0."""
+    start = make_start(tiny, None, tmp_path, dtype=dtype, lora=lora)
+    recipes.select_weights(start, ddpo.DDPO)
+    settings = ddpo.DDPOConfig(batch_size=4, micro_batch=4, fused=fused)
+    algorithm = ddpo.DDPO(start, settings, Data([random_example(i) for i in range(4)]))
+    (batch,) = algorithm.batches(0)
+    with start.autocast():
+        loss, found = algorithm.loss(batch)
+    rounding = 1e-6 if fused == "on" else 0  # the kernel sums a response in another order
+    assert abs(found["rewards/margins"]) <= rounding >= abs(found["rewards/chosen"])
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
-    assert metrics["rewards/margins"] == pytest.approx(0, abs=1e-6)
 
 
-# ============================================================================== reward.py, ppo.py
-
-# ================================================================================ fixtures
-
-
-@pytest.fixture(scope="module")
-def tokenizer_rlhf(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    data.train_tokenizer(sft.world_texts(40), path, 700)
-    return data.Tokenizer(path)
+def test_reference_is_kept_for_its_own_data_and_precision(tiny, tmp_path):
+    examples = [random_example(i) for i in range(3)]
+    first = make_ddpo(tiny, examples, tmp_path).reference
+    assert make_ddpo(tiny, examples, tmp_path).reference == first  # read back
+    for changed, settings in ((examples, {"normalize": False}), (examples[:2], {})):
+        with pytest.raises(ValueError, match="reference.json belongs to another"):
+            make_ddpo(tiny, changed, tmp_path, **settings)
 
 
-@pytest.fixture(scope="module")
-def tiny_rlhf(tokenizer_rlhf):
-    text = TextConfig(
-        vocab_size=tokenizer_rlhf.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256)
-    model = LLaVA(LLaVAConfig(
-        vision=VisionConfig(16, 32, 2, 2, image_size=12, patch_size=4), text=text,
-        image_token=tokenizer_rlhf.image_token, pad_token=tokenizer_rlhf.pad_token,
-        eos_token=tokenizer_rlhf.eos_token)).eval()
-    init_weights(model, 0)
-    return model
+def test_supervised_loss_by_hand():
+    logp, weight = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([1.0, 0.5, 0.0])
+    assert sft.supervised_loss(logp, weight).item() == pytest.approx((1 + 1) / 1.5)
+    assert sft.supervised_loss(logp, torch.ones(3)).item() == pytest.approx(7 / 3)
 
 
-def make_prompt(tokenizer_rlhf, i=0, question="Describe it.", facts=("a car", "a dog", "a tree"), **kw):
-    features = torch.randn(9, 16, generator=torch.Generator().manual_seed(i))
-    tokens = data.prompt_tokens(tokenizer_rlhf, data.prompt_text(question), 9)
-    return Prompt(f"row {i}", features, tokens, question, list(facts), **kw)
+# ====================================================================================== reward.py
 
 
-def make_pair(tokenizer_rlhf, i=0, **kw):
+def make_prompt(tokenizer, i=0, question="Describe it.", facts=("a car", "a dog", "a tree"), **kw):
+    image = torch.randn(PATCHES, 16, generator=torch.Generator().manual_seed(i))
+    tokens = data.prompt_tokens(tokenizer, data.prompt_text(question), PATCHES)
+    return Example(f"row {i}", image, tokens, question=question, facts=list(facts), **kw)
+
+
+def make_pair(tokenizer, i=0):
     texts = f"There is a car. {'A dog. ' * (i % 3)}", "A tree at the top."
-    return Ranked(make_prompt(tokenizer_rlhf, i, **kw), *(tokenizer_rlhf.encode(t, eos=True) for t in texts))
+    responses = [data.turn(tokenizer, "", text) for text in texts]
+    return replace(make_prompt(tokenizer, i), responses=responses)
 
 
-# ==================================================================== reward: the pairwise loss
+def make_reward_model(model, tokenizer, adapter=None):
+    reward_model = reward.RewardModel(model, adapter)
+    reward_model.start_from_verdict(tokenizer)
+    return reward_model
 
 
-def test_pairwise_loss_by_hand():
+def test_pairwise_loss_by_hand_and_its_gradient_against_the_closed_form():
     chosen, rejected = torch.tensor([1.0, 0.5]), torch.tensor([0.0, 1.5])
     expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))) / 2 + 1e-3 * 1.5
     assert reward.pairwise_loss(chosen, rejected).item() == pytest.approx(expected, abs=1e-6)
-    bce = nn.functional.binary_cross_entropy_with_logits(chosen - rejected, torch.ones(2))
-    torch.testing.assert_close(reward.pairwise_loss(chosen, rejected, centring=0.0), bce)
-
-
-def test_pairwise_loss_has_the_gradient_of_the_closed_form():
     chosen, rejected = (torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     reward.pairwise_loss(chosen, rejected, 0.01).backward()
     slope = -torch.sigmoid(rejected - chosen) / 5
@@ -505,84 +642,86 @@ def test_pairwise_loss_has_the_gradient_of_the_closed_form():
     torch.testing.assert_close(rejected.grad, (-slope + centre).detach())
 
 
-# ========================================================== reward: where it is read, and of what
-
-
 @pytest.mark.parametrize("words", [0, 1, 2, 5, 17])
-def test_reward_is_read_at_the_requests_last_token(tiny_rlhf, tokenizer_rlhf, words):
-    prompt = make_prompt(tokenizer_rlhf)
-    answers = [tokenizer_rlhf.encode("car " * words, eos=True), tokenizer_rlhf.encode("a dog", eos=True)]
-    judge = reward.Judge(tiny_rlhf)
-    nn.init.normal_(judge.weight, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        both = judge(reward.judge_batch(tiny_rlhf, tokenizer_rlhf, [(prompt, answers)], (0,)))
-        facts = reward.shuffled(prompt.facts, 0, prompt.name)
-        for answer, found in zip(answers, both):
-            text = tokenizer_rlhf.encode(f"USER: {data.judging_request(facts)} ASSISTANT:")
-            plain = torch.tensor([prompt.tokens + answer[:-1] + text])
-            hidden = tiny_rlhf(prompt.image[None], plain)[0, -1]
-            torch.testing.assert_close(found, hidden @ judge.weight + judge.bias, atol=1e-5, rtol=0)
-    assert tokenizer_rlhf.decode(plain[0]).endswith("ASSISTANT:")
+def test_reward_is_read_at_the_requests_last_token(tiny_world, tokenizer, words):
+    prompt = make_prompt(tokenizer)
+    texts = [tokenizer.encode("car " * words, eos=True), tokenizer.encode("a dog", eos=True)]
+    reward_model = reward.RewardModel(tiny_world)
+    nn.init.normal_(reward_model.weight, generator=torch.Generator().manual_seed(0))
+    both = reward_model(reward.reward_batch(tiny_world, tokenizer, [(prompt, texts)], (0,)))
+    facts = reward.shuffled(prompt.facts, 0, prompt.name)
+    for text, found in zip(texts, both):
+        request = tokenizer.encode(f"USER: {data.reward_request(facts)} ASSISTANT:")
+        plain = torch.tensor([prompt.prompt + text[:-1] + request])
+        hidden = tiny_world(prompt.image[None], plain)[0, -1]
+        expected = hidden @ reward_model.weight + reward_model.bias
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert tokenizer.decode(plain[0]).endswith("ASSISTANT:")
 
 
-def test_request_has_the_form_of_the_bases_lessons(tokenizer_rlhf):
-    answer, facts = "There is a car.", ["a car", "a dog"]
-    lesson = tokenizer_rlhf.encode(
-        f"\nDescribe it. ASSISTANT: {answer} USER: {data.judging_request(facts)} ASSISTANT:")
-    ours = (tokenizer_rlhf.encode("\nDescribe it. ASSISTANT:")
-            + reward.judged(tokenizer_rlhf, tokenizer_rlhf.encode(answer, eos=True), facts).tokens[:-1])
-    assert ours == lesson
+def test_request_has_the_form_that_the_initialisation_trained_on(tokenizer):
+    text, given = "There is a car.", ["a car", "a dog"]
+    trained = tokenizer.encode(
+        f"\nDescribe it. ASSISTANT: {text} USER: {data.reward_request(given)} ASSISTANT:")
+    answer = tokenizer.encode(text, eos=True)
+    with_facts, without = (
+        reward.with_request(tokenizer, answer, facts).tokens for facts in (given, ()))
+    assert tokenizer.encode("\nDescribe it. ASSISTANT:") + with_facts[:-1] == trained
+    # facts change only the request
+    assert without[: len(answer) - 1] == with_facts[: len(answer) - 1] == answer[:-1]
+    assert without != with_facts
 
 
-def test_facts_change_only_the_request(tiny_rlhf, tokenizer_rlhf):
-    answer = tokenizer_rlhf.encode("There is a car.", eos=True)
-    without, given = (reward.judged(tokenizer_rlhf, answer, facts).tokens for facts in ((), ["a dog"]))
-    assert without[: len(answer) - 1] == given[: len(answer) - 1] == answer[:-1]
-    assert without != given
-    rows = [(make_prompt(tokenizer_rlhf, facts=()), [answer, answer[:3]])]
-    batches = [reward.judge_batch(tiny_rlhf, tokenizer_rlhf, rows, (seed,)) for seed in (0, 1)]
-    assert torch.equal(batches[0].tokens, batches[1].tokens)
-
-
-def test_facts_are_shuffled_by_seed_alike_for_both_answers(tiny_rlhf, tokenizer_rlhf):
+def test_facts_are_shuffled_by_seed_alike_for_both_answers(tiny_world, tokenizer):
     facts = [f"fact {i}" for i in range(6)]
-    assert reward.shuffled(facts, 1, "a") == reward.shuffled(facts, 1, "a")
-    assert sorted(reward.shuffled(facts, 1, "a")) == facts
-    assert len({tuple(reward.shuffled(facts, seed, "a")) for seed in range(20)}) > 10
-    prompt = make_prompt(tokenizer_rlhf, facts=facts)
-    batch = reward.judge_batch(tiny_rlhf, tokenizer_rlhf, [(prompt, [[5, 6], [7, 8, 9]])], (3,))
-    ends = [tokenizer_rlhf.decode(batch.tokens[0][batch.branch[0] == k].tolist()) for k in (1, 2)]
-    assert ends[0].partition("Facts")[2] == ends[1].partition("Facts")[2] != ""
+    orders = [reward.shuffled(facts, seed, "a") for seed in range(20)]
+    assert all(sorted(order) == facts for order in orders) and len({*map(tuple, orders)}) > 10
+    assert orders[1] == reward.shuffled(facts, 1, "a")
+
+    def tokens(facts, seed):
+        rows = [(make_prompt(tokenizer, facts=facts), [[5, 6], [7, 8, 9]])]
+        batch = reward.reward_batch(tiny_world, tokenizer, rows, (seed,))
+        return [batch.tokens[0][batch.branch[0] == k].tolist() for k in (1, 2)]
+
+    one, two = (tokenizer.decode(each).partition("Facts")[2] for each in tokens(facts, 3))
+    assert one == two != ""
+    assert tokens((), 0) == tokens((), 1)  # nothing to shuffle
 
 
-def test_verdict_head_is_log_odds_of_yes(tiny_rlhf, tokenizer_rlhf):
-    judge = reward.Judge(tiny_rlhf)
-    judge.start_from_verdict(tokenizer_rlhf)
-    pair = make_pair(tokenizer_rlhf)
-    batch = reward.pair_batch(tiny_rlhf, tokenizer_rlhf, [pair], (0,))
-    hidden = tiny_rlhf(batch.images, batch.tokens, batch.position, batch.branch).flatten(0, 1)
-    logits = tiny_rlhf.head(hidden[batch.source])
-    yes, no = (tokenizer_rlhf.encode(word)[0] for word in ("Yes.", "No."))
-    torch.testing.assert_close(judge(batch), logits[:, yes] - logits[:, no], atol=1e-5, rtol=1e-4)
+def test_verdict_head_is_log_odds_of_yes(tiny_world, tokenizer):
+    batch = reward.pair_batch(tiny_world, tokenizer, [make_pair(tokenizer)], (0,))
+    logits = tiny_world.head(tiny_world.response_states(batch))
+    yes, no = (tokenizer.encode(word)[0] for word in ("Yes.", "No."))
+    torch.testing.assert_close(make_reward_model(tiny_world, tokenizer)(batch),
+                               logits[:, yes] - logits[:, no], atol=1e-5, rtol=1e-4)
 
 
-def test_a_reward_model_learns_a_simple_preference(tiny_rlhf, tokenizer_rlhf):
-    pairs = [make_pair(tokenizer_rlhf, i) for i in range(8)]
+def optimise(algorithm, steps, rate):
+    """Metrics of every step; the loop of train.py without what is around it."""
+    optimizer, history = torch.optim.Adam(algorithm.modules.parameters(), rate), []
+    for step in range(steps):
+        batches = algorithm.batches(step)
+        total = sum(map(algorithm.size, batches))
+        optimizer.zero_grad()
+        for batch in batches:
+            loss, found = algorithm.loss(batch)
+            (loss * algorithm.size(batch) / total).backward()
+        optimizer.step()
+        history.append(found)
+    return history
+
+
+def test_a_reward_model_learns_a_simple_preference(tiny_world, tokenizer, tmp_path):
+    pairs = [make_pair(tokenizer, i) for i in range(8)]
     config = reward.RMConfig(batch_size=8, micro_batch=4, head="zero", epochs=20)
-    judge = reward.Judge(copy.deepcopy(tiny_rlhf))
-    algorithm = reward.RewardModel(judge, tokenizer_rlhf, config, 0, pairs, pairs, {})
-    assert algorithm.measure()[0]["agreement"]["value"] == 0.5  # all rewards are 0: ties count half
-    optimizer = torch.optim.Adam(algorithm.modules.parameters(), 3e-3)
-    for step in range(8):
-        for batch in algorithm.batches(step):
-            loss, metrics = algorithm.loss(batch)
-            optimizer.zero_grad(), loss.backward(), optimizer.step()
-    assert metrics["rewards/accuracies"] == 1.0
-    measured, records = algorithm.measure()
-    assert measured["agreement"]["value"] == 1.0 and len(records) == 8
-
-
-# ================================================================================== reward: rules
+    start = make_start(copy.deepcopy(tiny_world), tokenizer, tmp_path)
+    algorithm = reward.RewardTraining(start, config, Data(pairs, pairs))
+    mean = lambda values: {name: each.mean() for name, each in values.items()}
+    assert algorithm.measure(None, mean)[0]["agreement"] == 0.5  # rewards are 0: ties count half
+    assert optimise(algorithm, 8, 3e-3)[-1]["rewards/accuracies"] == 1.0
+    measured, records = algorithm.measure(None, mean)
+    assert measured["agreement"] == 1.0 and len(records) == 8
+    assert reward.agreement([{"rewards": [0, 1]}, {"rewards": [2, 2]}]).tolist() == [0, 0.5]
 
 
 @pytest.mark.parametrize("text, truth, expected", [
@@ -595,65 +734,43 @@ def test_symbolic_reward(text, truth, expected):
     assert reward.symbolic_reward(text, truth) == expected
 
 
-def test_length_and_end_penalties():
+def test_scorer_adds_the_rules(tiny_world, tokenizer):
     assert reward.length_penalty(896, 896) == -10
     assert reward.length_penalty(448, 896, factor=0.5) == -2.5
     assert reward.length_penalty(100, 100, weight=0.0) == 0
-    assert reward.missing_end_penalty(True) == 0 and reward.missing_end_penalty(False) == -8
-
-
-def make_scorer(tiny_rlhf, tokenizer_rlhf, **changes):
-    judge = reward.Judge(tiny_rlhf)
-    judge.start_from_verdict(tokenizer_rlhf)
-    return reward.Scorer(judge, tokenizer_rlhf, ppo.PPOConfig(micro_batch=2, **changes))
-
-
-def test_scorer_adds_the_rules(tiny_rlhf, tokenizer_rlhf):
-    rows = [(make_prompt(tokenizer_rlhf, 0, truth="no"), [tokenizer_rlhf.encode("No.", eos=True), [9, 9]])]
-    parts = make_scorer(tiny_rlhf, tokenizer_rlhf)(rows, (0, 0))
+    assert reward.missing_eos_penalty(True) == 0 and reward.missing_eos_penalty(False) == -8
+    reward_model = make_reward_model(tiny_world, tokenizer)
+    scorer = reward.Scorer(reward_model, tokenizer, ppo.PPOConfig(micro_batch=2))
+    completions = [tokenizer.encode("No.", eos=True), [9, 9]]
+    parts = scorer([(make_prompt(tokenizer, truth="no"), completions)], (0, 0))
     assert parts["symbolic"].tolist() == [1.0, 0.0]  # 2.0 x 0.5
     assert parts["no_end"].tolist() == [0.0, -8.0]
-    lengths = torch.tensor([len(answer) for answer in rows[0][1]])
+    lengths = torch.tensor([len(each) for each in completions])
     torch.testing.assert_close(parts["length"], -10 * lengths / 896)
+    for value in (math.nan, math.inf):
+        nn.init.constant_(reward_model.bias, value)
+        with pytest.raises(ValueError, match="NaN or infinity for 2 of 2 answers .to row 0."):
+            scorer([(make_prompt(tokenizer), [[5], [6]])], (0,))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_rewards_that_are_no_numbers_are_an_error_that_names_prompts(tiny_rlhf, tokenizer_rlhf, value):
-    scorer = make_scorer(tiny_rlhf, tokenizer_rlhf)
-    with torch.no_grad():
-        scorer.judge.bias.fill_(value)
-    with pytest.raises(ValueError, match="NaN or infinity for 2 of 2 answers .to row 0."):
-        scorer([(make_prompt(tokenizer_rlhf), [[5], [6]])], (0,))
-
-
-# ============================================================================ reward: on the disk
-
-
-def test_head_is_saved_and_refused_elsewhere(tiny_rlhf, tokenizer_rlhf, tmp_path):
-    judge, again = reward.Judge(tiny_rlhf), reward.Judge(tiny_rlhf)
-    judge.start_from_verdict(tokenizer_rlhf)
-    origin = reward.lineage(tokenizer_rlhf, "abc", facts=True)
-    reward.save_head(judge, tmp_path, origin)
+def test_head_is_saved_and_refused_elsewhere(tiny_world, tokenizer, tmp_path):
+    saved, again = make_reward_model(tiny_world, tokenizer), reward.RewardModel(tiny_world)
+    origin = reward.provenance(tokenizer, "abc", facts=True)
+    reward.save_head(saved, tmp_path, origin)
     reward.load_head(again, tmp_path, origin)
-    assert torch.equal(judge.weight, again.weight)
-    with pytest.raises(ValueError, match="another base"):
-        reward.load_head(again, tmp_path, {**origin, "base": "xyz"})
-    with pytest.raises(ValueError, match="another tokenizer"):
-        reward.load_head(again, tmp_path, {**origin, "tokenizer": "xyz"})
-    with pytest.raises(ValueError, match="with facts, not without facts"):
-        reward.load_head(again, tmp_path, reward.lineage(tokenizer_rlhf, "abc", facts=False))
-    with pytest.raises(FileNotFoundError, match="--algo rm"):
-        reward.load_head(again, tmp_path / "none", origin)
+    assert torch.equal(saved.weight, again.weight)
+    for key, wrong, phrase in (
+        ("base", "xyz", "another base"), ("tokenizer", "x", "another tokenizer"),
+        ("facts", "without facts", "with facts, not without facts")):
+        with pytest.raises(ValueError, match=phrase):
+            reward.load_head(again, tmp_path, {**origin, key: wrong})
 
 
-# ================================================================================== ppo: functions
+# ================================================================================ ppo.py: its parts
 
 
 def padded(*lengths):
-    mask = torch.zeros(len(lengths), max(lengths), dtype=torch.bool)
-    for row, length in zip(mask, lengths):
-        row[:length] = True
-    return mask
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 1.0), (0.9, 0.7), (0.99, 0.0), (0.5, 1.0)])
@@ -671,41 +788,23 @@ def test_gae_is_its_definition(gamma, lam):
     assert not advantages[~mask].any() and not returns[~mask].any()
 
 
-def test_gae_with_lambda_1_is_return_minus_value():
-    mask = padded(6)
-    rewards, values = torch.randn(2, 1, 6, dtype=torch.float64)
-    advantages, returns = ppo.gae(rewards, values, mask, 1.0, 1.0)
-    togo = rewards.flip(1).cumsum(1).flip(1)
-    torch.testing.assert_close(returns, togo)
-    torch.testing.assert_close(advantages, togo - values)
-
-
-def test_padding_contributes_nothing():
+def test_padding_contributes_nothing_and_whitening_is_over_all_tokens():
     mask = padded(4, 2, 3)
-    rewards, values, other = torch.randn(3, *mask.shape)
-    other[0, 0] = math.nan
+    rewards, values = torch.randn(2, *mask.shape) * 3 + 5
     dirty = lambda x: torch.where(mask, x, torch.full_like(x, math.nan))
-    clean = ppo.gae(rewards, values, mask, 0.9, 0.8)
-    for a, b in zip(clean, ppo.gae(dirty(rewards), dirty(values), mask, 0.9, 0.8)):
-        assert torch.equal(a, b)
-    assert torch.equal(ppo.whiten(rewards, mask), ppo.whiten(dirty(rewards), mask))
     scores = torch.randn(3)
-    shaped = [ppo.shaped_rewards(scores, kl, mask, 0.1) for kl in (rewards, dirty(rewards))]
-    assert torch.equal(*shaped)
-
-
-def test_whitening_is_over_all_tokens():
-    mask = padded(4, 2, 3)
-    white = ppo.whiten(torch.randn(mask.shape) * 3 + 5, mask)
+    for function in (lambda a, b: torch.stack(ppo.gae(a, b, mask, 0.9, 0.8)),
+                     lambda a, _: ppo.whiten(a, mask),
+                     lambda a, _: ppo.shaped_rewards(scores, a, mask, 0.1)):
+        assert torch.equal(function(rewards, values), function(dirty(rewards), dirty(values)))
+    white = ppo.whiten(rewards, mask)
     assert white[mask].mean().item() == pytest.approx(0, abs=1e-6)
     assert white[mask].square().mean().item() == pytest.approx(1, abs=1e-5)
-    assert not white[~mask].any()
-    assert ppo.whiten(torch.ones(1, 1), padded(1)).item() == 0
+    assert not white[~mask].any() and ppo.whiten(torch.ones(1, 1), padded(1)).item() == 0
 
 
 def test_score_comes_at_the_last_token():
-    mask, kl = padded(3, 1), torch.ones(2, 3)
-    rewards = ppo.shaped_rewards(torch.tensor([2.0, -1.0]), kl, mask, 0.1)
+    rewards = ppo.shaped_rewards(torch.tensor([2.0, -1.0]), torch.ones(2, 3), padded(3, 1), 0.1)
     torch.testing.assert_close(rewards, torch.tensor([[-0.1, -0.1, 1.9], [-1.1, 0.0, 0.0]]))
 
 
@@ -713,49 +812,31 @@ def test_kl_estimators_against_exact_kl():
     g = torch.Generator().manual_seed(0)
     policy, reference = torch.randn(2, 6, generator=g, dtype=torch.float64).log_softmax(-1)
     exact = (policy.exp() * (policy - reference)).sum()
-    mean = {name: (policy.exp() * ppo.kl_estimate(policy, reference, name)).sum()
-            for name in ("k1", "k1_clamped", "k3")}  # expectation over every token
+    found = {name: ppo.kl_estimate(policy, reference, name) for name in ("k1", "k1_clamped", "k3")}
+    mean = {name: (policy.exp() * each).sum() for name, each in found.items()}  # over every token
     torch.testing.assert_close(mean["k1"], exact)
     torch.testing.assert_close(mean["k3"], exact)
     assert mean["k1_clamped"] > exact  # biased upwards, as the file says
-    assert (ppo.kl_estimate(policy, reference, "k3") >= 0).all()
-    assert (ppo.kl_estimate(policy, reference, "k1_clamped") >= 0).all()
+    assert (found["k3"] >= 0).all() and (found["k1_clamped"] >= 0).all()
 
 
-def test_policy_loss_and_gradient_by_hand():
-    old = torch.zeros(4, dtype=torch.float64)
-    logp = torch.tensor([0.5, -0.5, 0.5, -0.5], dtype=torch.float64, requires_grad=True)
-    advantages = torch.tensor([2.0, 2.0, -3.0, -3.0], dtype=torch.float64)
-    losses, clipped, kl = ppo.policy_loss(logp, old, advantages, 0.2)
-    expected = [-2 * 1.2, -2 * math.exp(-0.5), 3 * math.exp(0.5), 3 * 0.8]
-    assert losses.tolist() == pytest.approx(expected, abs=1e-12)
-    assert clipped.tolist() == [True, False, False, True]
-    assert kl.tolist() == pytest.approx([0.125] * 4)
-    losses.sum().backward()
-    slopes = [0, -2 * math.exp(-0.5), 3 * math.exp(0.5), 0]  # none where the clip decides
-    assert logp.grad.tolist() == pytest.approx(slopes, abs=1e-12)
-
-
-def test_first_inner_step_is_the_policy_gradient():
-    logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
-    action, advantages = torch.randint(7, (5,)), torch.randn(5, dtype=torch.float64)
-    logp = logits.log_softmax(-1)[torch.arange(5), action]
-    losses, clipped, _ = ppo.policy_loss(logp, logp.detach(), advantages, 0.2)
-    (found,) = torch.autograd.grad(losses.mean(), logits, retain_graph=True)
-    (expected,) = torch.autograd.grad(-(advantages * logp).mean(), logits)
-    torch.testing.assert_close(found, expected)
-    assert not clipped.any()
-
-
-def test_value_loss_and_gradient_by_hand():
-    values = torch.tensor([0.1, 1.0, -1.0], dtype=torch.float64, requires_grad=True)
-    old, returns = torch.zeros(3, dtype=torch.float64), torch.tensor([1.0, 1.0, 1.0]).double()
-    losses, clipped = ppo.value_loss(values, old, returns, 0.2)
-    # the second would be right, but gained by leaving: held at 0.2
-    assert losses.tolist() == pytest.approx([0.405, 0.32, 2.0])
-    assert clipped.tolist() == [False, True, False]
-    losses.sum().backward()
-    assert values.grad.tolist() == pytest.approx([-0.9, 0.0, -2.0])
+@pytest.mark.parametrize("loss, now, target, losses, clipped, slopes", [
+    # of log-probabilities and advantages: no slope where the clip decides; A at ratio 1
+    (ppo.policy_loss, [0.5, -0.5, 0.5, -0.5, 0.0], [2.0, 2.0, -3.0, -3.0, 7.0],
+     [-2 * 1.2, -2 * math.exp(-0.5), 3 * math.exp(0.5), 3 * 0.8, -7],
+     [True, False, False, True, False], [0, -2 * math.exp(-0.5), 3 * math.exp(0.5), 0, -7]),
+    # of values and returns: the second would be right, but gained by leaving: held at 0.2
+    (ppo.value_loss, [0.1, 1.0, -1.0], [1.0, 1.0, 1.0], [0.405, 0.32, 2.0],
+     [False, True, False], [-0.9, 0.0, -2.0]),
+], ids=["policy", "value"])
+def test_clipped_losses_and_gradients_by_hand(loss, now, target, losses, clipped, slopes):
+    now = torch.tensor(now, dtype=torch.float64, requires_grad=True)
+    found, where, *kl = loss(now, torch.zeros_like(now), torch.tensor(target), 0.2)
+    assert found.tolist() == pytest.approx(losses, abs=1e-12) and where.tolist() == clipped
+    for each in kl:  # approximate KL(old || now) of the policy
+        assert each.tolist() == pytest.approx([0.125] * 4 + [0])
+    found.sum().backward()
+    assert now.grad.tolist() == pytest.approx(slopes, abs=1e-12)
 
 
 def test_explained_variance_and_adaptive_kl():
@@ -763,438 +844,328 @@ def test_explained_variance_and_adaptive_kl():
     assert ppo.explained_variance(returns, returns) == pytest.approx(1)
     assert ppo.explained_variance(torch.zeros(50), returns) == pytest.approx(0, abs=1e-6)
     assert ppo.explained_variance(torch.randn(5), torch.ones(5)) == 0
-    assert ppo.adapted(0.1, 60.0, 6.0, 256, 10000) == pytest.approx(0.1 * (1 + 0.2 * 0.0256))
-    assert ppo.adapted(0.1, 5.4, 6.0, 100, 1000) == pytest.approx(0.1 * (1 - 0.1 * 0.1))
-    assert ppo.adapted(0.1, 6.0, 6.0, 100, 1000) == pytest.approx(0.1)
+    for kl, completions, horizon, expected in (
+        (60.0, 256, 10000, 1 + 0.2 * 0.0256), (5.4, 100, 1000, 1 - 0.1 * 0.1), (6.0, 100, 1000, 1)):
+        found = ppo.adaptive_kl_coef(0.1, kl, 6.0, completions, horizon)
+        assert found == pytest.approx(0.1 * expected)
 
 
-# ================================================================================ ppo: adapters
+# ============================================================================ rollouts.py, and PPO
 
 
-def test_four_adapters_are_four_models(tiny_rlhf, tokenizer_rlhf):
+def test_four_adapters_are_four_models(tiny_world, tokenizer):
     """Over one base, each adapter computes what a separate model with its weights computes."""
-    shared = copy.deepcopy(tiny_rlhf)
+    shared = copy.deepcopy(tiny_world)
     names = ("policy", "critic", "reward", "reference")
     for seed, name in enumerate(names):
         add_adapter(shared, name, 4, 16.0, seed=seed)
-        for module in carriers(shared, name):
-            nn.init.normal_(module.adapters[name].B, 0, 0.2,
-                            generator=torch.Generator().manual_seed(seed))
-    batch = rollouts.answer_batch(shared, [(make_prompt(tokenizer_rlhf), [[5, 6, 7], [8, 9]])])
-    found = {name: rollouts.Role(shared, name).logp(batch, 1.0) for name in names}
+        g = torch.Generator().manual_seed(seed)
+        for module in lora_layers(shared, name):
+            nn.init.normal_(module.adapters[name].B, 0, 0.2, generator=g)
+    batch = rollouts.completion_batch(shared, [(make_prompt(tokenizer), [[5, 6, 7], [8, 9]])])
+    found = {name: rollouts.AdaptedModel(shared, name).logp(batch, 1.0) for name in names}
     for name in names:
         alone = copy.deepcopy(shared)
-        for module in carriers(alone, name):
+        for module in lora_layers(alone, name):
             for other in set(names) - {name}:
                 del module.adapters[other]
             module.active = name
-        hidden = alone(batch.images, batch.tokens, batch.position, batch.branch)
-        expected = alone.head(hidden.flatten(0, 1)[batch.source], batch.target)
-        assert torch.equal(found[name], expected)
-        judge = reward.Judge(shared, name)
-        judge.start_from_verdict(tokenizer_rlhf)
-        with use_adapter(shared, "policy"):  # whatever is in use around it
-            states = hidden.flatten(0, 1)[batch.source]
-            assert torch.equal(judge(batch), (states * judge.weight).sum(-1) + judge.bias)
+        assert torch.equal(found[name], alone.response_logp(batch))
+        reward_model = make_reward_model(shared, tokenizer, name)
+        with use_adapter(shared, "policy"):  # whatever is active around it
+            rewards = reward_model(batch)
+            assert torch.equal(shared.response_logp(batch), found["policy"])  # active again
+        states = alone.response_states(batch)
+        assert torch.equal(rewards, (states * reward_model.weight).sum(-1) + reward_model.bias)
     assert len({tuple(values.tolist()) for values in found.values()}) == 4
 
 
-def test_temperature_divides_the_logits(tiny_rlhf, tokenizer_rlhf):
-    batch = rollouts.answer_batch(tiny_rlhf, [(make_prompt(tokenizer_rlhf), [[5, 6, 7]])])
-    hidden = tiny_rlhf(batch.images, batch.tokens, batch.position, batch.branch).flatten(0, 1)
-    logits = tiny_rlhf.head(hidden[batch.source]) / 0.7
+def test_temperature_divides_the_logits(tiny_world, tokenizer):
+    batch = rollouts.completion_batch(tiny_world, [(make_prompt(tokenizer), [[5, 6, 7]])])
+    logits = tiny_world.head(tiny_world.response_states(batch)) / 0.7
     expected = logits.log_softmax(-1)[torch.arange(3), batch.target]
-    torch.testing.assert_close(rollouts.Role(tiny_rlhf).logp(batch, 0.7), expected, atol=1e-5, rtol=1e-5)
+    found = rollouts.AdaptedModel(tiny_world).logp(batch, 0.7)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-# ================================================================================= ppo: training
-
-
-def make_ppo(model, tokenizer_rlhf, prompt_count=8, reward_function=None, **changes):
+def make_ppo(model, tokenizer, folder, prompt_count=8, score=lambda completion: len(completion),
+             **changes):
+    """PPO on given rewards; 4 prompts per rollout, 2 completions of each."""
     settings = {"rollout_size": 4, "batch_size": 2, "samples": 2, "micro_batch": 2,
-                "max_new_tokens": 4, "epochs": 4, "learning_rate": 1e-3, **changes}
-    config = ppo.PPOConfig(**settings)
-    model, reference = copy.deepcopy(model), copy.deepcopy(model)
-    critic = reward.Judge(copy.deepcopy(model))
-    count = lambda rows: torch.tensor([float(len(a)) for _, answers in rows for a in answers])
-    reward_function = reward_function or (lambda rows, seeds: {"rm": count(rows)})
-    rows = []
-    prompts = [make_prompt(tokenizer_rlhf, i) for i in range(prompt_count)]
-    algorithm = ppo.PPO(
-        rollouts.Role(model), rollouts.Role(reference), critic, reward_function, tokenizer_rlhf, config,
-        0, prompts, lambda prompt, text: ["x"] if "car" in text else [], rows.extend)
-    return algorithm, rows
+                "max_new_tokens": 4, "epochs": 4, **changes}
+    model = copy.deepcopy(model)
+    scores = lambda rows, seeds: {"rm": torch.tensor(
+        [float(score(each)) for _, completions in rows for each in completions])}
+    roles = rollouts.Roles(
+        rollouts.AdaptedModel(model), rollouts.AdaptedModel(copy.deepcopy(model)),
+        reward.RewardModel(copy.deepcopy(model)), scores)
+    prompts = [make_prompt(tokenizer, i) for i in range(prompt_count)]
+    known = Data(prompts, false_parts=lambda example, text: ["x"] if "car" in text else [])
+    return ppo.PPO(make_start(model, tokenizer, folder), ppo.PPOConfig(**settings), known, roles)
 
 
-def optimise(algorithm, steps, first=0, optimizer=None):
-    rate = algorithm.config.learning_rate
-    optimizer = optimizer or torch.optim.Adam(algorithm.modules.parameters(), rate)
-    history = []
-    for step in range(first, first + steps):
-        batches = algorithm.batches(step)
-        total = sum(map(algorithm.size, batches))
-        optimizer.zero_grad()
-        for batch in batches:
-            loss, metrics = algorithm.loss(batch)
-            (loss * algorithm.size(batch) / total).backward()
-        optimizer.step()
-        history.append(metrics)
-    return history, optimizer
-
-
-def test_first_step_has_ratio_1_and_no_kl(tiny_rlhf, tokenizer_rlhf):
-    algorithm, rows = make_ppo(tiny_rlhf, tokenizer_rlhf)
-    batches = algorithm.batches(0)
-    for batch in batches:
-        logp = algorithm.policy.logp(batch, 1.0)
+def test_first_step_has_ratio_1_and_no_kl(tiny_world, tokenizer, tmp_path):
+    algorithm = make_ppo(tiny_world, tokenizer, tmp_path)
+    for batch in algorithm.batches(0):
+        logp = algorithm.roles.policy.logp(batch, 1.0)
         torch.testing.assert_close(logp, batch.old_logp, atol=1e-5, rtol=0)
-        _, metrics = algorithm.loss(batch)
-        assert metrics["policy/clipfrac"] == 0 and metrics["policy/approxkl"] < 1e-9
-    assert metrics["objective/kl"] == pytest.approx(0, abs=1e-5)
-    assert metrics["objective/rlhf_reward"] == pytest.approx(metrics["objective/scores"], abs=1e-4)
-    assert len(rows) == 8 and {"answer", "score", "kl", "false"} <= rows[0].keys()
-    assert metrics["tokens_per_second/rollout"] > 0
+        _, found = algorithm.loss(batch)
+        assert found["policy/clipfrac"] == 0 and found["policy/approxkl"] < 1e-9
+    assert found["objective/kl"] == pytest.approx(0, abs=1e-5)
+    assert found["objective/rlhf_reward"] == pytest.approx(found["objective/scores"], abs=1e-4)
+    lines = read_log(tmp_path, "samples.jsonl")
+    assert len(lines) == 8 and {"answer", "score", "kl", "false", "step"} <= lines[0].keys()
+    assert found["tokens_per_second/rollout"] > 0
 
 
-def test_every_answer_of_a_rollout_is_seen_once_per_inner_epoch(tiny_rlhf, tokenizer_rlhf):
-    algorithm, _ = make_ppo(tiny_rlhf, tokenizer_rlhf, inner_epochs=2)
-    for first in (0, 2):
+def test_minibatches_hold_every_completion_once(tiny_world, tokenizer, tmp_path):
+    """With its own numbers."""
+    algorithm = make_ppo(tiny_world, tokenizer, tmp_path, num_ppo_epochs=2)
+    for first in (0, 2):  # two steps are an inner epoch
         seen = torch.cat([batch.old_logp for step in (first, first + 1)
                           for batch in algorithm.batches(step)])
         kept = algorithm.rollout.logp[algorithm.rollout.mask]
         assert torch.equal(seen.sort().values, kept.sort().values)
-
-
-def test_batch_carries_each_answers_own_numbers(tiny_rlhf, tokenizer_rlhf):
-    algorithm, _ = make_ppo(tiny_rlhf, tokenizer_rlhf)
-    algorithm.batches(0)
-    rollout = algorithm.rollout
-    batch = algorithm.minibatch([3, 1])
-    expected = [t for row in (3, 1) for answer in rollout.tokens[row] for t in answer]
+    rollout, batch = algorithm.rollout, algorithm.minibatch([3, 1])
+    expected = [t for row in (3, 1) for completion in rollout.tokens[row] for t in completion]
     assert batch.target.tolist() == expected
     order = torch.tensor([6, 7, 2, 3])
     assert torch.equal(batch.advantages, rollout.advantages[order][rollout.mask[order]])
 
 
-def test_ppo_finds_the_optimum_of_a_bandit(tiny_rlhf, tokenizer_rlhf):
-    """One prompt, answers of one token, a reward for one of four tokens: it must take over."""
-    favourite = 7
-    good = lambda rows, seeds: {"rm": torch.tensor(
-        [float(a[0] == favourite) for _, answers in rows for a in answers])}
-    model = copy.deepcopy(tiny_rlhf)
+BANDIT = {"prompt_count": 1, "rollout_size": 1, "batch_size": 1, "samples": 32, "max_new_tokens": 1,
+          "epochs": 40}  # one prompt, completions of one token
+
+
+def test_ppo_finds_the_optimum_of_a_bandit(tiny_world, tokenizer, tmp_path):
+    """A reward for one of four tokens: it must take over."""
+    model, prompt = copy.deepcopy(tiny_world), make_prompt(tokenizer)
     with torch.no_grad():  # only tokens 5 to 8 are likely at first
-        states = model(make_prompt(tokenizer_rlhf).image[None],
-                       torch.tensor([make_prompt(tokenizer_rlhf).tokens]))[0, -1]
+        states = model(prompt.image[None], torch.tensor([prompt.prompt]))[0, -1]
         model.head.weight[5:9] += 6 * states / states.square().sum()
-    algorithm, _ = make_ppo(model, tokenizer_rlhf, 1, good, rollout_size=1, batch_size=1, samples=32,
-                            max_new_tokens=1, kl=0.0, learning_rate=5e-3, epochs=40)
-    history, _ = optimise(algorithm, 30)
+    algorithm = make_ppo(model, tokenizer, tmp_path, score=lambda completion: completion[0] == 7,
+                         kl_coef=0.0, **BANDIT)
+    history = optimise(algorithm, 30, 5e-3)
     assert history[0]["objective/scores"] < 0.6
     assert history[-1]["objective/scores"] > 0.95
 
 
-def test_kl_penalty_pulls_the_policy_back(tiny_rlhf, tokenizer_rlhf):
-    nothing = lambda rows, seeds: {"rm": torch.zeros(sum(len(answers) for _, answers in rows))}
-    algorithm, _ = make_ppo(tiny_rlhf, tokenizer_rlhf, 1, nothing, rollout_size=1, batch_size=1, samples=32,
-                            max_new_tokens=1, kl=1.0, kl_estimator="k1", epochs=40)
+def test_kl_penalty_pulls_the_policy_back(tiny_world, tokenizer, tmp_path):
+    algorithm = make_ppo(tiny_world, tokenizer, tmp_path, score=lambda completion: 0, kl_coef=1.0,
+                         kl_estimator="k1", **BANDIT)
     with torch.no_grad():
-        algorithm.policy.model.decoder.norm.weight.mul_(2.0)
-    history, _ = optimise(algorithm, 40)
+        algorithm.roles.policy.model.decoder.norm.weight.mul_(2.0)
+    history = optimise(algorithm, 40, 1e-3)
     assert history[0]["objective/kl"] > 0.5
     assert history[-1]["objective/kl"] < 0.6 * history[0]["objective/kl"]
 
 
-def test_resuming_within_a_rollout_is_bit_exact(tiny_rlhf, tokenizer_rlhf):
-    whole, _ = make_ppo(tiny_rlhf, tokenizer_rlhf, target_kl=1.0)
-    expected, _ = optimise(whole, 8)
-    first, _ = make_ppo(tiny_rlhf, tokenizer_rlhf, target_kl=1.0)
-    _, optimizer = optimise(first, 6)  # 4 steps per rollout: 6 is in the middle of the second
-    state = copy.deepcopy(first.state())
-    second, _ = make_ppo(tiny_rlhf, tokenizer_rlhf, target_kl=1.0)
-    second.modules.load_state_dict(first.modules.state_dict())
-    again = torch.optim.Adam(second.modules.parameters(), second.config.learning_rate)
-    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    second.load_state(state)
-    optimise(second, 2, first=6, optimizer=again)
-    for a, b in zip(whole.modules.parameters(), second.modules.parameters()):
-        assert torch.equal(a, b)
-    assert second.coefficient == whole.coefficient != whole.config.kl
-
-
-def test_cut_answers_are_reported_once(tiny_rlhf, tokenizer_rlhf, capsys):
-    algorithm, _ = make_ppo(tiny_rlhf, tokenizer_rlhf, max_new_tokens=1)
-    optimise(algorithm, 5)
-    said = capsys.readouterr().err
-    assert said.count("were cut off at --max_new_tokens 1") == 1 and "%" in said
-
-
-def test_rollouts_must_divide_into_minibatches(tiny_rlhf, tokenizer_rlhf):
+def test_unfit_rollouts_are_refused_or_reported_once(tiny_world, tokenizer, tmp_path, capsys):
     with pytest.raises(ValueError, match="no multiple of --batch_size 3"):
-        make_ppo(tiny_rlhf, tokenizer_rlhf, batch_size=3)
+        make_ppo(tiny_world, tokenizer, tmp_path, batch_size=3)
+    algorithm = make_ppo(tiny_world, tokenizer, tmp_path, max_new_tokens=1)
+    for step in (0, 4):  # a rollout each
+        algorithm.batches(step)
+    shown = capsys.readouterr().err
+    assert shown.count("were cut off at --max_new_tokens 1") == 1 and "%" in shown
 
 
-# ============================================================================== data and its errors
+# ========================================================================= from rows to examples
 
 
 @pytest.fixture
-def folder(tmp_path):
-    scene = world.make_scene("p")
-    world.draw(scene, 72).save(tmp_path / "a.png")
-    (tmp_path / "captions.json").write_text(json.dumps({"a.png": ["a car", "a dog"]}))
-    return tmp_path
-
-
-def write_rows(folder, **changes):
+def read_given(tiny_world, tokenizer, tmp_path):
+    """A function that reads rows as an algorithm does; makes one file of a row with captions."""
     row = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"},
                                                {"from": "gpt", "value": "A car."}],
            "output_1": {"value": "A dog."}, "output_2": {"value": "A cat."}, "preference": 2}
-    (folder / "rows.json").write_text(json.dumps([row | changes]))
-    return [folder / "rows.json"]
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    (tmp_path / "captions.json").write_text(json.dumps({"a.png": ["a car", "a dog"]}))
+
+    def read(kind, path=None, images=tmp_path, captions="captions.json", facts=True, **changes):
+        own = tmp_path / "rows.json"
+        own.write_text(json.dumps([row | changes]))
+        return recipes.read_examples(
+            make_start(tiny_world, tokenizer, tmp_path), kind.Config(facts=facts), kind,
+            [path or own], images, captions and tmp_path / captions)[1]
+
+    return read
 
 
-def make_reader(folder, tokenizer_rlhf, facts=True):
-    looked = []
-    look = lambda named: looked.extend(named) or torch.zeros(len(named), 9, 16)
-    reader = Reader(look, tokenizer_rlhf, 9, folder / "captions.json" if facts else None)
-    return reader, looked
+def test_rows_become_examples_with_their_facts(read_given, tokenizer, tmp_path):
+    (pair,), (prompt,) = (read_given(kind, caption_type=6, length_bonus=0.5)
+                          for kind in (reward.RewardTraining, ppo.PPO))
+    chosen, rejected = pair.responses
+    assert tokenizer.decode(chosen.tokens).strip() == "A cat." and chosen.tokens[-1] == EOS
+    assert (pair.facts, pair.question, pair.picture) == (["a car", "a dog"], "What is it?", "a.png")
+    assert pair.image.shape == (PATCHES, 16) and set(chosen.weight) == {1.0}
+    assert (prompt.truth, prompt.length_factor, prompt.responses) == ("no", 0.5, [])
+    assert prompt.prompt == data.prompt_tokens(tokenizer, data.prompt_text("What is it?"), PATCHES)
+    assert read_given(ppo.PPO, facts=False)[0].facts == ()
+    (tmp_path / "other.json").write_text(json.dumps({"b.png": ["a car"]}))
+    for captions, phrase in (("other.json", r"rows.json row 1: no captions for .*a\.png"),
+                             (None, "--facts needs captions")):
+        with pytest.raises(ValueError, match=phrase):
+            read_given(reward.RewardTraining, captions=captions)
 
 
-def test_ranked_pairs_are_read_with_their_facts(folder, tokenizer_rlhf):
-    reader, looked = make_reader(folder, tokenizer_rlhf)
-    (pair,) = reader.rankings(write_rows(folder), folder)
-    assert tokenizer_rlhf.decode(pair.chosen).strip() == "A cat." and pair.chosen[-1] == 2
-    assert pair.prompt.facts == ["a car", "a dog"]
-    assert make_reader(folder, tokenizer_rlhf, facts=False)[0].rankings(
-        write_rows(folder), folder)[0].prompt.facts == []
-    assert looked == [(pair.prompt.name, folder / "a.png")]
-
-
-def test_prompt_is_the_templates(folder, tokenizer_rlhf):
-    reader, _ = make_reader(folder, tokenizer_rlhf)
-    (prompt,) = reader.prompts(write_rows(folder, caption_type=6, length_bonus=0.5), folder)
-    assert (prompt.truth, prompt.length_factor, prompt.picture) == ("no", 0.5, "a.png")
-    assert prompt.tokens == data.prompt_tokens(tokenizer_rlhf, data.prompt_text("What is it?"), 9)
-
-
-def test_missing_captions_and_option_letters_are_named(folder, tokenizer_rlhf):
-    reader, _ = make_reader(folder, tokenizer_rlhf)
-    (folder / "captions.json").write_text(json.dumps({"b.png": ["a car"]}))
-    with pytest.raises(DataError, match=r"rows.json row 1: no captions for .*a\.png"):
-        make_reader(folder, tokenizer_rlhf)[0].rankings(write_rows(folder), folder)
-    with pytest.raises(DataError, match="row 1: the right option is C, but the question lists no"):
-        reader.prompts(write_rows(folder, caption_type=4), folder)
-
-
-def test_rankings_are_public_rows_and_prefer_the_truth(tiny_rlhf, tokenizer_rlhf, tmp_path, monkeypatch):
+def test_rankings_are_public_rows_and_prefer_the_truth(
+        tiny_world, tokenizer, tmp_path, monkeypatch, read_given):
     """The model's answers are given, so that both truth and preference are known."""
-    def said(model, tokenizer_rlhf, settings, images, questions, samples, **_):
+    def given(model, tokenizer, settings, images, questions, samples, **_):
         asked.append(len(questions))
-        texts = []
-        for i in range(len(questions)):
-            scene = world.make_scene(f"rankings 0 {i}", "test")
-            texts += [world.describe(scene), world.describe(scene) + " There is a purple bus."]
+        scenes = [world.make_scene(f"rankings 0 {i}", "test") for i in range(len(questions))]
+        texts = [world.describe(scene) + tail for scene in scenes
+                 for tail in ("", " There is a purple bus.")]
         return [" ", *texts[1:]]  # an empty answer is nothing to compare
 
     asked = []
-    monkeypatch.setattr(collect, "answers", said)
-    path = collect.rankings(tiny_rlhf, tokenizer_rlhf, sft.WORLD_IMAGES, tmp_path, 20, 0, 0.0, "test")
-    rows = json.loads(path.read_text())
+    monkeypatch.setattr(feedback, "answers", given)
+    path = feedback.rankings(
+        tiny_world, tokenizer, pretraining.WORLD_IMAGES, tmp_path, 20, 0, 0.0, "test")
+    found = json.loads(path.read_text())
     captions = json.loads((tmp_path / "image_to_caption.json").read_text())
-    assert len(rows) == 20 and asked == [collect.CHUNK] and rows[0]["image"] == "000001.png"
-    assert all(row["preference"] == 1 and row["hallucination"] for row in rows)
-    assert all(row["image"] in captions and (tmp_path / "images" / row["image"]).exists()
-               for row in rows)
-    reader = Reader(lambda named: torch.zeros(len(named), 9, 16), tokenizer_rlhf, 9, tmp_path / "image_to_caption.json")
-    pairs = reader.rankings([path], tmp_path / "images")
-    assert len(pairs) == 20 and all(pair.prompt.facts for pair in pairs)
+    assert len(found) == 20 and asked == [feedback.CHUNK] and found[0]["image"] == "000001.png"
+    for row in found:
+        assert row["preference"] == 1 and row["hallucination"] and row["image"] in captions
+        assert (tmp_path / "images" / row["image"]).exists()
+    pairs = read_given(reward.RewardTraining, path, tmp_path / "images", "image_to_caption.json")
+    assert len(pairs) == 20 and all(pair.facts for pair in pairs)
 
 
-def test_world_prompts_know_their_truth(tokenizer_rlhf, tmp_path):
-    path = collect.prompts(sft.WORLD_IMAGES, tmp_path, 12, 0)
-    reader = Reader(lambda named: torch.zeros(len(named), 9, 16), tokenizer_rlhf, 9, tmp_path / "image_to_caption.json")
-    prompts = reader.prompts([path], tmp_path / "images")
+def test_world_prompts_know_their_truth(tmp_path, read_given):
+    path = feedback.prompts(pretraining.WORLD_IMAGES, tmp_path, 12, 0)
+    prompts = read_given(ppo.PPO, path, tmp_path / "images", "image_to_caption.json")
     assert [bool(prompt.truth) for prompt in prompts] == [i % 4 == 3 for i in range(12)]
+    find = recipes.false_parts(tmp_path)
     seeds = json.loads((tmp_path / "image_to_scene.json").read_text())
     for prompt in prompts:
         scene = world.make_scene(seeds[prompt.picture])
         assert sorted(prompt.facts) == sorted(world.facts(scene, random.Random(0)))
+        if prompt.truth:
+            assert find(prompt, f"{prompt.truth}.") == [] != find(prompt, "Maybe.")
+        else:
+            assert find(prompt, world.describe(scene)) == []
+            assert find(prompt, "There is a purple bus.") or scene.find("bus")
 
 
-# ==================================================================== whole runs, through the files
+# ================================================================= whole runs, from files to files
 
 
 @pytest.fixture(scope="module")
-def material(tiny_rlhf, tokenizer_rlhf, tmp_path_factory):
+def material(tiny_world, tokenizer, tmp_path_factory):
     """A model's folder, ranked pairs, prompts, captions and images, as a user has them."""
     folder = tmp_path_factory.mktemp("material")
-    half = (0.5, 0.5, 0.5)
-    save_llava(tiny_rlhf, tokenizer_rlhf, ImageSettings(12, half, half, "pad"), folder / "base")
+    save_llava(tiny_world, tokenizer, IMAGES, folder / "base")
     (folder / "images").mkdir()
-    rows, captions = [], {}
+    ranked, captions = [], {}
     for i in range(12):
         scene = world.make_scene(i)
         world.draw(scene, 24).save(folder / "images" / f"{i}.png")
         captions[f"{i}.png"] = world.facts(scene, random.Random(i))
         asked = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": "x"}]
-        rows.append({"image": f"{i}.png", "conversations": asked, "preference": 1 + i % 2,
-                     "output_1": {"value": "A car."}, "output_2": {"value": "There is a dog."}})
-    (folder / "rows.json").write_text(json.dumps(rows))
+        ranked.append({"image": f"{i}.png", "conversations": asked, "preference": 1 + i % 2,
+                       "output_1": {"value": "A car."}, "output_2": {"value": "There is a dog."}})
+    (folder / "rows.json").write_text(json.dumps(ranked))
     (folder / "captions.json").write_text(json.dumps(captions))
     return folder
 
 
-def run_on(material, algo, out, *more):
-    return train.main([
-        "--algo", algo, "--model", str(material / "base"), "--data", str(material / "rows.json"),
-        "--images", str(material / "images"), "--captions", str(material / "captions.json"),
-        "--facts", "--out", str(out), "--log_every", "1", "--batch_size", "4", *more])
+@pytest.fixture
+def run_on(material, tmp_path, run_train):
+    """A function that runs an algorithm on the material, with its results in tmp_path / out."""
+    def run(algo, out, *more, status=0):
+        rollout = ("--rollout_size", 4, "--samples", 2, "--max_new_tokens", 6, "--steps", 5)
+        return run_train(
+            "--algo", algo, "--model", material / "base", "--data", material / "rows.json",
+            "--images", material / "images", "--captions", material / "captions.json", "--facts",
+            "--out", tmp_path / out, "--log_every", 1, "--batch_size", 4,
+            *(rollout if algo == "ppo" else ("--steps", 2)), *more, status=status)
+
+    return run
 
 
-PPO = ("--rollout_size", "4", "--samples", "2", "--max_new_tokens", "6", "--steps", "5")
-
-
-@pytest.mark.parametrize("lora", [(), ("--lora", "2")])
-def test_reward_model_and_ppo_from_files_to_files(material, tmp_path, monkeypatch, capsys, lora):
-    assert run_on(material, "rm", tmp_path / "rm", "--steps", "2", *lora) == 0
+@pytest.mark.parametrize("lora", [(), ("--lora", 2)], ids=["full", "lora"])
+def test_reward_model_and_ppo_from_files_to_files(run_on, tmp_path, monkeypatch, lora):
+    """PPO is also stopped in the middle of a rollout and resumed: the same to the bit."""
+    run_on("rm", "rm", *lora)
     results = json.loads((tmp_path / "rm" / "results.json").read_text())
     assert 0 <= results["after"]["metrics"]["agreement"]["value"] <= 1
-    more = (*PPO, *lora, "--reward_model", str(tmp_path / "rm"))
-    assert run_on(material, "ppo", tmp_path / "whole", *more) == 0
-
+    more = ("--reward_model", tmp_path / "rm", "--target_kl", 1, "--kl_horizon", 10,
+            "--learning_rate", 1e-3, *lora)
+    run_on("ppo", "whole", *more)
     one_step = train.Loop.one_step
 
     def stopped(loop):
         loop.stop = loop.step == 2  # of two steps per rollout: in the middle of the second
         return one_step(loop)
 
-    monkeypatch.setattr(train.Loop, "one_step", stopped)
-    assert run_on(material, "ppo", tmp_path / "cut", *more) == 130
-    monkeypatch.setattr(train.Loop, "one_step", one_step)
-    assert run_on(material, "ppo", tmp_path / "cut", *more, "--resume") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Loop, "one_step", stopped)
+        run_on("ppo", "cut", *more, status=130)
+    run_on("ppo", "cut", *more, "--resume")
     for name in ("model/model.safetensors", "samples.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
-    wanted = {"objective/kl", "objective/scores", "objective/rlhf_reward", "objective/entropy",
-              "policy/approxkl", "policy/clipfrac", "val/clipfrac", "val/explained_variance",
-              "response/length", "response/ended", "tokens_per_second/rollout",
-              "tokens_per_second/optimisation"}
-    assert wanted <= json.loads(lines[-1]).keys()
+    whole, cut = (read_log(tmp_path / name) for name in ("whole", "cut"))
+    assert [line["step"] for line in cut] == [1, 2, 3, 4, 5]
+    assert {"objective/kl", "objective/scores", "objective/rlhf_reward", "objective/entropy",
+            "policy/approxkl", "policy/clipfrac", "val/clipfrac", "val/explained_variance",
+            "response/length", "response/ended", "tokens_per_second/rollout", "score/rm",
+            "seconds/optimisation"} <= cut[-1].keys()
+    coefficients = [[line["objective/kl_coefficient"] for line in lines] for lines in (whole, cut)]
+    assert coefficients[0] == coefficients[1] and len({*coefficients[0]}) == 3  # it adapts
 
 
-def test_runs_say_what_is_missing(material, tmp_path, capsys):
-    assert run_on(material, "ppo", tmp_path / "a", *PPO) == 1
-    assert "PPO needs a reward model" in capsys.readouterr().err
-    assert run_on(material, "ppo", tmp_path / "b", *PPO, "--reward_model", str(material)) == 1
-    assert "no reward model in it" in capsys.readouterr().err
-    assert run_on(material, "rm", tmp_path / "rm", "--steps", "1", "--no-facts") == 0
-    capsys.readouterr()
-    more = (*PPO, "--reward_model", str(tmp_path / "rm"))
-    assert run_on(material, "ppo", tmp_path / "c", *more) == 1
-    assert "without facts, not with facts" in capsys.readouterr().err
-    assert run_on(material, "ppo", tmp_path / "d", *more, "--no-facts", "--lora", "2") == 1
-    assert "without adapter" in capsys.readouterr().err
+def test_runs_say_what_is_missing(material, run_on, tmp_path):
+    run_on("rm", "rm", "--no-facts")
+    given = ("--reward_model", tmp_path / "rm")
+    for more, phrase in (
+        ((), "PPO needs a reward model"), (("--reward_model", material), "no reward model ("),
+        (given, "without facts, not with facts"),
+        ((*given, "--no-facts", "--lora", 2), "without adapter"),
+        ((*given, "--no-facts", "--max_new_tokens", 9999), "use a smaller --max_new_tokens"),
+    ):
+        assert phrase in run_on("ppo", "ppo", *more, status=1)
 
 
-# ==================================================================================== evaluate.py
+# ===================================================================================== evaluation/
 
-SETTINGS = ImageSettings(16, (0.5,) * 3, (0.25,) * 3, "pad")
-
-
-def rate(hits, of):
-    """A measure with one term."""
-    return [(1, np.array(hits, dtype=float), np.array(of, dtype=float))]
-
-
-def only_values(found):
-    return {name: metric["value"] for name, metric in found.items()}
-
-
-@pytest.fixture(scope="module")
-def tokenizer_evaluate(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    said = [world.describe(world.make_scene(i)) for i in range(200)]
-    asked = [q.text for i in range(200)
-             for q in world.questions(world.make_scene(i), random.Random(i), 5)]
-    data.train_tokenizer(iter(said + asked + [data.SYSTEM + " USER: ASSISTANT:"]), path, 400)
-    return data.Tokenizer(path)
+EVALUATION_SETTINGS = ImageSettings(12, (0.5,) * 3, (0.25,) * 3, "pad")
+rate = lambda hits, of: [(1, np.array(hits, dtype=float), np.array(of, dtype=float))]
+world_metrics = lambda records: metrics.with_intervals(builtin.world_terms(records))
+only_values = lambda found: {name: metric["value"] for name, metric in found.items()}
+MMHAL_ROWS = [
+    {"image_id": f"id{i}", "image_src": f"https://example.org/photos/{i}.png", "question": "What?",
+     "image_content": ["dog", "tree"], "gt_answer": "Truth", "model_answer": "A {strange} one"}
+    for i in range(7)]
+read_lines = lambda path: [json.loads(line) for line in Path(path).read_text().splitlines()]
+write_lines = lambda path, *rows: Path(path).write_text("\n".join(map(json.dumps, rows)) + "\n")
 
 
-def tiny_model(tokenizer_evaluate, seed=0):
-    config = LLaVAConfig(
-        vision=VisionConfig(16, 32, 1, 2, image_size=16, patch_size=8),
-        text=TextConfig(tokenizer_evaluate.vocab_size, 16, 32, 1, 2, 2, 512),
-        image_token=tokenizer_evaluate.image_token, pad_token=tokenizer_evaluate.pad_token,
-        eos_token=tokenizer_evaluate.eos_token, vision_feature_layer=-1,
-    )
-    model = LLaVA(config)
-    init_weights(model, seed)
-    return model
-
-
-@pytest.fixture(scope="module")
-def run_folder(tokenizer_evaluate, tmp_path_factory):
-    """Two finished runs, of models that never learnt anything."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, seed in (("sft", 0), ("ddpo", 1)):
-        (folder / name).mkdir()
-        config = {"settings": {"algo": name, "seed": 0, "beta": 0.5}, "versions": {"torch": "2"}}
-        (folder / name / "config.json").write_text(json.dumps(config))
-        lines = [{"step": s, "loss": 1 / s, "rewards/accuracies": s / 10} for s in range(1, 10)]
-        (folder / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-        checkpoint.save_llava(tiny_model(tokenizer_evaluate, seed), tokenizer_evaluate, SETTINGS,
-                              folder / name / "model")
-    return folder
-
-
-# ---------------------------------------------------------------------------- metrics and intervals
-
-def test_metrics_are_ratios_of_sums():
-    found = metrics.with_intervals({
-        "rate": rate([1, 0, 2], [2, 2, 4]),  # 3 / 8, and not the mean of 0.5, 0 and 0.5
-        "difference": rate([1, 0, 2], [2, 2, 4]) + [(-1, np.array([1.0, 1, 0]), np.ones(3))],
-        "undefined": rate([0, 0, 0], [0, 0, 0]),
-    })
-    assert only_values(found) == pytest.approx({"rate": 3 / 8, "difference": 3 / 8 - 2 / 3})
+def test_metrics_intervals():
+    measures = {"rate": rate([1, 0, 2], [2, 2, 4]), "undefined": rate([0, 0, 0], [0, 0, 0])}
+    measures["difference"] = measures["rate"] + [(-1, np.array([1.0, 1, 0]), np.ones(3))]
+    found = only_values(metrics.with_intervals(measures))  # 3 / 8 is no mean of 0.5, 0 and 0.5
+    assert found == pytest.approx({"rate": 3 / 8, "difference": 3 / 8 - 2 / 3})
     with pytest.raises(ValueError, match="no answers"):
         metrics.with_intervals({"rate": rate([], [])})
-
-
-def test_metrics_intervals_match_the_binomial_and_are_reproducible():
-    hits = np.arange(400) % 10 < 3
-    found = metrics.with_intervals({"rate": rate(hits, np.ones(400))}, seed=3)["rate"]
-    half = 1.96 * (0.3 * 0.7 / 400) ** 0.5  # normal approximation
-    assert found["value"] == pytest.approx(0.3)
-    assert found["low"] == pytest.approx(0.3 - half, abs=0.2 * half)
-    assert found["high"] == pytest.approx(0.3 + half, abs=0.2 * half)
-    again = metrics.with_intervals({"rate": rate(hits, np.ones(400))}, seed=3)["rate"]
-    other = metrics.with_intervals({"rate": rate(hits, np.ones(400))}, seed=4)["rate"]
-    assert again == found and other != found
-
-
-def test_metrics_grouped_items_are_resampled_together():
-    hits, images = np.repeat(np.arange(50) % 2, 8), np.repeat(np.arange(50), 8)
-    single = {"rate": rate(hits, np.ones(400))}
-    together = metrics.grouped(single, images)
-    assert [len(a) for _, a, _ in together["rate"]] == [50] and together["rate"][0][1][1] == 8
-    narrow, wide = (metrics.with_intervals(m)["rate"] for m in (single, together))
-    assert narrow["value"] == wide["value"] == 0.5
-    ratio = (wide["high"] - wide["low"]) / (narrow["high"] - narrow["low"])
-    assert 2.3 < ratio < 3.4  # the square root of 8 answers per image
-    assert metrics.grouped({"r": rate([1, 2, 4], [1, 1, 1])}, ["b", "a", "b"])["r"][0][1].tolist() \
-        == [5, 2]
-
-
-def test_metrics_paired_differences_cancel_what_is_shared():
+    single = {"rate": rate(np.repeat(np.arange(50) % 2, 8), np.ones(400))}
+    narrow, again, other = (metrics.with_intervals(single, seed)["rate"] for seed in (3, 3, 4))
+    half = 1.96 * (0.5 * 0.5 / 400) ** 0.5  # normal approximation
+    assert list(narrow.values()) == pytest.approx([0.5, 0.5 - half, 0.5 + half], abs=0.2 * half)
+    assert narrow == again != other
+    wide = metrics.with_intervals(metrics.grouped(single, np.repeat(np.arange(50), 8)))["rate"]
+    assert 2.3 < (wide["high"] - wide["low"]) / (2 * half) < 3.4  # the root of 8 items per group
+    in_order = metrics.grouped({"r": rate([1, 2, 4], [1, 1, 1])}, ["b", "a", "b"])["r"][0]
+    assert [each.tolist() for each in in_order[1:]] == [[5, 2], [2, 1]]
     rng = np.random.default_rng(0)
     hard = (rng.random(300) < 0.5).astype(float)
     better = hard * (rng.random(300) < 0.9)  # mends a tenth of the failures, breaks nothing
-    before, after = ({"rate": rate(hits, np.ones(300))} for hits in (hard, better))
+    before, after = ({"rate": rate(hits, np.ones(300)) * 3} for hits in (hard, better))
     assert metrics.paired(before, before)["rate"] == {"value": 0, "low": 0, "high": 0}
-    found = metrics.paired(before, after)["rate"]
-    assert found["value"] == pytest.approx((better - hard).mean()) and found["high"] < 0
-    alone = metrics.with_intervals(after)["rate"]
-    assert found["high"] - found["low"] < 0.5 * (alone["high"] - alone["low"])
+    found, alone = metrics.paired(before, after)["rate"], metrics.with_intervals(after)["rate"]
+    assert found["value"] == pytest.approx(3 * (better - hard).mean()) and found["high"] < 0
+    assert found["high"] - found["low"] < 0.5 * (alone["high"] - alone["low"])  # it is paired
 
 
 def test_metrics_table_is_readable():
@@ -1202,1577 +1173,1122 @@ def test_metrics_table_is_readable():
     before = {"chair_i": metric(0.2), "length": metric(40), "mmhal/score": metric(3),
               "mmhal/kind/other": metric(1), "hallucination/number": metric(0)}
     after = before | {"chair_i": metric(0.05), "length": metric(30)}
-    assert metrics.table(before, after).splitlines() == [
+    assert evaluation.table(before, after).splitlines() == [
         "%                     before  95 % interval  after  95 % interval  change  relative",
         "chair_i                 20.0   [10.0, 40.0]    5.0    [2.5, 10.0]   -15.0     -75 %",
         "length (words)          40.0   [20.0, 80.0]   30.0   [15.0, 60.0]   -10.0     -25 %",
         "mmhal/score (of 6)      3.00   [1.50, 6.00]   3.00   [1.50, 6.00]   +0.00      +0 %",
-        "hallucination/number     0.0     [0.0, 0.0]    0.0     [0.0, 0.0]    +0.0",
-    ]
+        "hallucination/number     0.0     [0.0, 0.0]    0.0     [0.0, 0.0]    +0.0"]
 
 
-def test_metrics_results_survive_the_file(tmp_path):
-    path = tmp_path / "results.json"
-    before, after = ({"a": {"value": 1.0}}, [{"answer": "é"}]), ({}, [{"scene": 1}, {"scene": 2}])
-    metrics.write_results(path, before, after)
-    assert metrics.read_results(path) == {"before": before, "after": after}
-    metrics.write_results(path, None, after)
-    assert metrics.read_results(path) == {"after": after}
-    path.write_text('{"loss": 3}')
-    with pytest.raises(ValueError, match="measure again"):
-        metrics.read_results(path)
-
-
-# ---------------------------------------------------------------------------- POPE
-
-@pytest.mark.parametrize("text, said", [
-    ("Yes", "yes"), ("yes, there is a dog.", "yes"), ("No", "no"), ("no", "no"),
-    ("No, there is no dog.", "no"), ("There is not a dog in the image", "no"),
-    ("There is no dog.", "no"),
-    ("Yes. No, wait.", "yes"),  # only what stands before the first full stop
-    ("No.", "no"), (",No,", "no"),  # commas are dropped
-    ("NO", "yes"), ("Nope", "yes"), ("Not at all", "yes"),  # exactly No, not, no
-    ("I cannot see it", "yes"), ("no\nYes", "yes"),  # split on spaces, not on lines
-    ("", "yes"), (".No", "yes"),
-])
-def test_pope_answer_rule(text, said):
-    assert benchmarks.pope_answer(text) == said
-
-
-def test_pope_figures_by_hand():
-    answers = ["Yes", "Yes, two.", "No", "There is no cat.", "Yes", "No", "no", "Sure"]
-    labels = ["yes", "yes", "yes", "yes", "no", "no", "no", "no"]
+def test_pope_by_hand():
+    no = ["No", "no", "No.", "There is no dog.", "There is not a dog here", ",No,", "No, it is."]
+    yes = ["Yes", "yes, there is a dog.", "", ".No", "Yes. No, wait.",  # the first sentence counts
+           "NO", "Nope", "Not at all", "I cannot see it", "no\nYes"]  # No, not, no between spaces
+    assert [benchmarks.pope_answer(text) for text in no + yes] == ["no"] * 7 + ["yes"] * 10
+    texts = ["Yes", "Yes, two.", "No", "There is no cat.", "Yes", "No", "no", "Sure"]
     # true positives 2, false negatives 2, false positives 2 (Yes, Sure), true negatives 2
-    assert only_values(evaluate.pope(answers, labels)) == pytest.approx(
+    assert only_values(evaluation.pope(texts, ["yes"] * 4 + ["no"] * 4)) == pytest.approx(
         {"accuracy": 4 / 8, "precision": 2 / 4, "recall": 2 / 4, "f1": 0.5, "yes_ratio": 4 / 8})
-    found = only_values(evaluate.pope(["Yes", "Yes", "No"], ["yes", "no", "no"]))
-    assert found == pytest.approx(
-        {"accuracy": 2 / 3, "precision": 1 / 2, "recall": 1, "f1": 2 / 3, "yes_ratio": 2 / 3})
-    assert "precision" not in evaluate.pope(["No"], ["yes"])  # 0 / 0
-    with pytest.raises(ValueError, match="labels"):
-        evaluate.pope(["No"], ["maybe"])
-    with pytest.raises(ValueError, match="2 answers, 1 labels"):
-        evaluate.pope(["No", "Yes"], ["no"])
+    assert "precision" not in evaluation.pope(["No"], ["yes"])  # 0 / 0
+    for labels, message in ((["maybe"] * 2, "labels are"), (["no"], "2 answers, 1 labels")):
+        with pytest.raises(ValueError, match=message):
+            evaluation.pope(["No", "Yes"], labels)
 
 
-# ---------------------------------------------------------------------------- CHAIR
-
-CASES = [
-    ("A dog runs on the grass.", "dog"),
-    ("Two dogs and a puppy.", "dog dog"),
-    ("A man eats a hot dog.", "person, hot dog"),
-    ("Hot dogs and hotdogs on a table", "hot dog, hot dog, dining table"),
-    ("A teddy bear lies on the bed.", "teddy bear, bed"),
-    ("Teddy bears and a grizzly bear", "teddy bear, bear"),
-    ("A bear cub in the water", "bear"),
-    ("The sign bears the name of the town", ""),
-    ("People wait at the bus stop for two buses.", "person, bus"),
-    ("A train leaves the train station.", "train"),
-    ("A passenger train on the train tracks", "train"),
-    ("A woman with a purse and an umbrella", "person, handbag, umbrella"),
-    ("Three women, two men and some children", "person, person, person"),
-    ("A couple of birds on a wire", "bird"),
-    ("A flock of geese; one goose is white", "bird, bird"),
-    ("A baby elephant with an adult elephant", "elephant, elephant"),
-    ("The baby sleeps next to a cat.", "person, cat"),
-    ("A wine glass and two glasses of wine", "wine glass, wine glass"),
-    ("She wears glasses.", ""),
-    ("Knives, forks and a spoon beside the bowls", "knife, fork, spoon, bowl"),
-    ("An orange on a plate", "orange"),
-    ("Oranges, bananas and one apple", "orange, banana, apple"),
-    ("An orange cat wears an orange tie.", "cat, tie"),
-    ("The bus is orange.", "bus"),
-    ("He drinks orange juice.", ""),
-    ("An orange and a banana", "orange, banana"),
-    ("An orange and white cat", "cat"),
-    ("A man-made lake with a dog-friendly path", ""),
-    ("The category of cars: sports cars, an SUV and a taxi", "car, car, car, car"),
-    ("A cable car above the car park", ""),
-    ("A motorbike, a scooter and a bike", "motorcycle, motorcycle, bicycle"),
-    ("A bike rack without bikes", "bicycle"),
-    ("A fire truck beside a fire hydrant", "truck, fire hydrant"),
-    ("A stop sign and a stoplight", "stop sign, traffic light"),
-    ("A plane, an aircraft and two jets", "airplane, airplane, airplane"),
-    ("A jet ski passes a sailboat.", "boat"),
-    ("A skier on skis at the ski resort", "person, skis"),
-    ("He holds a tennis racquet and a tennis ball.", "tennis racket, sports ball"),
-    ("A baseball player swings a bat.", "person, baseball bat"),
-    ("The catcher's mitt catches the ball.", "baseball glove, sports ball"),
-    ("A toilet with toilet paper beside a sink", "toilet, sink"),
-    ("The toilet seat is up.", "toilet"),
-    ("A TV on a TV stand, a remote control on the sofa", "tv, remote, couch"),
-    ("A remote village", ""),
-    ("A laptop computer with a computer mouse on a mouse pad", "laptop, mouse"),
-    ("Her cell phone and his smartphone", "cell phone, cell phone"),
-    ("A phone booth", ""),
-    ("A potted plant, many plants, and a flower bed", "potted plant"),
-    ("Stuffed bears on a bed of flowers", "teddy bear"),
-    ("A\nhot\n dog", "hot dog"),
-    ("SHEEP and Cattle", "sheep, cow"),
-    ("A horse-drawn cart with ponies", "horse, horse"),
-    ("A slice of pizza and a pizza box", "pizza"),
-    ("A pair of scissors, two vases, a hair dryer", "scissors, vase, hair drier"),
-    ("There is no dog here.", "dog"),  # CHAIR has no negation
-    ("A lamp, a window and a fence.", ""),
-]
+CHAIR_TEXT = """Two [dogs=dog] and a [puppy=dog]. A [man=person] eats a [hot dog]. [Hot dogs=hot
+    dog] and [hotdogs=hot dog] on a [table=dining table]. A [teddy bear] on the [bed]. A [bear
+    cub=bear]. The sign bears the name of the town. [People=person] wait at the bus stop for two
+    [buses=bus]. A [passenger train=train] on the train tracks. A couple of [birds=bird]. A flock of
+    [geese=bird]. A [baby elephant=elephant] with an [adult elephant=elephant]. The [baby=person]
+    and a [cat]. Two [glasses of wine=wine glass]. She wears glasses. [Knives=knife]. An [orange] on
+    a plate. [Oranges=orange] and one [apple]. An orange [cat] wears an orange [tie]. The [bus] is
+    orange. He drinks orange juice. An [orange] and a [banana]. An orange and white [cat]. A
+    man-made lake with a dog-friendly path. The category of [cars=car]: an [SUV=car] and a
+    [taxi=car]. A bike rack without [bikes=bicycle]. The [catcher's mitt=baseball glove] catches the
+    [ball=sports ball]. A [TV=tv] on a TV stand, a [remote control=remote] in a remote village. A
+    [potted plant], many plants, and a flower bed. A\n[hot\n dog=hot dog]. [SHEEP=sheep] and
+    [Cattle=cow]. A [slice of pizza=pizza] and a pizza box. There is no [dog] here. A lamp"""
 
 
-@pytest.mark.parametrize("text, kinds", CASES)
-def test_chair_finds_the_objects_that_a_text_mentions(text, kinds):
-    wanted = kinds.split(", ") if "," in kinds or kinds in coco.WORDS else kinds.split()
-    assert coco.mentions(text) == wanted
-
-
-def test_chair_table_is_coco():
-    assert len(CASES) >= 40 and len(coco.WORDS) == 80
-    for kind in coco.WORDS:  # every kind is found by its own name and by its plural
+def test_chair_by_hand():
+    for sentence in CHAIR_TEXT.split(". "):  # [phrase=kind], or [kind]
+        marks = re.findall(r"\[(.*?)\]", sentence, re.S)
+        kinds = [" ".join(mark.rpartition("=")[2].split()) for mark in marks]
+        text = re.sub(r"\[(.*?)(=.*?)?\]", r"\1", sentence, flags=re.S)
+        assert coco.mentions(text) == kinds, text
+    for kind in coco.WORDS:
         sentence = f"Here is {'an' if kind[0] in 'aeiou' else 'a'} {kind}."
-        assert coco.mentions(sentence) == [kind]
-        assert coco.mentions(coco.plural(kind) + " everywhere") == [kind]
-    named = [word for others in coco.WORDS.values() for word in coco.listed(others)]
+        assert coco.mentions(sentence) == coco.mentions(coco.plural(kind) + " everywhere") == [kind]
+    named = [word for others in coco.WORDS.values() for word in others]
     assert len(named) == len(set(named)) and not set(named) & set(coco.WORDS)
-
-
-def test_chair_figures_by_hand():
-    answers = ["A dog and a cat on a bed.", "A dog, a dog and a horse.", "A quiet day.", "A cat."]
+    texts = ["A dog and a cat on a bed.", "A dog, a dog and a horse.", "A quiet day.", "A cat."]
     there = [{"dog", "bed"}, {"dog"}, {"car"}, {"cat", "couch"}]
     # mentions 3 + 3 + 0 + 1, false: cat, horse; found 2 + 1 + 0 + 1 of 2 + 1 + 1 + 2
-    assert only_values(evaluate.chair(answers, there)) == pytest.approx(
+    found = evaluation.chair(texts, there)
+    assert only_values(found) == pytest.approx(
         {"chair_s": 2 / 4, "response": 2 / 3, "chair_i": 2 / 7, "coverage": 4 / 6})
-    grouped = evaluate.chair(answers, there, ["one", "one", "two", "two"])
-    assert only_values(grouped) == only_values(evaluate.chair(answers, there))
-
-
-@pytest.mark.parametrize("image, key", [
-    (391895, "391895"), ("391895", "391895"), ("000000391895.jpg", "391895"),
-    ("COCO_val2014_000000391895.jpg", "391895"), ("val2014/000000391895.jpg", "391895"),
-    ("kitchen.jpg", "kitchen.jpg"), ("img_12.png", "img_12.png"),
-])
-def test_chair_knows_an_image_by_all_its_names(image, key):
-    assert coco.image_key(image) == key
+    grouped = evaluation.chair(texts, there, ["one", "one", "two", "two"])
+    assert only_values(grouped) == only_values(found) and grouped != found and len(coco.WORDS) == 80
 
 
 def test_chair_reads_instances_captions_and_plain_files(tmp_path):
-    images = [{"id": 7, "file_name": "COCO_val2014_000000000007.jpg"},
-              {"id": 8, "file_name": "000000000008.jpg"}]
-    (tmp_path / "instances.json").write_text(json.dumps({
-        "images": images,
-        "categories": [{"id": 18, "name": "dog"}, {"id": 88, "name": "teddy bear"}],
-        "annotations": [{"image_id": 7, "category_id": 18}, {"image_id": 7, "category_id": 88}]}))
-    (tmp_path / "captions.json").write_text(json.dumps({
-        "images": images, "annotations": [{"image_id": 7, "caption": "A puppy on a sofa"}]}))
-    (tmp_path / "plain.json").write_text(json.dumps({"a.jpg": ["wooden chair", "lamp", "person"]}))
-    truth, files = coco.read_objects(sorted(tmp_path.iterdir()))
-    assert truth == {"7": {"dog", "teddy bear", "couch"}, "8": set(), "a.jpg": {"chair", "person"}}
-    assert files == {"7": images[0]["file_name"], "8": images[1]["file_name"], "a.jpg": "a.jpg"}
-    (tmp_path / "wrong.json").write_text('{"a.jpg": "dog"}')
-    (tmp_path / "worse.json").write_text('{"annotations": [{"image_id": 7}]}')
-    for name in ("wrong.json", "worse.json"):
-        with pytest.raises(DataError, match=f"{name}: neither COCO annotations"):
-            coco.read_objects([tmp_path / name])
+    keys = {391895: "391895", "val2014/000000391895.jpg": "391895", "i_12.png": "i_12.png",
+            "COCO_val2014_000000391895.jpg": "391895", "a/b.jpg": "b.jpg", "000": "0"}
+    assert {image: coco.image_key(image) for image in keys} == keys
+    images = [{"id": 7, "file_name": "COCO_val_07.jpg"}, {"id": 8, "file_name": "8.jpg"}]
+    boxes = {"categories": [{"id": 18, "name": "dog"}, {"id": 88, "name": "bear"}],
+             "annotations": [{"image_id": 7, "category_id": kind} for kind in (18, 88)]}
+    texts = {"annotations": [{"image_id": 7, "caption": "A puppy on a sofa"}]}
+    for name, content in (("boxes", boxes), ("captions", texts)):
+        write_lines(tmp_path / name, {"images": images, **content})
+    write_lines(tmp_path / "plain", {"a.jpg": ["wooden chair", "lamp", "person"]})
+    truth, names = coco.read_objects(tmp_path.iterdir())
+    assert truth == {"7": {"dog", "bear", "couch"}, "8": set(), "a.jpg": {"chair", "person"}}
+    assert names == {"7": "COCO_val_07.jpg", "8": "8.jpg", "a.jpg": "a.jpg"}
+    for content in ({"a.jpg": "dog"}, {"annotations": [{"image_id": 7}]}):
+        write_lines(tmp_path / "wrong", content)
+        with pytest.raises(DataError, match="wrong: neither COCO annotations"):
+            coco.read_objects([tmp_path / "wrong"])
 
 
-# ---------------------------------------------------------------------------- MMHal
-
-@pytest.mark.parametrize("reply, found", [
-    ("Rating: 6", 6), ("It is fine.\nrating: 0", 0), ("RATING: 4, since ...", 4),
-    ("Rating: 3. I repeat: rating: 3", 3),  # the same one twice
-    ("Rating: 3 or rating: 4", None), ("A 5 of 6", None), ("", None), ("Rating:5", None),
-    ("rating: 9", None), ("Rating: 35", 3),  # as the public script reads it
-])
-def test_mmhal_rating_rule(reply, found):
-    assert benchmarks.rating(reply) == found
-
-
-def test_mmhal_figures_by_hand():
+def test_mmhal_by_hand(tmp_path):
+    rules = {"Rating: 6": 6, "It is fine.\nrating: 0": 0, "RATING: 4, since ...": 4, "": None,
+             "Rating: 3. I repeat: rating: 3": 3, "Rating: 3 or rating: 4": None, "A 5 of 6": None,
+             "Rating:5": None, "rating: 9": None, "Rating: 35": 3}  # as the public script reads it
+    assert {reply: benchmarks.rating(reply) for reply in rules} == rules
     replies = [f"Rating: {n}" for n in (6, 5, 4, 3, 2, 1, 0, 6)] + ["no rating", "rating: 2"]
-    found = only_values(evaluate.mmhal(replies))
-    assert found["score"] == pytest.approx(29 / 10)  # 27 for the first eight, then 0 and 2
-    assert found["hallucination"] == pytest.approx(5 / 10)  # 2, 1, 0, none, 2
-    by_kind = {kind: found[f"score/{kind}"] for kind in benchmarks.MMHAL_KINDS}
-    assert by_kind == pytest.approx({
-        "attribute": 3, "adversarial object": 3.5, "comparison": 4, "counting": 3,
-        "spatial relation": 2, "environment": 1, "holistic": 0, "other": 6})
+    by_kind = zip(benchmarks.MMHAL_KINDS, (3, 3.5, 4, 3, 2, 1, 0, 6))
+    assert only_values(evaluation.mmhal(replies)) == pytest.approx(
+        {"score": 29 / 10, "hallucination": 5 / 10} | {f"score/{k}": value for k, value in by_kind})
+    path, chat = tmp_path / "rows.jsonl", {"choices": [{"message": {"content": "b"}}]}
+    for rows in ([{"id": 1, "reply": "b"}, {"id": 0, "reply": "a"}], ["a", chat], [["a", "b"]]):
+        write_lines(path, *rows)
+        assert benchmarks.read_replies(path, 3) == ["a", "b", ""]
+    prompt = benchmarks.judge_prompt(MMHAL_ROWS[0])
+    assert all(part in prompt for part in ("dog, tree", "What?", "Truth", "A {strange} one"))
 
 
-def mmhal_row(i):
-    return {"question_type": "attribute", "question_topic": "food", "image_id": f"id{i}",
-            "image_src": f"https://example.org/photos/{i}.png", "image_content": ["dog", "tree"],
-            "question": f"Question {i}?", "gt_answer": "Truth", "model_answer": ""}
+# ------------------------------------------------------------------------------ the built-in world
+
+def scored_records(drawn, describe, answer=lambda name, item: item["truth"]):
+    """Records of scenes, with descriptions and answers by two functions."""
+    records = builtin.questionnaire(drawn)
+    for scene, record in zip(drawn, records):
+        record["answer"] = describe(scene)
+        for name, item in record["asked"].items():
+            item["answer"] = answer(name, item)
+        builtin.score_record(scene, record)
+    return records
 
 
-def test_mmhal_reads_replies_in_any_common_form(tmp_path):
-    path = tmp_path / "replies.jsonl"
-    write = lambda rows: path.write_text("\n".join(map(json.dumps, rows)))
-    write([{"id": 1, "reply": "b"}, {"id": 0, "reply": "a"}])
-    assert benchmarks.read_replies(path, 3) == ["a", "b", ""]
-    write(["a", {"choices": [{"message": {"content": "b"}}]}])
-    assert benchmarks.read_replies(path, 2) == ["a", "b"]
-    path.write_text(json.dumps(["a", "b"], indent=1))  # a list instead of lines
-    assert benchmarks.read_replies(path, 2) == ["a", "b"]
-    write([{"id": 0, "text": "a"}])
-    with pytest.raises(DataError, match="row 1: expected"):
-        benchmarks.read_replies(path, 1)
-    write([{"id": 5, "reply": "a"}])
-    with pytest.raises(DataError, match="prompt 5, but there are only 2"):
-        benchmarks.read_replies(path, 2)
-
-
-def test_mmhal_template_is_checked_and_judged_by_its_facts(tmp_path):
-    path = tmp_path / "template.json"
-    path.write_text(json.dumps([mmhal_row(0)]))
-    row = benchmarks.read_mmhal(path)[0] | {"model_answer": "A {strange} answer"}
-    prompt = benchmarks.judge_prompt(row)
-    for part in ("dog, tree", "Question 0?", "Truth", "A {strange} answer", "Rating: n"):
-        assert part in prompt
-    path.write_text(json.dumps([mmhal_row(0), {"question": "?"}]))
-    with pytest.raises(DataError, match="row 2: no image_id"):
-        benchmarks.read_mmhal(path)
-
-
-# ---------------------------------------------------------------------------- the built-in world
-
-KITCHEN = Scene(0, "kitchen", (Thing("cup", "red", 2, 0), Thing("pot", "blue", 1, 4)))
-BEACH = Scene(1, "beach", (Thing("boat", "blue", 1, 2), Thing("ball", "purple", 3, 6)))
-
-
-def judged(scene, description, replies=None):
-    record = benchmarks.questionnaire([scene])[0]
-    truths = [item["truth"] for item in record["asked"].values()]
-    benchmarks.judge(scene, record, description, replies or truths)
-    return record
-
-
-def test_world_questionnaire_asks_what_it_says():
-    scenes = [world.make_scene(i, "test") for i in range(60)]
-    records = benchmarks.questionnaire(scenes)
-    assert records == benchmarks.questionnaire(scenes) != benchmarks.questionnaire(scenes, seed=1)
+def test_builtin_questionnaire_asks_what_it_says():
+    drawn = [world.make_scene(i, "test") for i in range(60)]
+    records = builtin.questionnaire(drawn)
+    assert records == builtin.questionnaire(drawn) != builtin.questionnaire(drawn, seed=1)
     counts = {k: sum(k in r["truth"] for r in records) for k in world.KINDS}
-    popular = set(sorted(counts, key=counts.get, reverse=True)[:8])  # 6, and ties
-    for scene, record in zip(scenes, records):
+    popular = set(sorted(counts, key=counts.get)[-8:])  # 6, and ties
+    for scene, record in zip(drawn, records):
+        asked, truth = list(record["asked"].values())[:4], set(record["truth"])
+        kinds = [world.mentions(item["question"].replace("?", ".").replace("Is there", "A "))[0]
+                 for item in asked]
+        assert [item["truth"] == "No." for item in asked] == [False, True, True, True]
+        assert kinds[0] in truth and kinds[1] not in truth and kinds[2] in popular - truth
+        assert kinds[3] in set(world.SCENES[scene.type]) - truth
         assert record["question"] in world.DESCRIBE_PROMPTS_EVAL
-        kind = {name: world.mentions(item["question"].replace("?", ".").replace("Is there", "A "))
-                for name, item in record["asked"].items() if name.startswith("pope/")}
-        assert [item["truth"] == "No." for item in record["asked"].values()][:4] == [0, 1, 1, 1]
-        assert kind["pope/present"][0] in record["truth"]
-        assert kind["pope/random"][0] not in record["truth"]
-        assert kind["pope/popular"][0] in popular - set(record["truth"])
-        assert kind["pope/adversarial"][0] in set(world.SCENES[scene.type]) - set(record["truth"])
 
 
-def test_world_perfect_answers_measure_perfectly():
-    scenes = [world.make_scene(i, "test") for i in range(40)]
-    records = benchmarks.questionnaire(scenes)
-    for scene, record in zip(scenes, records):
-        truths = [item["truth"] for item in record["asked"].values()]
-        benchmarks.judge(scene, record, world.describe(scene), truths)
-    found = only_values(benchmarks.world_metrics(records))
-    zero = [name for name in found if name.startswith("hallucination/")]
-    zero += ["chair_i", "over_generalisation", "mmhal/hallucination"]
-    one = [n for n in found if n.startswith("question/") or n.endswith(("/accuracy", "/f1"))]
-    half = [name for name in found if name.endswith("/yes_ratio")]
-    six = [name for name in found if name == "mmhal/score" or name.startswith("mmhal/kind/")]
-    assert len(zero) == 9 and len(one) == 12 and len(half) == 3 and len(six) == 9
-    assert found["coverage"] == 1 and 20 < found["length"] < 60
-    assert all(found[n] == 0 for n in zero) and all(found[n] == 1 for n in one)
-    assert all(found[n] == 0.5 for n in half) and all(found[n] == 6 for n in six)
+def test_builtin_perfect_answers_measure_perfectly():
+    drawn = [world.make_scene(i, "test") for i in range(40)]
+    found = only_values(world_metrics(scored_records(drawn, world.describe)))
+    perfect = {  # value and number of the measures
+        "hallucination/.*|chair_i|over_generalisation|mmhal/hallucination": (0, 9),
+        "question/.*|.*/accuracy|.*/f1|coverage": (1, 13), ".*/yes_ratio": (0.5, 3),
+        "mmhal/(score|kind/.*)": (6, 9)}
+    for pattern, (value, count) in perfect.items():
+        names = [name for name in found if re.fullmatch(pattern, name)]
+        assert [found.pop(name) for name in names] == [value] * count
+    assert list(found) == ["length"] and 20 < found["length"] < 60
 
 
-def test_world_figures_by_hand():
-    records = [
-        judged(KITCHEN, "This is a kitchen. There are three red cups at the top left. "  # number
-                        "There is a blue apple on the right."),  # object
-        judged(BEACH, "This is a beach. There is a red boat at the top right. "  # attribute
-                      "There are three purple balls at the top left."),  # position
-    ]
-    found = only_values(benchmarks.world_metrics(records))
-    assert found["hallucination/any"] == 1
-    for kind in ("object", "attribute", "position", "number"):
-        assert found[f"hallucination/{kind}"] == 0.5
-    assert found["hallucination/other"] == 0
-    assert found["chair_i"] == 1 / 4 and found["coverage"] == 3 / 4
-    assert found["length"] == (21 + 22) / 2
+def test_builtin_by_hand():
+    kitchen = Scene(0, "kitchen", (Thing("cup", "red", 2, 0), Thing("pot", "blue", 1, 4)))
+    beach = Scene(1, "beach", (Thing("boat", "blue", 1, 2), Thing("ball", "purple", 3, 6)))
+    texts = {kitchen: "This is a kitchen. There are three red cups at the top left. "
+                      "There is a blue apple on the right.",  # false: a number, an object
+             beach: "This is a beach. There is a red boat at the top right. "
+                    "There are three purple balls at the top left."}  # an attribute, a position
+    records = [scored_records([scene], texts.get)[0] for scene in texts]
+    found = only_values(world_metrics(records))
+    kinds = ("any", "object", "attribute", "position", "number", "other")
+    assert [found[f"hallucination/{kind}"] for kind in kinds] == [1, 0.5, 0.5, 0.5, 0.5, 0]
+    assert [found[n] for n in ("chair_i", "coverage", "length")] == [1 / 4, 3 / 4, (21 + 22) / 2]
     assert found["mmhal/kind/holistic"] == (1 + 2) / 2  # one of two objects: 1; both: 2
-
-
-def test_world_wrong_answers_are_wrong():
-    record = judged(KITCHEN, world.describe(KITCHEN))
     wrong = {"pope/present": "No.", "pope/random": "Yes, on the left.", "pope/adversarial": "Yes.",
              "question/colour": "Hm.", "question/number": "Three."}
-    replies = [wrong.get(name, item["truth"]) for name, item in record["asked"].items()]
-    record = judged(KITCHEN, world.describe(KITCHEN), replies)
+    answer = lambda name, item: wrong.get(name, item["truth"])
+    record, = scored_records([kitchen], world.describe, answer)
     assert {name for name, item in record["asked"].items() if not item["right"]} == set(wrong)
-    found = only_values(benchmarks.world_metrics([record]))
-    three = lambda measure: [found[f"pope/{n}/{measure}"] for n in benchmarks.NEGATIVES]
+    found = only_values(world_metrics([record]))
+    three = lambda measure: [found[f"pope/{n}/{measure}"] for n in builtin.NEGATIVES]
     assert three("accuracy") == [0, 0.5, 0] and three("yes_ratio") == [0.5, 0, 0.5]
-    # off the point: 3; wrong: 0 for counting and for the object that habit expects; else 6
-    assert benchmarks.world_ratings(record) == [3, 0, 6, 0, 6, 6, 6, 6]
-
-
-def test_world_over_generalisation_by_hand():
-    make = lambda setting, truth, said: {"type": setting, "truth": truth.split(),
-                                         "mentions": said.split()}
-    records = [
-        make("farm", "duck", "duck cow"), make("farm", "cow", "cow duck duck"),
-        make("park", "kite", "kite duck"), make("park", "ball", "kite"),
-    ]
+    # beside the point: 3; wrong: 0 for counting and for the adversarial object; else 6
+    assert builtin.world_ratings(record) == [3, 0, 6, 0, 6, 6, 6, 6]
+    rows = ["farm,duck,duck cow", "farm,cow,cow duck duck", "park,kite,kite duck", "park,ball,kite"]
+    records = [{"type": setting, "truth": [truth], "mentions": mentions.split()}
+               for setting, truth, mentions in (row.split(",") for row in rows)]
     # farm, {duck, cow}: made up on 2 of 2 occasions there, 3 of 6 everywhere; park: 1 of 2, 1 of 6
-    value = metrics.values(benchmarks.delta_terms(records), np.ones((1, 4)))[0]
+    value = metrics.values(builtin.delta_terms(records), np.ones((1, 4)))[0]
     assert value == pytest.approx(((2 / 2 - 3 / 6) + (1 / 2 - 1 / 6)) / 2)
 
 
-# ---------------------------------------------------------------------------- asking
+# ----------------------------------------------------------------------------- answers, evaluate.py
 
-def test_answers_keep_the_order_of_the_questions(tokenizer_evaluate):
-    model = tiny_model(tokenizer_evaluate)
-    scenes = [world.make_scene(i) for i in range(5)]
-    images = [world.draw(scene, 16) for scene in scenes]
-    questions = ["Is there a car?", "What can you see in the picture?", "Describe the picture.",
-                 "Where is the dog?", "In this picture, is the cup above the pot?"]
-    apart = [ask.answers(model, tokenizer_evaluate, SETTINGS, [image], [question], 8)[0]
-             for image, question in zip(images, questions)]
-    together = ask.answers(model, tokenizer_evaluate, SETTINGS, images, questions, 8, batch_size=2)
-    features = ask.image_features(model, SETTINGS, images, batch_size=3)
-    assert together == apart and len(set(apart)) > 1
-    assert ask.answers(model, tokenizer_evaluate, SETTINGS, features, questions, 8) == apart
-    with pytest.raises(ValueError, match="5 images for 1 questions"):
-        ask.answers(model, tokenizer_evaluate, SETTINGS, images, ["Why?"])
-
-
-def test_answers_are_sampled_reproducibly(tokenizer_evaluate):
-    model, images = tiny_model(tokenizer_evaluate), [world.draw(world.make_scene(0), 16)] * 2
-    questions = ["What?", "Where is it?"]
-    draw = lambda seed: ask.answers(model, tokenizer_evaluate, SETTINGS, images, questions, 8,
-                                    temperature=1.0, samples=3, seed=seed)
-    assert len(draw(0)) == 6 and len(set(draw(0))) > 3
-    assert draw(0) == draw(0) != draw(1)
-
-
-def test_stream_writes_the_whole_answer(tokenizer_evaluate):
-    model, image = tiny_model(tokenizer_evaluate), world.draw(world.make_scene(3), 16)
-    written = []
-    question = "Is there a car?"
-    text = ask.stream(model, tokenizer_evaluate, SETTINGS, image, question, 12, write=written.append)
-    assert text == "".join(written).strip() and len(written) > 3
-    assert text == ask.answers(model, tokenizer_evaluate, SETTINGS, [image], [question], 12)[0]
+@pytest.fixture(scope="module")
+def evaluated_runs(tiny_world, tokenizer, tmp_path_factory):
+    """A folder with questions, answers, images, and runs: two with models, three with results."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, seed in (("one", 0), ("two", 1)):
+        model = copy.deepcopy(tiny_world)
+        init_weights(model, seed)
+        checkpoint.save_llava(model, tokenizer, EVALUATION_SETTINGS, folder / name / "model")
+    annotate = lambda scene: world.annotate(scene, random.Random(scene.seed))
+    for name, n, say in (("bad", 9, annotate), ("good", 9, world.describe), ("few", 5, annotate)):
+        records = scored_records([world.make_scene(i, "test") for i in range(n)], say)
+        (folder / name).mkdir()
+        evaluation.write_results(
+            folder / name / "results.json", None, (world_metrics(records), records))
+    for path in folder.iterdir():
+        write_lines(path / "config.json", {"settings": {"algo": "old<i>"}, "versions": {}})
+    (folder / "images").mkdir()
+    for i in range(7):
+        Image.new("RGB", (8, 8), (30 * i, 0, 0)).save(folder / f"images/{i}.png")
+    (folder / "images/bad.png").write_bytes(b"no picture")
+    for name, rows in {
+        "rows.jsonl": [{"image": f"{i}.png", "question": f"<image>\nQuestion {i}?", "answer": "-",
+                        "question_id": i, "label": ("no", "yes")[i % 2]} for i in range(7)],
+        "template.json": MMHAL_ROWS, "images/results.json": [{"loss": 3}],
+        "replies.jsonl": [{"id": i, "reply": f"Rating: {i}"} for i in range(6)],
+        "wrong.jsonl": [{"text": ("Yes", "No")[i % 2]} for i in range(7)],
+        "truth.json": [{"0.png": ["dog"], "1.png": ["cat", "sofa"]}],
+        "captions.jsonl": [{"image": "0.png", "caption": "Two dogs"},
+                           {"image_id": "1.png", "answer": "A cat and a dog"}],
+        "others.jsonl": [{"id": 9, "image": "9.png", "reply": "", "text": "Dogs"}],
+        "few/metrics.jsonl": [{"step": 1}]}.items():
+        write_lines(folder / name, *rows)
+    return folder
 
 
 @pytest.fixture
-def questions_file(tmp_path):
-    """Seven images and a JSONL file of questions about them."""
-    (tmp_path / "images").mkdir()
-    rows = []
-    for i in range(7):
-        Image.new("RGB", (8, 8), (30 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
-        rows.append({"image": f"{i}.png", "question": f"<image>\nQuestion {i}?", "question_id": i,
-                     "label": "yes" if i % 2 else "no"})
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return tmp_path
+def run_evaluate(evaluated_runs, tmp_path, monkeypatch, capsys):
+    """Runs evaluate.py in a copy of that folder; returns all that it prints."""
+    monkeypatch.chdir(shutil.copytree(evaluated_runs, tmp_path / "copy"))
+
+    def run(command, status=0):
+        try:
+            assert evaluate.main(command.split()) == status
+        except SystemExit as stopped:
+            assert stopped.code == status
+        return "".join(capsys.readouterr())
+
+    return run
 
 
-def test_answer_file_goes_on_where_it_was_stopped(questions_file):
-    asks = ask.read_asks(questions_file / "rows.jsonl", questions_file / "images")
-    assert [each.question for each in asks] == [f"Question {i}?" for i in range(7)]
-    calls = []
-
-    def reply(images, questions, seed, stop_at=None):
-        calls.append(seed)
-        if len(calls) == stop_at:
-            raise KeyboardInterrupt
-        return [f"{question} {image.getpixel((0, 0))[0]} {seed}"
-                for image, question in zip(images, questions)]
-
-    whole = ask.answer_file(reply, "m", asks, questions_file / "whole.jsonl", 2)
-    assert calls == [0, 2, 4, 6] and [row["question_id"] for row in whole] == list(range(7))
-    assert whole[3]["answer"] == "Question 3? 90 2" and whole[3]["image"] == "3.png"
-    calls.clear()
-    path = questions_file / "parts.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        ask.answer_file(lambda *a: reply(*a, stop_at=3), "m", asks, path, 2)
-    assert len(path.read_text().splitlines()) == 4
-    path.write_text(path.read_text() + whole[4]["question"] + '{"half')  # killed while writing
-    calls.clear()
-    assert ask.answer_file(reply, "m", asks, path, 2) == whole and calls == [4, 6]
-    assert path.read_text() == (questions_file / "whole.jsonl").read_text()
-    calls.clear()
-    assert ask.answer_file(reply, "m", asks, path, 2) == whole and not calls
-    with pytest.raises(ValueError, match="another model or settings"):
-        ask.answer_file(reply, "other", asks, path, 2)
-    with pytest.raises(ValueError, match="other questions"):
-        ask.answer_file(reply, "m", asks[1:], path, 2)
-
-
-def test_answer_file_reports_images_that_cannot_be_read(questions_file):
-    (questions_file / "images" / "2.png").write_bytes(b"no picture")
-    asks = ask.read_asks(questions_file / "rows.jsonl", questions_file / "images")
-    reply = lambda images, questions, seed: list(questions)
-    path = questions_file / "out.jsonl"
-    with pytest.raises(DataError, match="row 3: cannot read image 2.png"):
-        ask.answer_file(reply, "m", asks, path, 2)
-    assert len(path.read_text().splitlines()) == 2  # what was answered is kept
-    skipped = []
-    rows = ask.answer_file(reply, "m", asks, path, 2, skip=skipped)
-    assert len(rows) == 7 and len(skipped) == 1 and "2.png" in skipped[0]
-    assert ["answer" in row for row in rows] == [True, True, False, True, True, True, True]
-
-
-@pytest.mark.parametrize("row, message", [
-    ({"image": "../secret.png", "question": "?"}, "outside the image folder"),
-    ({"image": "/etc/passwd", "question": "?"}, "outside the image folder"),
-    ({"image": "none.png", "question": "?"}, "no image 'none.png'"),
-    ({"image": "0.png"}, "'question' is missing"), ({"question": "?"}, "'image' is missing"),
-    (["0.png", "?"], "expected an object"),
+@pytest.mark.parametrize("command, status, pattern", [
+    ("--pope rows.jsonl --answers wrong.jsonl", 0, r"accuracy +0\.0"),
+    ("--chair truth.json --answers captions.jsonl", 0,
+     r"chair_s +50\.0.*\nresponse +50\.0.*\nchair_i +33\.3.*\ncoverage +66\.7"),
+    ("--mmhal template.json --replies replies.jsonl", 0,
+     r"score \(of 6\) +2\.14(.|\n)*prompt 6: not one rating, counts as 0: ''"),  # 15 / 7
+    ("--compare bad good", 0,
+     r"%  +bad +good  +- bad, 95 % interval\nhallucination/any +([5-9]\d\.\d|100\.0) +0\.0 +-\1 "),
+    ("--compare bad few", 1, "few and bad were measured on different scenes"),
+    ("--compare bad none", 1, "first run: python evaluate.py none"),
+    ("--compare bad images", 1, "measure again"),
+    ("--chair truth.json --answers others.jsonl", 1, "nothing is known about image '9'"),
+    ("--mmhal template.json --replies others.jsonl", 1, "prompt 9, but there are only 7"),
+    ("--mmhal template.json --replies wrong.jsonl", 1, "row 1: expected"),
+    ("--mmhal truth.json --replies replies.jsonl", 1, "row 1: no image_id"),
+    ("few", 1, "few: an unfinished run"), ("no/run", 1, "no/run/config.json: no such file"),
+    ("--model one --image none.png --prompt ?", 1, "cannot read image none.png .* No such file"),
+    ("--pope none.jsonl --answers a.jsonl", 1, "none.jsonl: no such file"),
+    ("--mmhal none.json --replies r.jsonl", 1, "none.json: no such file"),
+    ("--chair none.json --answers a.jsonl", 1, "none.json: no such file"),
+    ("", 2, "give one of"), ("run --pope p.jsonl", 2, "give one of"),
+    ("--image a.png --model m", 2, "--image needs --prompt"), ("--poep p.jsonl", 2, "unrecognized"),
+    ("--data a.jsonl --answers b.jsonl", 2, "--data needs --model"),
 ])
-def test_asks_are_checked(questions_file, row, message):
-    (questions_file / "secret.png").write_bytes((questions_file / "images" / "0.png").read_bytes())
-    path = questions_file / "bad.jsonl"
-    path.write_text(json.dumps({"image": "0.png", "text": "POPE's name for it?"}) + "\n"
-                    + json.dumps(row))
-    with pytest.raises(DataError, match=f"row 2: .*{message}"):
-        ask.read_asks(path, questions_file / "images")
-    skipped = []
-    assert len(ask.read_asks(path, questions_file / "images", skip=skipped)) == len(skipped) == 1
+def test_evaluate_scores_answers_or_says_what_is_wrong(run_evaluate, command, status, pattern):
+    shown = run_evaluate(command, status)
+    assert re.search(pattern, shown) and (status != 1 or re.fullmatch("error: .*\n", shown))
 
 
-# ---------------------------------------------------------------------------- the command line
+def test_evaluate_asks_a_model(run_evaluate):
+    asked = "--images images --output out --max_new_tokens 4"
+    assert "yes_ratio" in run_evaluate(f"--model one --pope rows.jsonl {asked}")
+    columns = zip(*((r["answer"], r["label"], r["image"]) for r in read_lines("out/rows.jsonl")))
+    assert json.loads(Path("out/rows.scores.json").read_text()) == evaluation.pope(*columns)
+    write_lines("one.jsonl", {"image": "3.png"})
+    run_evaluate(f"--model one --data one.jsonl --prompt Why? {asked}")
+    person = run_evaluate("--model one --image images/3.png --prompt Why? --max_new_tokens 4")
+    assert person.strip() == read_lines("out/one.jsonl")[0]["answer"]
+    run_evaluate(f"--model one --chair truth.json {asked}")
+    assert [row["image"] for row in read_lines("out/chair.jsonl")] == ["0.png", "1.png"]
+    for other in ("two", "one --seed 1"):
+        assert "another model" in run_evaluate(f"--model {other} --chair truth.json {asked}", 1)
+    run_evaluate(f"--model one --mmhal template.json --judge_prompt short {asked}")
+    filled = json.loads(Path("out/mmhal_short_filled.json").read_text())
+    prompts = read_lines("out/mmhal_short_prompts.jsonl")
+    assert [prompt["id"] for prompt in prompts] == list(range(7)) and "strange" not in str(filled)
+    assert all(row["model_answer"] in each["prompt"] for row, each in zip(filled, prompts))
 
-def run(*arguments):
-    return evaluate.main([str(argument) for argument in arguments])
 
-
-def test_evaluate_measures_a_run_again(run_folder, capsys):
-    for name in ("sft", "ddpo"):
-        assert run(run_folder / name, "--scenes", 4) == 0
-    assert "hallucination/any" in capsys.readouterr().out
-    results = metrics.read_results(run_folder / "ddpo" / "results.json")
+def test_evaluate_measures_a_run_again(run_evaluate):
+    assert all("hallucination/any" in run_evaluate(f"{run} --scenes 4") for run in ("one", "two"))
+    results = evaluation.read_results("two/results.json")
     assert list(results) == ["after"] and len(results["after"][1]) == 4
-    before = metrics.read_results(run_folder / "sft" / "results.json")["after"]
-    metrics.write_results(run_folder / "ddpo" / "results.json", before, before)
-    assert run(run_folder / "ddpo") == 0  # as many scenes as before, and "before" stays
-    assert capsys.readouterr().out.splitlines()[0].split() == \
-        "% before 95 % interval after 95 % interval change relative".split()
-    again = metrics.read_results(run_folder / "ddpo" / "results.json")
-    assert again == {"before": before, "after": results["after"]}
-    assert (run_folder / "ddpo" / "report.html").exists()
+    before = evaluation.read_results("one/results.json")["after"]
+    evaluation.write_results("two/results.json", before, before)
+    shown = run_evaluate("two")  # as many scenes as before; "before" stays
+    assert shown.split()[:6] == "% before 95 % interval after".split()
+    assert evaluation.read_results("two/results.json") == {"before": before, **results}
+    page = Path("two/report.html").read_text()
+    assert "A run of old&lt;i&gt;. A hallu" in page  # config.json has no "about" and "reads"
+    assert "all settings" in page and "Learning curves" not in page
+    with pytest.raises(FileNotFoundError, match="images/config.json"):
+        evaluation.write_report("images")
 
 
-def test_evaluate_compares_runs_on_the_same_scenes(run_folder, tmp_path, capsys):
-    scenes = [world.make_scene(i, "test") for i in range(20)]
-    for name, said in (("sft", lambda s: world.annotate(s, random.Random(s.seed))),
-                       ("ddpo", world.describe)):
-        records = benchmarks.questionnaire(scenes)
-        for scene, record in zip(scenes, records):
-            benchmarks.judge(scene, record, said(scene), [""] * 10)
-        (tmp_path / name).mkdir()
-        metrics.write_results(tmp_path / name / "results.json", None,
-                              (benchmarks.world_metrics(records), records))
-    assert run("--compare", tmp_path / "sft", tmp_path / "ddpo") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == "% sft ddpo - sft, 95 % interval".split()
-    words = next(line for line in lines if line.startswith("hallucination/any")).split()
-    assert float(words[2]) == 0 and float(words[3]) == -float(words[1]) < -50
-    assert run("--compare", tmp_path / "sft", tmp_path / "none") == 1
-    assert "first run: python evaluate.py" in capsys.readouterr().err
-    result = benchmarks.world_metrics(records[:5]), records[:5]
-    metrics.write_results(tmp_path / "ddpo" / "results.json", None, result)
-    assert run("--compare", tmp_path / "sft", tmp_path / "ddpo") == 1
-    assert "different scenes" in capsys.readouterr().err
+def test_answer_file_resumes_where_it_was_stopped(run_evaluate):
+    questions = answers.read_questions(Path("rows.jsonl"), "images")
+    seeds, part, path = [], Path("part.jsonl"), Path("whole.jsonl")
+
+    def respond(images, texts, seed):
+        seeds.append(seed)
+        return [f"{text} {image.getpixel((0, 0))[0]} {seed}" for image, text in zip(images, texts)]
+
+    whole = answers.answer_file(respond, "m", questions, path, 2)
+    assert [row["question_id"] for row in whole] == list(range(7)) and whole[3]["image"] == "3.png"
+    assert whole[3]["answer"] == "Question 3? 90 2"
+    part.write_text("".join(path.read_text().splitlines(True)[:5]) + '{"half')  # it was killed
+    assert answers.answer_file(respond, "m", questions, part, 2) == whole
+    assert part.read_text() == path.read_text() and seeds == [0, 2, 4, 6] + [4, 6]
+    assert answers.answer_file(respond, "m", questions, part, 2) == whole and len(seeds) == 6
+    for by, asked in (("other", questions), ("m", questions[1:])):
+        with pytest.raises(ValueError, match="other questions, or of another model or settings"):
+            answers.answer_file(respond, by, asked, part, 2)
 
 
-def test_evaluate_answers_a_file_and_a_person(run_folder, questions_file, capsys):
-    model, images = run_folder / "sft", questions_file / "images"
-    common = ["--model", model, "--output", questions_file / "out", "--max_new_tokens", 4]
-    assert run(*common, "--data", questions_file / "rows.jsonl", "--images", images) == 0
-    rows = [json.loads(line) for line in (questions_file / "out/rows.jsonl").open()]
-    assert [row["question_id"] for row in rows] == list(range(7))
-    assert all("answer" in row for row in rows)
-    capsys.readouterr()
-    question = ["--prompt", "Question 3?", "--max_new_tokens", 4]
-    assert run("--model", model, "--image", images / "3.png", *question) == 0
-    assert capsys.readouterr().out.strip() == rows[3]["answer"]
-    other = ["--model", run_folder / "ddpo", *common[2:]]  # another model into the same file
-    assert run(*other, "--data", questions_file / "rows.jsonl", "--images", images) == 1
-    assert "of another model or settings" in capsys.readouterr().err
+def test_questions_are_checked(run_evaluate):
+    bad = [({"image": "../rows.jsonl"}, "outside the image folder"), ([], "expected an object"),
+           ({"image": "/etc/passwd"}, "outside the image folder"),
+           ({"image": "none.png"}, "no image 'none.png'"), ({"question": "?"}, "'image' is missing"),
+           ({"image": "0.png"}, "'question' is missing"),
+           ({"image": "bad.png", "prompt": "?"}, "cannot read image bad.png")]
+    asked = "--model one --data bad.jsonl --images images --output out --max_new_tokens 4"
+    good = {"image": "0.png", "text": "POPE calls it so?"}
+    for row, message in bad:
+        write_lines("bad.jsonl", good, row)
+        shown = run_evaluate(f"{asked} --batch_size 1", 1)
+        assert re.fullmatch(f"error: bad.jsonl row 2: .*{message}.*\n", shown)
+    kept, = read_lines("out/bad.jsonl")  # the answer before the image that cannot be read
+    write_lines("bad.jsonl", good, *(row for row, _ in bad))
+    shown = run_evaluate(f"{asked} --batch_size 1 --skip_bad_rows")
+    for number, (_, message) in enumerate(bad, 2):
+        assert re.search(f"\n  bad.jsonl row {number}: .*{message}", shown)
+    first, last = read_lines("out/bad.jsonl")
+    assert first == kept and kept["question"] == "POPE calls it so?" and "answer" in kept
+    assert message in last["error"] and "answer" not in last
 
 
-def test_evaluate_pope_and_chair_from_files(run_folder, questions_file, capsys):
-    images, out = questions_file / "images", questions_file / "out"
-    assert run("--model", run_folder / "sft", "--pope", questions_file / "rows.jsonl",
-               "--images", images, "--output", out, "--max_new_tokens", 4) == 0
-    assert "accuracy" in capsys.readouterr().out
-    said = [json.loads(line) for line in (out / "rows.jsonl").open()]
-    scores = json.loads((out / "rows.scores.json").read_text())
-    assert scores == evaluate.pope([row["answer"] for row in said],
-                                   [row["label"] for row in said], [row["image"] for row in said])
-    answers = questions_file / "answers.jsonl"
-    answers.write_text("\n".join(json.dumps({"text": "No" if i % 2 else "Yes"}) for i in range(7)))
-    assert run("--pope", questions_file / "rows.jsonl", "--answers", answers) == 0
-    assert "accuracy     0.0" in capsys.readouterr().out
-    truth = questions_file / "truth.json"
-    truth.write_text(json.dumps({"0.png": ["dog"], "1.png": ["cat", "sofa"]}))
-    answers.write_text('{"image": "0.png", "caption": "Two dogs"}\n'
-                       '{"image_id": "1.png", "answer": "A cat and a dog"}\n')
-    assert run("--chair", truth, "--answers", answers, "--output", out) == 0
-    assert only_values(json.loads((out / "chair.scores.json").read_text())) == pytest.approx(
-        {"chair_s": 1 / 2, "response": 1 / 2, "chair_i": 1 / 3, "coverage": 2 / 3})
-    answers.write_text('{"image": "9.png", "caption": "Two dogs"}\n')
-    assert run("--chair", truth, "--answers", answers) == 1
-    assert "nothing is known about image '9'" in capsys.readouterr().err
-    assert run("--chair", truth, "--model", run_folder / "sft", "--images", images,
-               "--output", questions_file / "chair", "--max_new_tokens", 4) == 0
-    assert len((questions_file / "chair" / "chair.jsonl").read_text().splitlines()) == 2
+# -------------------------------------------------------------------------- preview and the report
 
-
-def test_evaluate_mmhal_from_template_to_score(run_folder, questions_file, capsys):
-    template, out = questions_file / "template.json", questions_file / "out"
-    template.write_text(json.dumps([mmhal_row(i) for i in range(7)]))
-    assert run("--model", run_folder / "sft", "--mmhal", template, "--output", out,
-               "--images", questions_file / "images", "--max_new_tokens", 4) == 0
-    filled = json.loads((out / "mmhal_filled.json").read_text())
-    prompts = [json.loads(line) for line in (out / "mmhal_prompts.jsonl").open()]
-    assert [p["id"] for p in prompts] == list(range(7)) and filled[2]["model_answer"]
-    assert filled[2]["model_answer"] in prompts[2]["prompt"]
-    replies = questions_file / "replies.jsonl"
-    replies.write_text("\n".join(json.dumps({"id": i, "reply": f"Rating: {i}"}) for i in range(6)))
-    capsys.readouterr()
-    assert run("--mmhal", out / "mmhal_filled.json", "--replies", replies) == 0
-    shown = capsys.readouterr()
-    assert "prompt 6: no reply, counts as 0" in shown.err
-    assert "score (of 6)" in shown.out and f"{15 / 7:.2f}" in shown.out
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["no/such/run"], "no/such/run: no such folder"),
-    (["--model", "no/such/run", "--image", "none.png", "--prompt", "?"], "--image none.png: no such file"),
-    (["--pope", "none.jsonl", "--answers", "a.jsonl"], "none.jsonl: no such file"),
-    (["--mmhal", "none.json", "--replies", "r.jsonl"], "none.json: no such file"),
-    (["--chair", "none.json", "--answers", "a.jsonl"], "none.json: no such file"),
-    (["--compare", "no/such/run"], "results.json: no such file"),
-])
-def test_evaluate_ends_in_one_clear_sentence(arguments, message, capsys):
-    assert run(*arguments) == 1
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("error: ") and error.count("\n") == 1
-
-
-@pytest.mark.parametrize("arguments, message", [
-    ([], "give one of"), (["--image", "a.png", "--model", "m"], "--image needs --prompt"),
-    (["--data", "a.jsonl"], "--data needs --model"), (["run", "--pope", "p.jsonl"], "give one of"),
-    (["--poep", "p.jsonl"], "unrecognized"),
-])
-def test_evaluate_refuses_unclear_commands(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run(*arguments)
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------------- the report
-
-class Page(HTMLParser):
-    """Tags and text of a page; fails on tags that do not close in order."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.text = [], [], ""
-        self.feed(text)
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "link", "img"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, text):
-        self.text += text
+def test_preview_shows_rows_as_they_are_trained_on(tokenizer, capsys):
+    pair = Pair("rows\x1b[2J 1", Path("a.png"), "What?", "A red car is on the left.",
+                "A red car is on the left. There is a dog.\x1b[31m\n")
+    talk = Conversation("rows 2", None, [("Describe it.", "A car."), ("And now?", "A bus.")])
+    evaluation.show_rows([
+        Example(pair.name, None, *data.pair_tokens(pair, tokenizer, 0, gamma=5.0)),
+        Example(talk.name, None, *data.conversation_tokens(talk, tokenizer, 0))], tokenizer)
+    assert re.fullmatch(
+        r"rows\\x1b\[2J 1\n  chosen   A red car is on the left\.(\[</s>\]|</s>)\n"
+        r"  rejected A red car is on the left\.\[ There is a dog\.\\x1b\[31m\\n</s>\]\n"
+        r"rows 2\n  response A car\.</s>\{ ?USER: And now\? ASSISTANT:\} ?A bus\.</s>\n"
+        r"2 rows, \d+ tokens to learn from, \d+ of them in corrected segments\n",
+        capsys.readouterr().out)
 
 
 @pytest.fixture(scope="module")
-def reported(run_folder, tokenizer_evaluate, tmp_path_factory):
-    """The page of a run whose data is as hostile as can be."""
+def hostile_report(tokenizer, tmp_path_factory):
+    """The folder and the parsed page of a run whose data is as hostile as can be."""
     folder = tmp_path_factory.mktemp("reported") / "<b>run"
     folder.mkdir()
-    config = {"settings": {"algo": "ddpo", "out": "</code><script>"}, "versions": {"torch": "2"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    log = (run_folder / "ddpo" / "metrics.jsonl").read_text()
-    (folder / "metrics.jsonl").write_text(log + '{"step": 10, "loss": NaN}\n{"half')
-    scenes = [world.make_scene(i, "test") for i in range(14)]
-    parts = []
-    for tail in (" There is a red car in the middle. <script>alert(1)</script> & \"so\"", ""):
-        records = benchmarks.questionnaire(scenes)
-        for scene, record in zip(scenes, records):
-            replies = [item["truth"] for item in record["asked"].values()]
-            benchmarks.judge(scene, record, world.describe(scene) + tail, replies)
-        parts.append((benchmarks.world_metrics(records), records))
-    metrics.write_results(folder / "results.json", *parts)
-    good, bad = folder / "good.png", folder / "<i>bad.png"
-    world.draw(scenes[0]).save(good)
-    bad.write_bytes(b"no picture")
-    pairs = [Pair("rows 1", good, "What?", "A red car stands on the left.",
+    settings = {"algo": "toy", "out": "</code><script>", "batch_size": 8, "corrections": 70}
+    write_lines(folder / "config.json", {
+        "settings": settings, "versions": {}, "about": "Align <i>it.", "reads": "pairs"})
+    lines = [{"step": s, "loss": 1 / s, "rewards/accuracies": s / 10} for s in range(1, 10)]
+    write_lines(folder / "metrics.jsonl", *lines, {"step": 10, "loss": math.nan})
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"half')  # of a killed run
+    drawn = [world.make_scene(i, "test") for i in range(14)]
+    tail = " There is a red car in the middle. <script>alert(1)</script> & \"so\""
+    parts = [scored_records(drawn, lambda scene: world.describe(scene) + end) for end in (tail, "")]
+    before, after = ((world_metrics(records), records) for records in parts)
+    evaluation.write_results(folder / "results.json", before, after)
+    world.draw(drawn[0]).save(folder / "good.png")
+    (folder / "<i>bad.png").write_bytes(b"no picture")
+    pairs = [Pair("rows 1", folder / "good.png", "What?", "A red car stands on the left.",
                   "A red car stands on the left. There is a dog <img src=x>."),
-             Pair("rows 2", bad, "<script>", "A red cup is in the middle.", "Blue, it is.")]
-    examples = [data.pair_example(pair, None, tokenizer_evaluate, 0, gamma=5.0) for pair in pairs]
-    report.save_pairs(folder, pairs, examples, tokenizer_evaluate)
-    row = {"step": 1, "question": "What?", "answer": "A <dog>.", "score": -0.25, "rm": 0.5, "kl": 1.0,
-           "tokens": 4, "false": ["A <dog>"]}
-    rows = [row, row | {"step": 5}, row | {"step": 9, "answer": "Nothing.", "false": None}]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    path = report.write_report(folder)
-    return path, Page(path.read_text())
+             Pair("rows 2", folder / "<i>bad.png", "<script>", "A red cup.", "Blue, it is.")]
+    examples = [Example(pair.name, None, *data.pair_tokens(pair, tokenizer, 0, gamma=5.0))
+                for pair in pairs]
+    evaluation.save_pairs(folder, pairs, examples, tokenizer)
+    row = {"step": 1, "question": "What?", "answer": "A <dog>.", "score": -0.25}
+    more = {"rm": 0.5, "kl": 1.0, "tokens": "<i>4", "false": ["A <dog>"]}  # need not be there
+    write_lines(folder / "samples.jsonl", row | more, row | {"step": 5},
+                row | {"step": 9, "false": None}, row | {"step": 9, "answer": "Nothing."})
+    return folder, ElementTree.parse(evaluation.write_report(folder))  # its HTML is also XML
 
 
-def test_report_is_one_safe_file(reported):
-    path, page = reported
-    tags = {tag for tag, _ in page.tags}
-    assert path.stat().st_size < 3e6 and not tags & {"script", "b>run", "i", "iframe", "object"}
-    for tag, attributes in page.tags:
-        assert not any(name.startswith("on") for name in attributes)
+def test_report_is_safe_and_shows_everything(hostile_report):
+    folder, page = hostile_report
+    source, text = (folder / "report.html").read_text(), "".join(page.find("body").itertext())
+    assert len(source) < 3e6 and "url(" not in source and "@import" not in source
+    for element in page.iter():
+        assert element.tag not in ("script", "i", "iframe", "object")
+        assert not any(name.startswith("on") for name in element.keys())
+        assert "nan" not in element.get("d", "")
         for name in ("src", "href"):
-            assert attributes.get(name, "#").startswith(("#", "data:image/webp;base64,", "data:,"))
-    assert "url(" not in path.read_text() and "@import" not in path.read_text()
-    assert "<script>alert(1)</script> & \"so\"" in page.text  # shown as what it is
-
-
-def test_report_shows_pictures_answers_and_spans(reported):
-    _, page = reported
-    pictures = [a for tag, a in page.tags if tag == "img"]
-    assert len([a for a in pictures if a.get("width") == "288"]) == report.SCENES
-    marks = [attributes["class"] for tag, attributes in page.tags if tag == "mark"]
+            assert element.get(name, "#").startswith(("#", "data:image/webp;base64,", "data:,"))
+    assert len(page.findall(".//img")) == report.SCENES + 1  # and one of the pairs
+    marks = [mark.get("class") for mark in page.iter("mark")]
     assert marks[:5] == list(report.KINDS)  # the legend
     assert set(marks[5:]) <= set(report.KINDS) and len(marks) >= 5 + 8
-    for text in ("before", "after", "statement of any kind", "adversarial: right", "100.0"):
-        assert text in page.text
-    assert "no picture: <i>bad.png" in page.text
+    curves = [svg.get("aria-label") for svg in page.iter("svg") if svg.get("aria-label")]
+    assert curves == ["Loss", "Pairs ranked right"]
+    for part in (
+        "Align <i>it: 10 steps of 8 pairs, from 70 corrections of the model's own responses. ",
+        "before", "after", "statement of any kind", "adversarial: right", "100.0",
+        "<script>alert(1)</script> & \"so\"", "no picture: <i>bad.png", "×5",
+        "Step 1questionWhat?completionA <dog>.score-0.25, of it 0.50 from the reward model",
+        "<i>4 tokensfalse in itA <dog>", "questionWhat?completionNothing.score-0.25"):
+        assert part in text
+    assert "Step 5" not in text and text.count("false in it") == 1
+    chosen, rejected = json.loads((folder / "pairs.json").read_text())["pairs"][0]["responses"]
+    cut = "".join(part for part, weight in rejected if weight == 5)
+    assert "dog <img src=x>" in cut and "red car" not in cut and chosen[0][1] == 1
+    assert cut.strip() in [element.text for element in page.iter("del")]
 
 
-def test_report_draws_the_curves_that_were_logged(reported):
-    _, page = reported
-    labels = [a["aria-label"] for tag, a in page.tags if tag == "svg" and "aria-label" in a]
-    assert labels == ["Loss", "Pairs ranked right"]
-    for tag, attributes in page.tags:
-        assert "nan" not in attributes.get("d", "").lower()
+def test_evaluation_names_no_algorithm():
+    for path in (ROOT / "evaluation").glob("*.py"):
+        assert not re.search(r"\b(sft|d?dpo|ppo|grpo|rloo)\b", path.read_text(), re.I), path
 
 
-def test_report_marks_corrected_segments_with_their_weight(reported):
-    path, page = reported
-    saved = json.loads((path.parent / "pairs.json").read_text())["pairs"]
-    chosen, rejected = saved[0]["responses"]
-    assert "".join(text for text, _ in rejected).startswith("A red car stands on the left. There")
-    assert [weight for _, weight in chosen][0] == 1 and rejected[-1][1] in (1, 5)
-    cut = "".join(text for text, weight in rejected if weight == 5)
-    assert "dog <img src=x>" in cut and "red car" not in cut
-    assert "×5" in page.text and [tag for tag, _ in page.tags].count("del") >= 2
+def test_report_charts_and_colours():
+    series = {name: [(1, 0.5), (2, i)] for i, name in enumerate(("val/clip", "policy/clip"))}
+    figure = ElementTree.fromstring(charts.lines("T", "unit", series))
+    assert "".join(figure.itertext()).startswith("T val/clippolicy/clipstepunit00.5100.5")
+    assert len(figure.findall(".//path")) == len(series)
+    for low, high, wanted in (
+        (0, 100, [0, 50, 100]), (0, 1, [0, 0.5, 1]), (0.42, 0.67, [0.4, 0.5, 0.6, 0.7]),
+        (3, 3, [2, 3]), (0, 0, [-0.5, 0, 0.5]), (-2e-6, 1e-5, [-5e-6, 0, 5e-6, 1e-5])):
+        ticks = charts.ticks(low, high)
+        assert ticks[0] <= low and ticks[-1] >= high and 3 <= len(ticks) <= 8
+        assert all(min(abs(tick - each) for tick in ticks) < 1e-12 for each in wanted)
+    assert [charts.number(v) for v in (0, 0.25, 2e-4, 1.5e-5)] == ["0", "0.25", "2e-4", "1.5e-5"]
+    for name, value, style in (
+        ("coverage", 0.2, "good"), ("coverage", -0.2, "bad"), ("coverage", 0.05, ""),
+        ("chair_i", 0.2, "bad"), ("mmhal/hallucination", -0.2, "good"), ("length", 3, "")):
+        change = {"value": value, "low": value - 0.1, "high": value + 0.1}
+        assert report.colour(name, {name: change}) == style
 
 
-def test_report_shows_the_first_and_the_last_sampled_answers(reported):
-    text = reported[1].text
-    assert "Step 1questionWhat?answerA <dog>.score-0.25, of it 0.50 from the reward model" in text
-    assert "4 tokensfalse in itA <dog>" in text and "Step 5" not in text
-    assert text.count("false in it") == 1 and "Step 9questionWhat?answerNothing." in text
+# ==================================================================== evaluation/, the benchmarks
+
+bench_sums = lambda terms: {n: (float(sum(t[0][1])), float(sum(t[0][2]))) for n, t in terms.items()}
+VQA_FORMS = {  # as vqaEval.py processes them
+    "The two  Dogs!": "2 dogs", "3.5 m.": "3.5 m", "a\nred\tcar": "red car", "None": "0",
+    "black/white": "black white", "black / white": "black white", "1,000-a": "1000a", "its": "its",
+    "T-shirt": "t shirt", "red, blue": "red blue", "dont know": "don't know", "12:30": "12:30",
+    "couldntve": "couldntve", "couldnt've": "couldn't've", "'ows'at": "'ow's'at", "." * 33: ".",
+    "somebody'd": "somebodyd"}
 
 
-@pytest.mark.parametrize("names, keys", [
-    (("rewards/chosen", "rewards/rejected"), ["chosen", "rejected"]),
-    (("policy/clipfrac", "val/clipfrac"), ["policy", "val"]), (("loss",), []),
-])
-def test_report_tells_two_lines_apart(names, keys):
-    figure = charts.lines("T", "unit", {name: [(1, 0.5), (2, i)] for i, name in enumerate(names)})
-    page = Page(figure)
-    assert page.text.startswith("T " + "".join(keys))
-    assert "unit" in page.text and "step" in page.text
-    assert [tag for tag, _ in page.tags].count("path") == len(names)
+def write_bench(path, *rows, array=False):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(rows) if array else "\n".join(map(json.dumps, rows)))
 
 
-def test_report_of_a_bare_run(tmp_path):
-    (tmp_path / "config.json").write_text('{"settings": {}, "versions": {}}')
-    page = Page(report.write_report(tmp_path).read_text())
-    assert "Settings" in page.text and "Learning curves" not in page.text
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="config.json"):
-        report.write_report(tmp_path)
+def test_vqa_by_hand():
+    assert {answer: vqa.normal_form(answer) for answer in VQA_FORMS} == VQA_FORMS
+    people = ["two"] * 2 + ["2"] + ["three"] * 6 + ["a few"]
+    for answer, matches in (("Two.", 3), ("3", 6), ("few", 1), ("4", 0)):  # leave one person out
+        subsets = [min((matches - (i < matches)) / 3, 1) for i in range(10)]
+        assert vqa.vqa_score(answer, people) == pytest.approx(sum(subsets) / 10)
+    assert [vqa.vqa_score(answer, ["The dog"]) for answer in ("dog", "cat")] == [1, 0]
+    assert vqa.people_answers("", {"answers": [{"answer": "a"}, {"answer": 2}]}) == ["a", "2"]
+    for row in ({}, {"answers": []}, {"answers": "two"}, {"answers": [None]}, [3]):
+        with pytest.raises(DataError, match="row 1: expected answers"):
+            vqa.people_answers("row 1", row)
 
 
-@pytest.mark.parametrize("low, high, wanted", [
-    (0, 100, [0, 50, 100]), (0, 1, [0, 0.5, 1]), (0.42, 0.67, [0.4, 0.5, 0.6, 0.7]), (3, 3, [2, 3]),
-    (0, 0, [-0.5, 0, 0.5]), (-2e-6, 1e-5, [-5e-6, 0, 5e-6, 1e-5]),
-])
-def test_report_axes_have_round_numbers(low, high, wanted):
-    found = charts.ticks(low, high)
-    assert found[0] <= low and found[-1] >= high and 3 <= len(found) <= 8
-    assert all(min(abs(tick - each) for tick in found) < 1e-12 for each in wanted)
+AMBER_RELATION = {"car": ["wheel"], "tree": ["bush"], "bush": ["tree"], "man": ["person"],
+                  "dog": [], "lake": ["water"], "can": [], "sign": []}
+AMBER_TRUTHS = [
+    {"type": "generative", "truth": ["car", "tree", "bush"], "hallu": ["man", "lake"]},
+    {"type": "generative", "truth": ["dog"], "hallu": ["car"]}, {"type": "relation", "truth": "no"},
+    *({"type": f"discriminative-{kind}", "truth": ("no", "yes")[i % 2]} for i, kind in enumerate((
+        "hallucination", "attribute-state", "attribute-number", "attribute-action", "relation")))]
+# 1: wheel: a car; bush: of a tree, which comes first; false: dog, water (a lake); sign is safe
+AMBER_TEXTS = ["Trees and two wheels; a bush, a dog and water. You can see a sign and a wall.",
+               "A dog, dogs and a person.", "No.", "No", "Yes", "Yes", "No", "No"]
+AMBER_SUMS = {"chair": (3, 8), "cover": (3, 4), "hal": (2, 2), "cog": (1, 3)}
+amber_rows = lambda numbers: [
+    {"id": i, "image": f"{i % 2}.png", "answer": AMBER_TEXTS[i - 1]} for i in numbers]
 
 
-# ========================================================================================= sft.py
+def write_bench_amber(folder):
+    queries = [{"id": i, "image": f"{i % 2}.png", "query": f"Query {i}?"} for i in range(1, 9)]
+    write_bench(folder / "data/query/query_all.json", *queries, array=True)
+    truths = [{"id": i, **truth} for i, truth in enumerate(AMBER_TRUTHS, 1)]
+    write_bench(folder / "data/annotations.json", *truths, array=True)
+    write_bench(folder / "data/relation.json", AMBER_RELATION)
+    (folder / "data/safe_words.txt").write_text("orange\nsign")
+    return folder
 
 
-def test_lessons_in_judging_are_true_where_they_say_yes(tiny_rlhf, tokenizer_rlhf):
-    config = lessons.JudgeConfig(scenes=40, batch_size=20, steps=12, pictures=0.5, reading=0.0,
-                                 comparing=0.25, marked=0.5, easy=0.0)
-    small = ImageSettings(12, (0.5,) * 3, (0.25,) * 3, "pad")
-    source = lessons.WorldVerdicts(tiny_rlhf, tokenizer_rlhf, small, config, 0)
-    names = {f"scene {scene.seed}": scene for scene in source.scenes}
-    decode, seen = tokenizer_rlhf.decode, {True: set(), False: set()}
-    captions = lambda scene: world.facts(scene, random.Random(0))
-    for step in range(12):
-        for example in source.examples(step):
-            scene = names[example.name]
-            for response in example.responses:
-                said, request = decode(response.tokens).split("USER:")
-                learnt = [decode([token]) for token, weight in zip(response.tokens, response.weight)
-                          if weight == 1.0]
-                facts = re.search("Facts: (.*?)[.]", request)
-                facts = re.sub("; (Yes|No) ", "; ", facts[1]).split("; ") if facts else []
-                truth = set(captions(scene))
-                if example.image is None:
-                    said = decode(example.prompt).split("ASSISTANT:")[1]
-                    told = [scene.find(kind) for kind in world.mentions(said)]
-                    truth = set(captions(dataclasses.replace(scene, things=tuple(told))))
-                    assert not world.hallucinations(scene, said) and len(told) >= 2
-                    right = set(facts) == truth
-                else:
-                    assert set(facts) in (set(), truth)
-                    right = not world.hallucinations(scene, said)
-                compares = "ASSISTANT:" not in request
-                if compares:  # a fact is said if the answer names its thing, and truly
-                    false = {kind for sentence in re.split("(?<=[.]) ", said)
-                             for kind in world.mentions(sentence)
-                             if world.hallucinations(scene, sentence)}
-                    said_so = set(world.mentions(said)) - false
-                    wanted = ["Yes" if fact in truth and (fact.startswith("a picture of") or any(
-                        world.NOUNS.get(word) in said_so for word in fact.split())) else "No"
-                        for fact in facts]
-                    told = [decode([token]) for token, weight in zip(response.tokens, response.weight)
-                            if 0 < weight < 1]
-                    assert sum(word in (";", ".") for word in told) == wanted.count("Yes")
-                else:
-                    wanted = ["Yes" if right else "No"]
-                    assert set(response.weight) == {0.0, 1.0}
-                assert learnt == wanted and (step >= 3 or compares and example.image is None)
-                seen[compares].add((example.image is None, wanted[0], bool(facts)))
-    assert seen[True] == {(text, says, True) for text in (True, False) for says in ("Yes", "No")}
-    assert seen[False] == {(True, "Yes", True), (True, "No", True), *(
-        (False, says, facts) for says in ("Yes", "No") for facts in (True, False))}
+def test_amber_by_hand(tmp_path):
+    bench = ambers.read_amber(write_bench_amber(tmp_path))
+    words = ambers.best_words(bench)
+    found = bench_sums(ambers.description_terms(bench, words, amber_rows((1, 2))))
+    assert found == {f"lexical/{name}": pair for name, pair in AMBER_SUMS.items()}
+    found = bench_sums(ambers.yes_no_terms(bench, amber_rows(range(3, 9))))
+    for group, pairs in {  # "No." is no answer; the truth of 3, 4, 6, 8 is no; 4, 7, 8 say No
+        "discriminative": [(3, 6), (2, 3), (2, 4), (4, 7)],
+        "existence": [(1, 1), (1, 1), (1, 1), (2, 2)],
+        "attribute": [(1, 3), (0, 1), (0, 1), (0, 2)],
+        "relation": [(1, 2), (1, 1), (1, 2), (2, 3)]}.items():
+        names = [f"{group}/{name}" for name in ("accuracy", "precision", "recall", "f1")]
+        assert [found[name] for name in names] == pairs
+    answers = {"no, sir": "No", " YES.": "Yes", "Not": "Not", "None": "None"}
+    assert {answer: ambers.yes_or_no(answer) for answer in answers} == answers
 
 
-def test_a_judge_is_taught_and_reward_models_start_from_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    given = ["--steps", "4", "--scenes", "8", "--batch_size", "4", "--layers", "1"]
-    assert train.main(["--algo", "judge", *given, "--reading", "0.25", "--comparing", "0.34"]) == 0
-    base, taught = (checkpoint.load_llava(folder)[0] for folder in (ROOT / "base", "runs/judge/model"))
-    layers = taught.decoder.layers
-    assert len(layers) == len(base.decoder.layers) + 1
-    assert layers[-1].mlp.down_proj.weight.abs().max() > 0  # they began as 0
-    monkeypatch.setattr(rlhf, "JUDGE", tmp_path / "runs/judge/model")
-    given = ["--rankings", "4", "--held_out", "2", "--batch_size", "2", "--learning_rate", "0"]
-    assert train.main(["--algo", "rm", "--facts", *given]) == 0
-    judge = checkpoint.load_llava("runs/rm/model")[0].state_dict()
-    assert all(torch.equal(weight, judge[name]) for name, weight in taught.state_dict().items())
+def test_amber_exact_mode_uses_nltk_and_spacy(tmp_path, monkeypatch):
+    bench = ambers.read_amber(write_bench_amber(tmp_path))
+    lemmas = {"wheels": "wheel", "dogs": "dog", "cans": "can"}
+    near = {("can", "lake"): 0.81, ("water", "car"): 0.81, ("can", "car"): 0.8}
+    nltk, spacy, stem = map(ModuleType, ("nltk", "spacy", "nltk.stem"))
+    nltk.word_tokenize = str.split
+    nltk.pos_tag = lambda words: [(w, "MD" if w == "can" else "NNS") for w in words]
+    stem.WordNetLemmatizer = lambda: SimpleNamespace(lemmatize=lambda w: lemmas.get(w, w))
+    language = lambda a: SimpleNamespace(word=a, similarity=lambda b: near.get((a, b.word), 0))
+    spacy.load = lambda name: {"en_core_web_lg": language}[name]
+    for module in (nltk, spacy, stem):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    words = ambers.best_words(bench)
+    for text, counts in {  # false, nouns, covered, hit
+        "Wheels can wheels dogs person": (2, 3, 1, 1), "cans": (1, 1, 0, 1), "water": (0, 1, 1, 1)
+    }.items():
+        assert ambers.count_nouns(bench, words, AMBER_TRUTHS[0], text) == counts
+    assert list(ambers.description_terms(bench, words, amber_rows((1, 2)))) == list(AMBER_SUMS)
 
 
-def test_layers_put_on_top_change_nothing_at_first(tiny):
-    model, prompt = copy.deepcopy(tiny), torch.arange(3, 9)
-    before, layers = model.logits(None, prompt[None]), len(model.decoder.layers)
-    models.deepen(model, 2)
-    assert len(model.decoder.layers) == model.config.text.num_hidden_layers == layers + 2
-    assert torch.equal(model.logits(None, prompt[None]), before)
-    assert len(generate(model, None, [prompt], 4)[0]) > 0
-    model.logits(None, prompt[None]).square().mean().backward()
-    assert model.decoder.layers[-1].mlp.down_proj.weight.grad.abs().max() > 0
+def test_amber_scores_are_those_that_the_script_prints():
+    counts = {  # questions with the truth yes, and no
+        "hallucination": (0, 4924), "attribute-state": (2382, 2382), "relation": (975, 689),
+        "attribute-number": (1036, 1036), "attribute-action": (396, 396)}
+    truths = [{"type": f"discriminative-{kind}", "truth": truth} for kind, each in counts.items()
+              for truth, n in zip(("yes", "no"), each) for _ in range(n)]
+    bench = ambers.Amber([], dict(enumerate(truths)), {}, frozenset())
+    rows = [{"id": i, "image": i % 9, "answer": "No" if i % 3 else "Yes"} for i in range(14216)]
+    found = ambers.always_no(bench, rows)
+    names = "discriminative/accuracy", "discriminative/f1", "existence/f1", "state/accuracy"
+    assert [found[name] for name in names] == [0.663, 0.797, 1, 0.5]
+    found = ambers.printed_scores(ambers.yes_no_terms(bench, rows[:3]))
+    # P = 2 / 2.001 and R = 2 / 3.001 are rounded first; then 2 P R / (P + R + 0.001)
+    assert [found[f"existence/{n}"] for n in ("precision", "recall", "f1")] == [1, 0.666, 0.799]
+    assert ambers.printed_scores({"hal": [(1, np.ones(1), 3 * np.ones(1))]}) == {"hal": 0.334}
 
 
-def test_lessons_in_judging_begin_with_reading(tiny_rlhf, tokenizer_rlhf):
-    config = lessons.JudgeConfig(scenes=40, batch_size=20, steps=12, reading=0.25)
-    small = ImageSettings(12, (0.5,) * 3, (0.25,) * 3, "pad")
-    source = lessons.WorldVerdicts(tiny_rlhf, tokenizer_rlhf, small, config, 0)
-    decode = tokenizer_rlhf.decode
-    sizes = set()
-    for example in [e for step in range(3) for e in source.examples(step)]:
-        said = decode(example.prompt).split("ASSISTANT:")[1]
-        told = [re.search("Facts: (.*)[.] ASSISTANT:", decode(r.tokens))[1] for r in example.responses]
-        assert len({frozenset(facts.split("; ")) for facts in told}) == 1 and len(told) == 3
-        for kind in world.mentions(said):
-            assert all(kind in facts for facts in told)
-        assert all(set(response.weight) == {1.0} for response in example.responses)
-        sizes.add(len(told[0].split("; ")) - 1)
-    assert example.image is None and min(sizes) == 2 and len(sizes) > 2
+SYNONYMS = ("person, man, woman, people\ndog, puppy\ncar, police car\nchair, seat\ntoilet\ntie\n"
+            "bear\ntrain\nhot dog\nteddy bear\nwine glass\nknife\ndining table, table\n")
+SYNONYM_CASES = {  # text: words of CHAIR; and of Object HalBench, if others
+    "Two dogs and a puppy. PEOPLE eat hot dogs.": ("dog,puppy,people,hot dog",),
+    "A teddy bear; a bear-skin, bears": ("teddy bear,bear",), "A hot. Dog": ("dog",),
+    "hot dog dog": ("hot dog,dog",), "The seat of the toilet": ("toilet",), "A baby": ("",),
+    "A toilet seat, a seat": ("toilet",), "A bow tie on the baby bear": ("tie,bear",),
+    "passenger trains on train tracks": ("train",), "A police car": ("car", "police car"),
+    "wine glasses and knives": ("wine glass,knife",), "dining tables": ("table", "dining table")}
 
 
-def test_supervised_loss_by_hand():
-    logp, weight = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([1.0, 0.5, 0.0])
-    assert sft.supervised_loss(logp, weight).item() == pytest.approx((1 + 1) / 1.5)
-    assert sft.supervised_loss(logp, torch.ones(3)).item() == pytest.approx(7 / 3)
+def test_chair_and_object_halbench_by_the_synonym_file(tmp_path):
+    (tmp_path / "synonyms.txt").write_text(SYNONYMS)
+    table = synonyms.Synonyms(tmp_path / "synonyms.txt")
+    for text, (chair, *other) in SYNONYM_CASES.items():
+        assert ",".join(word for word, _ in table.words(text)) == chair
+        halbench = table.words(text, table.all_pairs)
+        assert ",".join(word for word, _ in halbench) == (other or [chair])[0]
+    answers = ["A dog, a dog, a puppy and a car.", "A dog there.", "A man with a woman",
+               "No thing is here"]
+    there = [{"dog"}, {"car"}, {"dog", "person"}, {"tie"}]
+    assert bench_sums(synonyms.synonym_terms(answers, there, table)) == {
+        "chair_s": (2, 4), "chair_i": (2, 7), "coverage": (2, 5),  # the short answer counts
+        "objhal/response": (1, 2), "objhal/mention": (1, 5), "objhal/coverage": (2, 5)}
+    write_bench(tmp_path / "truth.json", {"1.jpg": ["seat", "table"]})
+    truth, _ = coco.read_objects([tmp_path / "truth.json"], table.kinds_of)
+    assert truth == {"1": {"chair", "dining table"}}
 
 
-# ======================================================================================== data.py
-
-
-def test_tokenizer_training_is_deterministic(tokenizer, tmp_path):
-    data.train_tokenizer(sft.world_texts(40), tmp_path / "again.model", 700)
-    assert (tmp_path / "again.model").read_bytes() == tokenizer.model_proto
-
-
-@pytest.mark.parametrize("text", ["", "A red car.", "  two  spaces", "naïve 象 🙂\nnew line", "\n"])
-def test_tokenizer_is_lossless(tokenizer, text):
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_prompt_has_one_token_per_feature(tokenizer):
-    ids = data.prompt_tokens(tokenizer, data.prompt_text("Is there a car?"), 36)
-    assert ids.count(tokenizer.image_token) == 36 and ids[0] == tokenizer.bos_token
-    start = ids.index(tokenizer.image_token)
-    assert ids[start : start + 36] == [tokenizer.image_token] * 36
-
-
-def test_a_response_never_has_every_label_masked(tokenizer):
-    pair = data.Pair("row 1", b"", "Is it?", "Yes, it is.", "No, it is not.")
-    example = data.pair_example(pair, torch.zeros(36, 8), tokenizer, 36, 5.0)
-    batch = data.collate([example], tokenizer.pad_token, 512)
-    for group, text in enumerate(("Yes, it is.", "No, it is not.")):
-        learned = batch.target[batch.group == group].tolist()
-        assert learned[-1] == tokenizer.eos_token and tokenizer.decode(learned) == text
-
-
-MASKS = [  # chosen, rejected, min_match, replacements_only -> corrected tokens of either side
-    ("abcdef", "abcdef", 3, False, "", ""),
-    ("abcXdef", "abcYdef", 3, False, "X", "Y"),
-    ("abcdefXYZ", "abcdef", 3, False, "XYZ", ""),  # inserted by the correction
-    ("abcdef", "abcQRdef", 3, False, "", "QR"),  # deleted by it
-    ("abcdef", "abcQRdef", 3, True, "", ""),  # the release forgets deletions
-    ("abcdefXYZ", "abcdef", 3, True, "", ""),
-    ("abcXdef", "abcYdef", 3, True, "X", "Y"),
-    ("abcXdeYfgh", "abcPdeQfgh", 3, False, "XdeY", "PdeQ"),  # "de" is too short a match
-    ("abcXdeYfgh", "abcPdeQfgh", 2, False, "XY", "PQ"),
-    ("abc.", "abcQRS.", 3, False, ".", "QRS."),  # the end alone is no match either
-    ("xyz", "abc", 3, False, "xyz", "abc"),
-    ("abc", "abc" * 100, 3, False, "", "abc" * 99),  # long and repetitive: no difflib "junk"
-]
-
-
-@pytest.mark.parametrize("chosen,rejected,min_match,replacements,left,right", MASKS)
-def test_segment_mask(chosen, rejected, min_match, replacements, left, right):
-    masks = data.segment_mask(
-        list(map(ord, chosen)), list(map(ord, rejected)), min_match, replacements)
-    picked = ["".join(c for c, m in zip(t, mask) if m) for t, mask in zip((chosen, rejected), masks)]
-    assert [len(mask) for mask in masks] == [len(chosen), len(rejected)]
-    assert picked == [left, right]
-
-
-def test_collate_by_hand():
-    one = Example("a", None, [1, 5, 6], [Response([7, 8, 2], [1.0, 5.0, 1.0]),
-                                         Response([7, 9, 9, 2], [1.0, 5.0, 5.0, 1.0])])
-    two = Example("b", None, [1], [Response([4, 2], [0.0, 1.0])])
-    batch = data.collate([one, two], 0, 16)
-    # "7" begins both responses of the first row and moves into its trunk
-    assert batch.tokens.tolist() == [[1, 5, 6, 7, 8, 2, 9, 9, 2], [1, 4, 2, 0, 0, 0, 0, 0, 0]]
-    assert batch.branch.tolist() == [[0, 0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 1, -1, -1, -1, -1, -1, -1]]
-    assert batch.position[0].tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6]
-    # what predicts: the last prompt token, the trunk's last for either branch, then the branch
-    assert batch.source.tolist() == [2, 3, 4, 2, 3, 6, 7, 9 + 1]
-    assert batch.target.tolist() == [7, 8, 2, 7, 9, 9, 2, 2]
-    assert batch.weight.tolist() == [1, 5, 1, 1, 5, 5, 1, 1]
-    assert batch.group.tolist() == [0, 0, 0, 1, 1, 1, 1, 2] and batch.groups == 3
-    assert batch.padding == pytest.approx(6 / 18)
-
-
-def test_collate_never_cuts():
-    example = Example("file row 7", None, [1] * 10, [Response([5] * 7, [1.0] * 7)])
-    with pytest.raises(data.DataError, match="file row 7.*17 tokens.*context holds 16"):
-        data.collate([example], 0, 16)
-    silent = Example("file row 8", None, [1], [Response([5], [0.0])])
-    with pytest.raises(data.DataError, match="file row 8.*no token to learn"):
-        data.collate([silent], 0, 16)
-
-
-def test_epochs_see_every_row_once_and_depend_on_the_step_alone():
-    rows = [Example(str(i), None, [], []) for i in range(10)]
-    config = ddpo.DDPOConfig(batch_size=4, epochs=2)
-    source = data.Epochs(rows, config, 3)
-    assert source.steps == 5
-    seen = [e.name for step in range(5) for e in source.examples(step)]
-    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(str(i) for i in range(10))
-    assert seen[:10] != seen[10:]
-    again = data.Epochs(rows, config, 3)
-    assert [e.name for e in again.examples(3)] == seen[12:16]
-
-
-def test_marked_shows_segments(tokenizer):
-    pair = data.Pair("r", b"", "What?", "The car on the left is red.", "The car on the left is blue.")
-    example = data.pair_example(pair, torch.zeros(1), tokenizer, 36, 5.0)
-    texts = [data.marked(response, tokenizer) for response in example.responses]
-    assert texts[0].startswith("The car on the left is[") and "red" in texts[0].split("[")[1]
-    assert texts[1].replace("[", "").replace("]", "") == "The car on the left is blue.</s>"
-
-
-# ===================================================================================== readers.py
-
-READERS_SETTINGS = ImageSettings(size=12, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-READERS_PATCHES = 9
-
-
-@pytest.fixture(scope="module")
-def tokenizer_readers(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    data.train_tokenizer(sft.world_texts(30), path, 600)
-    return data.Tokenizer(path)
-
-
-@pytest.fixture(scope="module")
-def tiny_readers(tokenizer_readers):
-    text = TextConfig(
-        vocab_size=tokenizer_readers.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=400,
-    )
-    model = LLaVA(LLaVAConfig(
-        vision=VisionConfig(16, 32, 2, 2, image_size=12, patch_size=4), text=text,
-        image_token=tokenizer_readers.image_token, pad_token=tokenizer_readers.pad_token,
-    ))
-    init_weights(model, 0)
-    return model
-
-
-def picture(seed, kind="PNG", size=(20, 10)):
-    """Bytes of a picture that is different for every seed."""
-    buffer = io.BytesIO()
-    colour = (seed * 67 % 256, seed * 31 % 256, 200 - seed)
-    Image.new("RGB", size, colour).save(buffer, kind)
-    return buffer.getvalue()
+JUDGE = "open('executed', 'w')\ntemplate = '''Judge {}\nQ {}\nHuman {}\nModel {}\n'''\nexit()"
 
 
 @pytest.fixture
-def folder_readers(tmp_path):
-    for seed, name in enumerate(("ok.jpg", "b.jpg", "c.jpg")):
-        (tmp_path / name).write_bytes(picture(seed, "JPEG"))
-    return tmp_path
+def run_bench(run_evaluate):
+    """Runs evaluate.py as `run_evaluate` does, with a suite and a float16 model in its folder."""
+    save_llava(*checkpoint.load_llava("two/model", dtype=torch.float16), "half/model")
+    image, out = lambda i: {"image": f"{i % 2}.png"}, Path("set")
+    for name, rows in {
+        "pope/random.json": [{**image(i), "text": f"Is it {i}?", "label": ("no", "yes")[i // 2]}
+                             for i in range(4)],
+        "chair/truth.json": [{"0.png": ["dog"], "1.png": ["man"]}],
+        "mmhal/response_template.json": [
+            {"image_id": str(i % 2), "image_src": "", "image_content": ["dog", "<b>"],
+             "question": "Q {}?", "gt_answer": "T", "model_answer": ""} for i in range(8)],
+        "vqa/val.jsonl": [{**image(0), "question": "What?", "answers": ["red", "b"]},
+                          {**image(1), "question": "How many?", "answer": "two"}]}.items():
+        write_bench(out / name, *rows)
+    write_bench_amber(out / "amber")
+    (out / "chair/synonyms.txt").write_text(SYNONYMS)
+    (out / "mmhal/eval_gpt4.py").write_text(JUDGE)
+    for folder in (out / "images", *out.iterdir()):
+        shutil.copytree("images", folder, dirs_exist_ok=True, ignore=lambda *_: ["results.json"])
+    return run_evaluate
 
 
-def write_lines(folder_readers, *lines):
-    path = folder_readers / "rows.jsonl"
-    lines = (r if isinstance(r, bytes) else json.dumps(r).encode() for r in lines)
-    path.write_bytes(b"\n".join(lines))
-    return path
+def test_suite_compares_models(run_bench):
+    command = "--suite set --models one half/model --output out --max_new_tokens 3"
+    shown = run_bench(command)
+    assert "amber/generative: asked as in the file, at most 3 new tokens; lexical mode" in shown
+    assert "no scores yet: give each model's mmhal_*_" in shown and "synonym file; obj" in shown
+    filled = json.loads(Path("out/half/mmhal_official_filled.json").read_text())
+    lines = Path("out/half/mmhal_official_prompts.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"id": i, "prompt": f"Judge dog, <b>\nQ Q {{}}?\nHuman T\nModel {row['model_answer']}\n",
+         "judge_prompt": "official"} for i, row in enumerate(filled)]
+    assert not Path("executed").exists() and any(row["model_answer"] for row in filled)
+    for name, base in (("one", 0), ("half", 2)):
+        replies = [{"id": i, "reply": f"Rating: {base + i % 3}"} for i in range(8)]
+        write_bench(f"out/{name}/mmhal_replies.jsonl", *replies)
+    written = {path: path.read_bytes() for path in Path("out").glob("*/*.jsonl")}
+    shown = run_bench(command)
+    assert written == {path: path.read_bytes() for path in written}
+    assert re.search(r'%  +one  +95 % interval  always "No" +half +- one, 95 % interval', shown)
+    assert re.search(r"mmhal/score \(of 6\) +0\.88 .* 2\.88 +\+2\.00 \[\+2\.00, \+2\.00\]", shown)
+    found = json.loads(Path("out/suite.json").read_text())
+    one, two = found["scores"]["one"], found["scores"]["half"]
+    assert {name.split("/")[0] for name in one} == {"pope", "chair", "amber", "vqa", "mmhal"}
+    assert one["amber/discriminative/existence/recall"]["always_no"] == 0.999  # 1 / 1.001
+    assert "amber/generative/lexical/hal" in one and "official" in found["notes"]["mmhal"]
+    for name, change in found["differences"]["half"].items():  # AMBER's values are rounded
+        assert change["value"] == pytest.approx(two[name]["value"] - one[name]["value"], abs=2e-3)
+    page = ElementTree.fromstring(Path("out/suite.html").read_text().partition("\n")[2])
+    text = "".join(page.itertext())
+    assert all(part in text for part in ("lexical/hal", "score (of 6)", "kind/counting", "+2.00"))
+    assert "good" in {cell.get("class") for cell in page.iter("td")}
+    for name, value, colour in (("chair/chair_i", -2, "good"), ("vqa/a/accuracy", -2, "bad"),
+                                ("pope/a/yes_ratio", 2, ""), ("amber/generative/cover", 0.5, "")):
+        assert suite.colour(name, {"value": value, "low": value - 1, "high": value + 1}) == colour
+    responses = json.loads(Path("out/one/amber_responses.json").read_text())
+    assert [[*row] for row in responses] == [["id", "response"]] * 8
+    assert list(suite.model_names(["runs/a/model", "b/", "c/a"])) == ["runs_a_model", "b", "c_a"]
 
 
-def write_json(folder_readers, content, name="rows.json"):
-    path = folder_readers / name
-    path.write_text(json.dumps(content, indent=1))
-    return path
+def test_questions_are_asked_as_the_papers_do(run_bench, monkeypatch):
+    asked = []
+
+    def spy(model, tokenizer, settings, images, texts, limit, *rest, **more):
+        asked.append((texts[0], limit, model.head.weight.dtype))
+        return ["No, it is not."] * len(texts)
+
+    monkeypatch.setattr(generation, "answers", spy)
+    ending, half = "\n" + parts.SUFFIX, torch.float16
+    assert parts.SUFFIX == "Answer the question using a single word or phrase."
+    pope, mmhal = "--pope set/pope/random.json", "--mmhal set/mmhal/response_template.json"
+    for i, (command, *wanted) in enumerate((  # float32 for a stored float16 on a CPU
+        (f"{pope} --model half", "Is it 0?" + ending, 64),
+        (f"{pope} --model half --dtype float16", "Is it 0?" + ending, 64, half),
+        (f"{pope} --model one --suffix= --max_new_tokens 5", "Is it 0?", 5),
+        ("--vqa set/vqa/val.jsonl --model one --suffix Short.", "What?\nShort.", 64),
+        ("--chair set/chair/truth.json --model one", parts.DESCRIBE, 512),
+        (f"{mmhal} --model one --judge_prompt short", "Q {}?", 512),
+        ("--amber set/amber --model one --suffix Yes?", "Query 3?\nYes?", 64))):
+        run_bench(f"{command} --output out{i}")
+        assert asked[-1] == (*wanted, torch.float32)[:3]
+    assert "other questions" in run_bench(f"{pope} --model half --suffix= --output out0", 1)
+    assert {path.name for path in Path("out6").iterdir()} == {
+        "amber_generative.jsonl", "amber_generative.lexical.scores.json", "amber_responses.json",
+        "amber_discriminative.jsonl", "amber_discriminative.scores.json"}
+    assert {"id": 4, "response": "No"} in json.loads(Path("out6/amber_responses.json").read_text())
+    assert Path("out5/mmhal_short_prompts.jsonl").exists()
 
 
-def said(*values, first="human"):
-    speakers = ["human", "gpt"] if first == "human" else ["gpt", "human"]
-    return [{"from": speakers[i % 2], "value": value} for i, value in enumerate(values)]
+BENCH_COMMANDS = {"AMBER": "--amber set/amber --answers",
+                  "VQA": "--vqa set/vqa/val.jsonl --answers",
+                  "CHAIR": "--chair set/chair/truth.json --answers given.jsonl",
+                  "MMHAL": "--mmhal set/mmhal/response_template.json --model two"}
 
 
-# ==================================================================================== rows, plain
-
-GOOD = {"image": "ok.jpg", "question": "What?", "chosen": "A car.", "rejected": "A bus."}
-
-
-def test_plain_rows_in_lines_and_in_an_array(folder_readers):
-    prompt = {**GOOD, "prompt": "What?\n<image>"}
-    del prompt["question"]
-    from_lines = read_pairs([write_lines(folder_readers, GOOD, b"", prompt)])
-    assert [p.question for p in from_lines] == ["What?", "What?"]
-    assert from_lines[1].name.endswith("rows.jsonl row 3")  # as an editor counts lines
-    assert open_image("x", from_lines[0].image).size == (20, 10)
-    array = write_json(folder_readers, [GOOD, prompt], "array.txt")  # the content decides, not the name
-    array.write_bytes(b"\xef\xbb\xbf" + array.read_bytes())  # as some editors save it
-    for one, other in zip(from_lines, read_pairs([array])):
-        assert (one.image, one.question, one.chosen) == (other.image, other.question, other.chosen)
-    assert read_pairs([array])[1].name.endswith("array.txt row 2")
-
-
-def test_images_are_looked_for_beside_the_file_or_where_told(folder_readers, tmp_path_factory):
-    path = write_lines(folder_readers, GOOD)
-    elsewhere = tmp_path_factory.mktemp("elsewhere") / "rows.jsonl"
-    elsewhere.write_bytes(path.read_bytes())
-    with pytest.raises(DataError, match="row 1: no image 'ok.jpg' in .*point --images"):
-        read_pairs([elsewhere])
-    assert read_pairs([elsewhere], folder_readers)[0].image == read_pairs([path])[0].image
-
-
-@pytest.mark.parametrize("row,message", [
-    (b'{"image": "ok.jpg", "que', "row 2: not valid JSON"),
-    (b'{"image": "ok.jpg\xff"}', "row 2: not valid JSON"),
-    (b"[" * 100_000, "row 2: not valid JSON"),
-    ([1, 2], "row 2: expected an object, found a list"),
-    (GOOD | {"chosen": ""}, "row 2: field 'chosen' is missing or empty"),
-    (GOOD | {"chosen": 7}, "row 2: field 'chosen' is missing or empty"),
-    (GOOD | {"rejected": " "}, "row 2: field 'rejected' is missing or empty"),
-    ({k: GOOD[k] for k in ("image", "chosen", "rejected")}, "row 2: field 'question' is missing"),
-    ({k: GOOD[k] for k in ("question", "chosen", "rejected")}, "row 2: field 'image' is missing"),
-    ({"image": "ok.jpg", "label": 1}, "row 2: no preference among its fields (image, label)"),
-    (GOOD | {"chosen": "A bus. "}, "row 2: chosen and rejected are the same"),
-    (GOOD | {"question": "<image> or <image>?"}, "row 2: 2 <image> in the question, but one image"),
-    (GOOD | {"question": "<image>\n"}, "row 2: there is nothing but <image> in the question"),
-    (GOOD | {"rejected": "A <image>."}, "row 2: field 'rejected' contains <image>"),
-    (GOOD | {"history": [["Where?"]]}, "row 2: history should be a list of [question, answer]"),
-    (GOOD | {"image": "no.jpg"}, "row 2: no image 'no.jpg'"),
-    (GOOD | {"image": ["ok.jpg", "b.jpg"]}, "row 2: image should be the name of one file"),
-    (GOOD | {"image": "a\0b"}, "row 2: image 'a\\x00b' is no file name"),
-    (GOOD | {"image": "a" * 5000}, "row 2: image"),
-    (GOOD | {"image": "../rows.jsonl"}, "row 2: image '../rows.jsonl' lies outside"),
-    (GOOD | {"image": "/etc/passwd"}, "row 2: image '/etc/passwd' lies outside"),
-    ({"image": "ok.jpg", "conversations": said("<image>?", "Yes.")},
-     "row 2: a conversation without two answers to compare"),
+@pytest.mark.parametrize("command, status, pattern", [
+    ("AMBER all.json", 0, r"answers from a file; lexical mode(.|\n)*lexical/chair +37\.5 .*\n"
+     r"lexical/cover +75\.0(.|\n)*discriminative/accuracy +50\.0 .* 66\.7\n"),
+    ("VQA given.jsonl", 0, r"accuracy +8\.3 "),  # one in six, and none
+    ("CHAIR --synonyms set/chair/synonyms.txt", 0, r"official syn(.|\n)*objhal/mention +50\.0"),
+    ("CHAIR", 0, "words of this project"), ("CHAIR --synonyms broken", 1, "words separated by"),
+    ("MMHAL", 2, "needs --judge_prompt"), ("MMHAL --judge_prompt none.py", 1, "no such file"),
+    ("MMHAL --judge_prompt given.jsonl", 1, "has no template with 4 places"),
+    ("MMHAL --judge_prompt broken", 1, "not a Python"), ("AMBER given.jsonl", 1, "row 1: expected"),
+    ("AMBER twice.json", 1, "row 2: id 1 comes twice"), ("AMBER far.json", 1, "id 99 is no"),
+    ("--amber set --answers far.json", 1, "set/relation.json: no such file"),
+    ("--suite set", 2, "--suite needs --model"), ("--suite one --models two", 1, "no benchmark"),
+    ("--suite set --models one one", 1, "every model once"),
+    ("one --scenes 3", 1, "measures of 2 scenes, which do not compare with --scenes 3"),
 ])
-def test_bad_rows_are_named_or_skipped(folder_readers, row, message):
-    path = write_lines(folder_readers, GOOD, row, GOOD)
-    with pytest.raises(DataError, match=re.escape(message)):
-        read_pairs([path])
-    skipped = []
-    assert len(read_pairs([path], None, skipped)) == 2
-    assert len(skipped) == 1 and message in skipped[0] and str(path) in skipped[0]
+def test_given_answers_are_scored_or_a_sentence_says_why_not(run_bench, command, status, pattern):
+    write_bench("given.jsonl", {"image": "0.png", "answer": "b"},
+                {"image": "1.png", "answer": "2 dogs, a man"})
+    rows = [{"id": i, "response": text} for i, text in enumerate(AMBER_TEXTS, 1)]
+    write_bench("all.json", *rows, array=True)
+    write_bench("twice.json", rows[0], rows[0])
+    write_bench("far.json", {"id": 99, "response": "No"})
+    Path("broken").write_text("words (")
+    measured = {}, [{"scene": i} for i in range(2)]
+    evaluation.write_results("one/results.json", measured, measured)
+    shown = run_bench(re.sub("[A-Z]{3,}", lambda m: BENCH_COMMANDS[m[0]], command), status)
+    assert re.search(pattern, shown) and (status != 1 or re.fullmatch("error: .*\n", shown))
 
 
-def test_bad_files_are_named(folder_readers):
-    half = write_json(folder_readers, [GOOD, GOOD])
-    half.write_text(half.read_text()[:100])
-    for paths, message in [
-        ([half], "rows.json: not valid JSON .*is the file whole"),
-        ([folder_readers / "none.jsonl"], "none.jsonl: no such file"),
-        ([folder_readers / "*.nothing"], "nothing: no such file"),
-        ([folder_readers], "a folder; name its files"),
-        ([write_lines(folder_readers)], "no usable row in .*rows.jsonl"),
-    ]:
-        with pytest.raises(DataError, match=message):
-            read_pairs(paths)
-    with pytest.raises(DataError, match="no usable row in .*the first one: .*row 1: not valid"):
-        read_pairs([write_lines(folder_readers, b"{")], None, [])
+# ============================================================================== the correction page
 
 
-def test_patterns(folder_readers):
-    for name in ("b.jsonl", "a.jsonl", "odd[1].jsonl"):
-        (folder_readers / name).write_text(json.dumps(GOOD))
-    found = rows.find_files([str(folder_readers / "odd[1].jsonl"), str(folder_readers / "[ab].jsonl")])
-    assert [path.name for path in found] == ["odd[1].jsonl", "a.jsonl", "b.jsonl"]
+
+try:
+    from selenium import webdriver
+    from selenium.webdriver import ActionChains, Keys
+except ImportError:
+    webdriver = None
+
+ANSWER = "A red car stands on the left. There is a dog in the middle. The house is white and large."
+EVIL = "<img src=x onerror=\"document.title='owned'\">"
 
 
-# ================================================================================== rows, parquet
+def page_units(tokens):
+    path = ROOT / "world" / "base" / "tokenizer.model"
+    return Units(tokenizer_file.Tokenizer(path) if tokens else None)
 
 
-def write_parquet(path, rows, group=2):
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(arrow.Table.from_pylist(rows), path, row_group_size=group)
-    return path
+def page_rows(folder, count=4, **fields):
+    """Somebody's answers: `count` rows of image, question and answer."""
+    folder.mkdir(exist_ok=True)
+    for i in range(min(count, 20)):
+        Image.new("RGB", (60, 40), (60 * i % 256, 90, 160)).save(folder / f"{i}.png")
+    rows = ({"image": f"{i % 20}.png", "question": f"What is in picture {i}?", "answer": ANSWER,
+             "by": "abc123 max_new_tokens=512", **fields} for i in range(count))
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "answers.jsonl"
 
 
-def rlhf_v(seed, **changes):
-    texts = {"question": f"What {seed}?", "chosen": "A tree.", "rejected": "A house."}
-    return {"ds_name": "RLHF-V", "image": {"bytes": picture(seed), "path": f"{seed}.png"},
-            "text": json.dumps(texts), "origin_dataset": "x", "origin_split": "{}", "idx": seed,
-            "image_path": f"{seed}.png", **changes}
+@pytest.fixture
+def page(tmp_path):
+    """Starts a server of this process on a free port, on the same files every time."""
+    servers = []
+
+    def start(count=4, tokens=True, token="", fields={}, **options):
+        path = page_rows(tmp_path / "photos", count, **fields)
+        at = SimpleNamespace(photos=path.parent, out=path.with_suffix(".corrections.jsonl"))
+        at.store = corrections.Store(corrections.read_answers(path, None)[0], at.out, **options)
+        server = page_server.Server("127.0.0.1", 0, at.store, page_units(tokens), token)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        servers.append(server)
+        at.address = f"http://127.0.0.1:{server.server_port}"
+        at.lines = lambda: [json.loads(line) for line in at.out.read_text().splitlines()]
+        at.ask = lambda *args, **headers: page_request(at.address, *args, **headers)
+        return at
+
+    def stop():
+        while servers:
+            server = servers.pop()
+            server.shutdown()
+            server.server_close()
+            server.store.file.close()
+
+    start.stop = stop
+    yield start
+    stop()
 
 
-def rlaif_v(seed, **changes):
-    return {"ds_name": "RLAIF-V", "image": {"bytes": picture(seed), "path": f"{seed}.png"},
-            "question": f"What {seed}?", "chosen": "A tree.", "rejected": "A house.",
-            "origin_dataset": "x", "origin_split": "{}", "idx": str(seed), "image_path": "",
-            **changes}
+def page_request(address, path, body=None, **headers):
+    """One request; bodies are JSON unless bytes, a header of None is left out."""
+    connection = http.client.HTTPConnection(address.partition("//")[2], timeout=20)
+    default = {"Origin": address, "Content-Type": "application/json"} if body is not None else {}
+    headers = default | {name.replace("_", "-"): value for name, value in headers.items()}
+    data = json.dumps(body) if isinstance(body, dict) else body
+    connection.request("GET" if body is None else "POST", path, data,
+                       {name: value for name, value in headers.items() if value is not None})
+    reply = connection.getresponse()
+    reply.content = reply.read()
+    if reply.headers.get_content_type() == "application/json":
+        reply.content = json.loads(reply.content)
+    return reply
 
 
-@pytest.mark.parametrize("make", [rlhf_v, rlaif_v])
-def test_both_parquet_schemas(tmp_path, make):
-    write_parquet(tmp_path / "a.parquet", [make(i) for i in range(5)])
-    pairs = read_pairs([str(tmp_path / "*.parquet")])
-    assert [p.name[-5:] for p in pairs] == ["row 1", "row 2", "row 3", "row 4", "row 5"]
-    assert [p.question for p in pairs] == [f"What {i}?" for i in range(5)]
-    assert {(p.chosen, p.rejected) for p in pairs} == {("A tree.", "A house.")}
-    assert pairs[3].image == ParquetImage(tmp_path / "a.parquet", 1, 1, "3.png")
-    assert [p.image.read() for p in pairs] == [picture(i) for i in range(5)]
+def submit(at, item, text=None, annotator="ann", **more):
+    entry = {"id": item["answer"]["id"], "annotator": annotator, "chosen": text, "seconds": 12,
+             "status": "corrected", "types": {}}
+    return at.ask("/submit", entry | more)
 
 
-def test_parquet_images_stay_on_disk_until_asked_for(tmp_path, monkeypatch):
-    path = write_parquet(tmp_path / "a.parquet", [rlhf_v(i) for i in range(6)])
-    parquet = pytest.importorskip("pyarrow.parquet")
-    read, asked = parquet.ParquetFile.read_row_group, []
-
-    def spy(self, group, columns):
-        asked.append((group, "image.bytes" in columns or "image" in columns))
-        return read(self, group, columns)
-
-    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", spy)
-    pairs = read_pairs([path])
-    assert asked == [(0, False), (1, False), (2, False)]  # texts only, group by group
-    asked.clear()
-    for pair in pairs:
-        open_image(pair.name, pair.image)
-    assert asked == [(0, True), (1, True), (2, True)]  # each group of images once, in order
-
-
-def test_images_may_be_plain_bytes_or_names(folder_readers):
-    pair = {"question": "What?", "chosen": "A tree.", "rejected": "A house."}
-    path = write_parquet(folder_readers / "bytes.parquet", [{"image": picture(3), **pair}])
-    assert read_pairs([path])[0].image.read() == picture(3)
-    path = write_parquet(folder_readers / "names.parquet", [{"image": "ok.jpg", **pair}])
-    assert read_pairs([path])[0].image == folder_readers.resolve() / "ok.jpg"
-
-
-def test_bad_parquet_is_named(tmp_path):
-    path = write_parquet(tmp_path / "a.parquet", [rlhf_v(0), rlhf_v(1, text='{"question": "Wh')])
-    with pytest.raises(DataError, match="a.parquet row 2: text is not valid JSON"):
-        read_pairs([path])
-    skipped = []
-    assert len(read_pairs([path], None, skipped)) == 1 and len(skipped) == 1
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match="a.parquet: not a whole parquet file"):
-        read_pairs([path])
-    other = write_parquet(tmp_path / "b.parquet", [{"id": 1, "caption": "A tree."}])
-    with pytest.raises(DataError, match=r"b.parquet row 1: no preference .*\(id, caption\)"):
-        read_pairs([other])
-    empty = write_parquet(tmp_path / "c.parquet", [rlaif_v(0, image={"bytes": None, "path": "x"})])
-    with pytest.raises(DataError, match="c.parquet row 1: the image holds no bytes"):
-        open_image("c.parquet row 1", read_pairs([empty])[0].image)
-
-
-# ========================================================================= rows with conversations
-
-
-def preference(**changes):
-    turns = said("Where is it?\n<image>", "At home.", "What is it?", "to be replaced")
-    return {"id": "1", "image": "ok.jpg", "conversations": turns, "preference": 2,
-            "output_1": {"from": "llava", "value": "A bus."},
-            "output_2": {"from": "llava", "value": "A car."}, "hallucination": True, **changes}
-
-
-def test_human_preferences(folder_readers):
-    path = write_json(folder_readers, [preference(), preference(preference=1)])
-    second, first = read_pairs([path])
-    assert (second.chosen, second.rejected) == ("A car.", "A bus.")
-    assert (first.chosen, first.rejected) == ("A bus.", "A car.")
-    assert second.history == [("Where is it?", "At home.")] and second.question == "What is it?"
-
-
-@pytest.mark.parametrize("changes,message", [
-    ({"preference": 0}, "preference is 0, not 1 or 2"),
-    ({"preference": "2"}, "preference is '2', not 1 or 2"),
-    ({"output_1": {"value": ""}}, "field 'output_1' is missing or empty"),
-    ({"output_2": "A car."}, "field 'output_2' is missing or empty"),
-    ({"output_2": {"value": "A bus."}}, "chosen and rejected are the same"),
-    ({"conversations": said("<image>?", "Yes.", "What?")}, "the last turn should be from 'gpt'"),
-    ({"conversations": said("What?", "Yes.")}, "0 <image> in the conversation, but 1 images"),
-    ({"conversations": []}, "field 'conversations' is missing or empty"),
-    ({"conversations": ["<image>?"]}, "turn 1 should have 'from' and 'value'"),
-    ({"image": None}, "1 <image> in the conversation, but 0 images"),
+@pytest.mark.parametrize("tokens, old, new, expected, kept", [
+    (False, "A red car. A dog.", "A blue car. A dog.", [("A red", "A blue", False)], 0.71),
+    (False, "A red car. A dog.", "A red car.", [(" A dog.", "", True)], 0.57),
+    (False, "One two three", "One two three", [], 1),
+    (True, "There is a red car.", "There is a blue car.", [(" red", " blue", False)], 0.83),
+    (True, "a car at the top 🙂 x", "a car at the top 🙃 x", [("🙂", "🙃", False)], 0.92),
+    (True, "at the bottom left 🙂🙃 a", "at the bottom left 🙃 a", [("🙂🙃", "🙃", False)], 0.71),
+    (True, "a car", "", [("a car", "", True)], 0),
 ])
-def test_bad_preferences_are_named(folder_readers, changes, message):
-    path = write_json(folder_readers, [preference(), preference(**changes), preference()])
-    with pytest.raises(DataError, match=re.escape(f"row 2: {message}")):
-        read_pairs([path])
-    assert len(read_pairs([path], None, [])) == 2
+def test_diff_places_the_segments_of_training_in_both_texts(tokens, old, new, expected, kept):
+    units = page_units(tokens)
+    found = compare(units, old, new)
+    parts = found["parts"]
+    changed = [part for part in parts if "old" in part]
+    assert [(part["old"], part["new"], part["end"]) for part in changed] == expected
+    assert "".join(part.get("same", part.get("new")) for part in parts) == new
+    assert "".join(part.get("same", part.get("old")) for part in parts) == old
+    assert all(old[slice(*part["rejected"])] == part["old"] for part in changed)
+    assert all(new[slice(*part["chosen"])] == part["new"] for part in changed)
+    masks = data.segment_mask(units.ids(new), units.ids(old))
+    assert [sum(part["units"][i] for part in changed) for i in (1, 0)] == [m.sum() for m in masks]
+    assert found["kept"] == pytest.approx(kept, abs=0.01)
 
 
-def test_conversations(folder_readers):
-    path = write_json(folder_readers, [
-        {"id": 0, "image": "ok.jpg", "conversations": said("<image>\nWhat is it? ", "A car.",
-                                                           " And now?", " Still. ")},
-        {"id": 1, "conversations": said("Hello.", "Good day.")},
-        {"id": 2, "image": "b.jpg", "conversations": said("Welcome!", "What?<image>", "A cat.",
-                                                          first="gpt")},
-        preference(), GOOD,
-    ])
-    image, text, greeted, ranked, plain = read_conversations([path])
-    # what surrounds <image> goes with it; all else is left as it is, as in LLaVA's own code
-    assert image.turns == [("What is it?", "A car."), (" And now?", " Still. ")]
-    assert text.image is None and text.turns == [("Hello.", "Good day.")]
-    assert greeted.turns == [("What?", "A cat.")]
-    assert ranked.turns == [("Where is it?", "At home."), ("What is it?", "A car.")]
-    assert plain.turns == [("What?", "A car.")] and plain.image.name == "ok.jpg"
+def test_corrections_are_saved_and_read_by_training(page):
+    at, text = page(), ANSWER.replace(" red", " blue")
+    item = at.ask("/item?annotator=ann").content
+    assert (item["done"], item["total"], item["units"]) == (0, 4, "tokens")
+    item = submit(at, item, f" {text}\n", types={"0": "attribute"}).content
+    assert (item["done"], item["own"], item["median"]) == (1, 1, 12)
+    item = submit(at, item, status="accepted").content
+    item = submit(at, item, status="skipped", reason="blurred").content
+    assert submit(at, item, ANSWER + " Yes.").content["answer"] is None
+    first, accepted, skipped, fourth = at.lines()
+    assert first.items() >= {
+        "chosen": text, "rejected": ANSWER, "status": "corrected", "annotator": "ann",
+        "seconds": 12, "model": "abc123",
+        "segments": [{"rejected": [0, 5], "chosen": [0, 6], "type": "attribute"}]}.items()
+    assert accepted["chosen"] == ANSWER and skipped["chosen"] is None
+    back = at.ask(f"/item?annotator=ann&id={fourth['id']}").content
+    assert back["line"] == fourth and (back["before"], back["after"]) == (skipped["id"], None)
+    submit(at, back, status="accepted")  # the last line of an id counts
+    pair, = read_pairs([at.out], at.photos)
+    assert (pair.chosen, pair.rejected) == (text, ANSWER)
+    assert pair.image == at.photos / first["image"]
+    plain = {key: first[key] for key in ("id", "image", "question", "chosen", "rejected")}
+    at.out.write_text("".join(json.dumps(row) + "\n" for row in (
+        first, plain, plain, {**first, "annotator": "bo", "chosen": "A car."})))
+    assert [pair.chosen for pair in read_pairs([at.out], at.photos)] == [text, text, "A car."]
 
 
-@pytest.mark.parametrize("turns,message", [
-    (said("What?", "A car."), "0 <image> in the conversation, but 1 images"),
-    (said("<image> <image> What?", "A car."), "2 <image> in the conversation, but 1 images"),
-    (said("<image> What?", "A <image>."), "2 <image> in the conversation, but 1 images"),
-    (said("What?", "A car.", "<image> What?", "A car."), "should stand in the first turn"),
-    (said("<image>", "A car."), "turn 1, from 'human', is empty"),
-    (said("<image> What?", ""), "turn 2, from 'gpt', is empty"),
-    (said("<image> What?", "A car.", "And?"), "the last turn is a question"),
-    (said("<image> What?") * 2, "turn 2 is from 'human', not 'gpt'"),
-    ([{"from": "human"}], "turn 1, from 'human', is empty"),
-    (said("Hello", first="gpt"), "no question"),
-    ("What?", "field 'conversations' is missing or empty"),
+SEEN, GIVEN = {"chosen": "A"}, {"chosen": "A", "status": "corrected", "seconds": 1, "types": {}}
+
+
+@pytest.mark.parametrize("path, body, headers, status", [
+    ("/", None, {}, 200), ("/icon.svg", None, {}, 200), ("/item", None, {"Host": "localhost"}, 200),
+    ("/item", None, {"Host": "evil.example"}, 403), ("/", None, {"Host": "127.0.0.1.evil"}, 403),
+    ("/item", None, {"Origin": "http://evil.example"}, 403), ("/item?id=nobody", None, {}, 404),
+    ("/item", None, {"Sec_Fetch_Site": "cross-site"}, 403), ("/item?annotator=%3C", None, {}, 400),
+    ("/image/ID", None, {}, 200), ("/image/../annotate.py", None, {}, 404),
+    ("/image/%2e%2e%2f0.png", None, {}, 404), ("/server.py", None, {}, 404),
+    ("/segments", SEEN, {}, 200), ("/segments", SEEN, {"Origin": None}, 403),
+    ("/segments", SEEN, {"Origin": "null"}, 403), ("/segments", b"[1]", {}, 400),
+    ("/segments", SEEN, {"Content_Type": "text/plain"}, 415), ("/write", SEEN, {}, 404),
+    ("/segments", {"chosen": "A " * 10_001}, {}, 400), ("/segments", b'{"id": "\\ud800"}', {}, 400),
+    ("/segments", {"chosen": "<image>"}, {}, 400), ("/segments", b"x" * 1_000_001, {}, 413),
+    ("/submit", GIVEN | {"chosen": " "}, {}, 400), ("/submit", GIVEN | {"chosen": ANSWER}, {}, 400),
+    ("/submit", GIVEN | {"seconds": "1"}, {}, 400), ("/submit", GIVEN | {"status": "x"}, {}, 400),
+    ("/submit", GIVEN | {"types": {"0": "x"}}, {}, 400),
+    ("/TOKEN/", None, {}, 200), ("/TOKEN/item", None, {"Host": "10.0.0.7:8000"}, 200),
+    ("/wrong/TOKEN/", None, {}, 403), ("/", None, {"Host": "TOKEN"}, 403),
 ])
-def test_bad_conversations_are_named(folder_readers, turns, message):
-    good = {"image": "ok.jpg", "conversations": said("<image> What?", "A car.")}
-    path = write_json(folder_readers, [good, {"image": "ok.jpg", "conversations": turns}, good])
-    with pytest.raises(DataError, match=re.escape("row 2: ") + ".*" + re.escape(message)):
-        read_conversations([path])
-    assert len(read_conversations([path], None, [])) == 2
+def test_requests_that_are_refused(page, path, body, headers, status):
+    at = page(1, token="TOKEN" if "TOKEN" in str((path, headers)) else "")
+    key = next(iter(at.store.answers))
+    body = {**body, "id": key} if isinstance(body, dict) else body
+    reply = at.ask(path.replace("ID", key), body, **headers)
+    assert reply.status == status and (status == 200 or reply.content["error"])
+    assert reply.headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 's")
+    assert reply.headers["Cross-Origin-Resource-Policy"] == "same-origin" and not at.lines()
 
 
-def test_prompts_and_captions(folder_readers):
-    turns = said("Is it red?\n<image>", "to be written", "And?", "No.")
-    path = write_json(folder_readers, [
-        {"image": "ok.jpg", "conversations": turns},
-        {"image": "ok.jpg", "conversations": turns[:1], "caption_type": 6, "length_bonus": 0.5},
-        GOOD,
-    ])
-    plain, yes_no, pair = read_prompts([path])
-    assert (plain.question, plain.caption_type, plain.length_bonus) == ("Is it red?", 1, 1.0)
-    assert (yes_no.caption_type, yes_no.length_bonus) == (6, 0.5)
-    assert pair.question == "What?"
-    for changes, message in [({"caption_type": 8}, "caption_type is 8, not 1 to 7"),
-                             ({"length_bonus": "x"}, "length_bonus is 'x', not a number"),
-                             ({"image": ""}, "field 'image' is missing or empty")]:
-        with pytest.raises(DataError, match=f"row 1: {message}"):
-            row = {"image": "ok.jpg", "conversations": turns, **changes}
-            read_prompts([write_json(folder_readers, [row])])
-    captions = readers.read_captions(write_json(folder_readers, {"ok.jpg": ["A car."], "x/b.jpg": ["B."]}))
-    assert readers.captions_of("row 1", plain.image, captions) == ["A car."]
-    stored = ParquetImage(folder_readers / "a.parquet", 0, 0, "data/x/b.jpg")
-    assert readers.captions_of("row 1", stored, captions) == ["B."]
-    with pytest.raises(DataError, match="row 1: no captions for image .*c.jpg"):
-        readers.captions_of("row 1", folder_readers / "c.jpg", captions)
-    with pytest.raises(DataError, match="'ok.jpg' should have a list of captions"):
-        readers.read_captions(write_json(folder_readers, {"ok.jpg": "A car."}))
+def test_annotators_get_orders_of_their_own_and_a_share_twice(page):
+    at, names = page(40, overlap=0.25), ("ann", "bo", "cy")
+    items = {name: at.ask(f"/item?annotator={name}").content for name in names}
+    assert len({item["answer"]["id"] for item in items.values()}) == 3  # open elsewhere: not given
+    seen = []
+    while any(item["answer"] for item in items.values()):
+        for name in (name for name in names if items[name]["answer"]):
+            assert items[name]["line"] is None  # blind
+            seen.append((items[name]["answer"]["id"], name))
+            items[name] = submit(at, items[name], status="accepted", annotator=name).content
+    extra = [sum(i == j for j, _ in seen) - wanted for i, wanted in at.store.wanted.items()]
+    assert set(extra) <= {0, 1} and sum(extra) <= 2  # the last may be open on two pages
+    assert len(set(seen)) == len(seen) and 44 <= len(seen) <= 58 and items["bo"]["done"] == 40
 
 
-# ========================================================================================= images
+def test_the_file_survives(page, monkeypatch):
+    at = page(3)
+    item = submit(at, at.ask("/item").content, "A dog.").content
+    with pytest.raises(ValueError, match="another annotate.py is writing to it"):
+        corrections.Store([], at.out)
+    before = at.out.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
+    reply = submit(at, item, "A cat.")
+    assert (reply.status, reply.content["error"]) == (507, "not saved: disk full")
+    assert at.out.read_bytes() == before
+    monkeypatch.undo()
+    page.stop()
+    for tail, kept in ((b'{"id": "half', b""), (before.strip(), before)):
+        at.out.write_bytes(before + tail)
+        corrections.Store([], at.out).file.close()
+        assert at.out.read_bytes() == before + kept
 
 
-def test_bad_images_are_named(tmp_path, monkeypatch):
-    Image.effect_noise((64, 64), 80).convert("RGB").save(tmp_path / "whole.png")
-    whole = (tmp_path / "whole.png").read_bytes()
-    Image.new("RGB", (8, 8)).save(tmp_path / "picture.bmp")
-    for content in (whole[: len(whole) // 2], b"no image at all",
-                    (tmp_path / "picture.bmp").read_bytes()):
-        with pytest.raises(DataError, match="rows.jsonl row 5: cannot read image"):
-            open_image("rows.jsonl row 5", content)
-    with pytest.raises(DataError, match="rows.jsonl row 5: the image holds no bytes"):
-        open_image("rows.jsonl row 5", b"")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 64 x 64 is now a bomb
-    with pytest.raises(DataError, match="row 6: cannot read image"):
-        open_image("row 6", whole)
+def test_agreement_and_adjudication(page, capsys):
+    marks = [(True, True)] * 20 + [(True, False)] * 5 + [(False, True)] * 10 + [(False, False)] * 15
+    assert kappa(marks) == pytest.approx((0.7, 0.4)) and math.isnan(kappa([(True, True)])[1])
+    at = page(3, tokens=False, overlap=1.0)
+    one, two, three = at.store.answers
+    texts = {one: {"ann": " red", "bo": " red"}, two: {"ann": "", "bo": " on the left"},
+             three: {"ann": "", "bo": ""}}  # what each takes out
+    for key, gone in texts.items():
+        for name, part in gone.items():
+            submit(at, {"answer": {"id": key}}, ANSWER.replace(part, "", 1), name,
+                   status="corrected" if part else "accepted", seconds=11)
+    page.stop()
+    assert annotate.main(["--agreement", str(at.out)]) == 0
+    report = capsys.readouterr().out
+    assert re.search(r"ann +3 +33.3% +66.7% +0.0% +2.9% +11", report)  # 2 of 69: "A red"
+    assert re.search(r"ann - bo +69 +95.7% +0.55", report)  # 3 in dispute: "on the left"
+    assert re.search(r"all, both ways +138 +95.7% +0.55", report)
+    assert "corrections: 1" in report and f"{two}  1.png: ann accepted, bo corrected" in report
+    at = page(3, tokens=False, adjudicate=True)
+    item = at.ask("/item").content
+    assert (item["total"], item["answer"]["id"], len(item["versions"])) == (1, two, 2)
+    assert submit(at, item, "A red car.").content["done"] == 1 and at.lines()[-1]["adjudicated"]
+    chosen = {pair.chosen for pair in read_pairs([at.out], at.photos)}
+    assert chosen == {ANSWER.replace(" red", "", 1), "A red car."}
 
 
-def test_images_are_upright_and_transparency_is_white(tmp_path):
-    turned = Image.new("RGB", (30, 10), "red")
-    turned.getexif()[0x0112] = 6  # lies on its side
-    turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
-    assert open_image("x", tmp_path / "turned.jpg").size == (10, 30)
-    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    image = open_image("x", tmp_path / "clear.png")
-    assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
+@pytest.mark.parametrize("edit, arguments, phrase", [
+    ({"image": "../secret.png"}, [], "answers.jsonl row 1: image '../secret.png' lies outside"),
+    ({"image": "gone.png"}, [], "row 1: no image 'gone.png'"),
+    ({"image": None}, [], "row 1: field 'image' is missing or empty"),
+    ({"answer": None}, [], "row 1: field 'answer' is missing or empty"),
+    ({"answer": ""}, [], "no row with an answer to correct"),
+    ({"question": ""}, [], "row 1: field 'question' is missing"),
+    ({}, ["--model", "nowhere"], "nowhere/config.json: no such file"),
+    ({}, ["--adjudicate"], "no answer has two different corrections"),
+    ({}, ["--out", "nowhere/x.jsonl"], "nowhere/x.jsonl: no such file"),
+    ({}, ["--out", "BAD"], "row 1: not a line of annotate.py"),
+    ({}, ["--port", "BUSY"], "choose another --host or --port"),
+])
+def test_what_a_user_can_get_wrong(page, tmp_path, capsys, edit, arguments, phrase):
+    path = page_rows(tmp_path / "own", 1, **edit)
+    busy = page(1).address.rpartition(":")[2]
+    (tmp_path / "bad.jsonl").write_text('{"image": "a"}\n')
+    swap = {"BUSY": busy, "BAD": str(tmp_path / "bad.jsonl")}
+    assert annotate.main([str(path), *(swap.get(each, each) for each in arguments)]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and phrase in error
 
 
-# ======================================================================= from records to examples
+def test_many_answers_stay_quick(page):
+    long = " ".join([ANSWER] * 12)
+    at = page(10_000, fields={"answer": long})
+    changed = {"id": next(iter(at.store.answers)), "chosen": long.replace("dog", "cat")}
+    for limit, request in ((0.05, ("/segments", changed)), (0.1, ("/item?annotator=ann",))):
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            assert at.ask(*request).status == 200
+            times.append(time.perf_counter() - began)
+        assert min(times) < limit
 
 
-def joint(tokenizer_readers, *rounds):
-    """A whole conversation, each round tokenized at once, as the public code does."""
-    ids = [tokenizer_readers.bos_token]
-    for text in rounds:
-        ids += tokenizer_readers.encode(text, eos=True)
-    return ids
+def test_world_is_drawn_and_described(tmp_path, monkeypatch):
+    monkeypatch.setattr(annotate, "WORLD", tmp_path)
+    monkeypatch.setattr(annotate, "SCENES", 2)
+    path = annotate.make_world()
+    found, empty = corrections.read_answers(path, tmp_path / "images")
+    assert len(found) == 2 and not empty and len(found[0].model) == 16
+    written = path.stat().st_mtime_ns
+    assert annotate.make_world().stat().st_mtime_ns == written
 
 
-def test_a_conversation_is_the_joint_tokenization(tokenizer_readers):
-    turns = [("Is there a car?", "Yes, a red car."), (" And\n a bus? ", " No. "),
-             ("Sure?", "\nYes")]
-    conversation = Conversation("row 1", b"x", turns)
-    example = data.conversation_example(conversation, None, tokenizer_readers, READERS_PATCHES)
-    expected = joint(
-        tokenizer_readers, f"{data.SYSTEM} USER: <image>\nIs there a car? ASSISTANT: Yes, a red car.",
-        "USER:  And\n a bus?  ASSISTANT:  No. ", "USER: Sure? ASSISTANT: \nYes")
-    at = expected.index(tokenizer_readers.image_token)
-    expected[at : at + 1] = [tokenizer_readers.image_token] * READERS_PATCHES
-    assert example.prompt + example.responses[0].tokens == expected
-    batch = data.collate([example], tokenizer_readers.pad_token, 400)
-    learnt = [t for _, answer in turns for t in tokenizer_readers.encode(answer, eos=True)]
-    assert batch.target.tolist() == learnt and batch.groups == 1  # every answer, no question
-    # each learnt token is predicted by the slot before it
-    tokens = batch.tokens.flatten()
-    torch.testing.assert_close(tokens[batch.source + 1], batch.target)
+# -------------------------------------------------------------------------------- in a real browser
 
 
-def test_text_alone_has_no_image(tokenizer_readers):
-    conversation = Conversation("row 1", None, [("Hello?", "Yes.")])
-    example = data.conversation_example(conversation, None, tokenizer_readers, READERS_PATCHES)
-    assert tokenizer_readers.image_token not in example.prompt
-    assert tokenizer_readers.decode(example.prompt) == f"{data.SYSTEM} USER: Hello? ASSISTANT:"
+@pytest.fixture(scope="module")
+def browser():
+    if not (webdriver and shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("no browser: apt-get install chromium chromium-driver, pip install selenium")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        options = webdriver.ChromeOptions()
+        options.binary_location = shutil.which("chromium")
+        for flag in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-sync",
+                     "disable-background-networking", "disable-component-update",
+                     f"user-data-dir={profile}", "window-size=1300,850"):
+            options.add_argument(f"--{flag}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+        yield driver
+        driver.quit()
 
 
-def test_a_pair_keeps_what_was_said_before(tokenizer_readers):
-    pair = Pair("row 1", b"x", "Sure?", "Yes.", "No.", [("Is there a car?", "A red car.")])
-    example = data.pair_example(pair, None, tokenizer_readers, 1)
-    assert example.prompt + example.responses[1].tokens == joint(
-        tokenizer_readers, f"{data.SYSTEM} USER: <image>\nIs there a car? ASSISTANT: A red car.",
-        "USER: Sure? ASSISTANT: No.")
+class Annotator:
+    """What an annotator does with the keyboard, and reads; every wait ends after 15 s."""
+
+    def __init__(self, driver, address):
+        self.run = driver.execute_script
+        self.driver = driver
+        driver.get(address)
+        self.shows("question", "picture")
+
+    def press(self, *keys, control=""):
+        actions = ActionChains(self.driver)
+        if control:
+            actions.key_down(Keys.CONTROL).send_keys(control).key_up(Keys.CONTROL)
+        actions.send_keys(*keys).perform()
+
+    def read(self, element):
+        return self.run("const e = document.getElementById(arguments[0]);"
+                        "return e.value ?? e.innerText", element)
+
+    def segments(self):
+        return self.run("return [...document.querySelectorAll('#diff .segment')]"
+                        ".map((e) => e.innerText).join('|')")
+
+    def waits(self, holds):
+        for _ in range(300):
+            if holds():
+                return
+            time.sleep(0.05)
+        pytest.fail(f"{self.read('editor')!r}, {self.segments()!r}, {self.read('banner')!r}")
+
+    def shows(self, element, text):
+        self.waits(lambda: text in self.read(element) and self.read("counts"))
 
 
-def test_given_text_is_marked(tokenizer_readers):
-    conversation = Conversation("row 1", None, [("Hello?", "Yes."), ("And?", "No.")])
-    example = data.conversation_example(conversation, None, tokenizer_readers, 0)
-    shown = data.marked(example.responses[0], tokenizer_readers)
-    assert re.fullmatch(r"Yes\.</s>\{ ?USER: And\? ASSISTANT:\} ?No\.</s>", shown)
+def test_correcting_by_keys_and_training_on_it(page, browser, tmp_path, run_train):
+    at = page(6, fields={"answer": f"{ANSWER} {EVIL}", "question": f"picture {EVIL}?"})
+    ids = list(at.store.answers)  # one without a name gets them in order
+    me = Annotator(browser, at.address)
+    text = me.read("editor")
+    assert EVIL in text and EVIL in me.read("diff") and EVIL in me.read("question")
+    me.press(Keys.ARROW_DOWN, "d", "1")  # the dog's sentence; an object
+    me.waits(lambda: "dog" in me.segments() and me.segments().endswith("object"))
+    assert "dog" not in me.read("editor")
+    me.press("z", "z")
+    me.waits(lambda: me.read("editor") == text and not me.segments())
+    me.press("y", "y")
+    me.waits(lambda: me.segments().endswith("object"))
+    me.press(Keys.ARROW_UP, "e", " Yes, ", Keys.ESCAPE, "2")  # typed into the text
+    me.waits(lambda: "Yes" in me.segments() and "attribute" in me.segments())
+    me.press(control="z")
+    me.waits(lambda: "attribute" not in me.segments())
+    browser.refresh()  # the draft stays
+    me.waits(lambda: me.segments().endswith("object"))
+    draft = me.read("editor")
+    me.press(control=Keys.ENTER)
+    me.shows("progress", "1 of 6")
+    line, = at.lines()
+    assert line["id"] == ids[0] and line["chosen"] == draft.strip() and "Yes" in draft
+    assert [segment["type"] for segment in line["segments"]][-1] == "object"
+    browser.refresh()  # goes on
+    me.shows("file", "1.png")
+    me.press("a")
+    me.shows("file", "2.png")
+    me.press("s", "2")
+    me.shows("file", "3.png")
+    me.press("b")
+    me.shows("done", "skipped the question does not fit")
+    me.press(Keys.ARROW_DOWN, "d")
+    me.waits(me.segments)
+    me.press(control=Keys.ENTER)
+    me.shows("file", "3.png")
+    me.press(Keys.ENTER)
+    me.press("A car.", control="a")
+    me.shows("warning", "of the original is left")
+    assert [line["status"] for line in at.lines()] == [
+        "corrected", "accepted", "skipped", "corrected"]
+    other = Annotator(browser, f"{at.address}?annotator=bo")
+    assert other.read("file") != "3.png" and other.read("progress").startswith("3 of 6")
+    assert browser.title.startswith("Corrections") and not browser.get_log("browser")
+    run_train("--algo", "ddpo", "--data", at.out, "--images", at.photos, "--out",
+              tmp_path / "run", "--steps", 2, "--batch_size", 2)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
-def test_sft_learns_every_answer_of_mixed_rows(tiny_readers, tokenizer_readers):
-    with_image = Conversation("a", b"x", [("What?", "A car."), ("And?", "A bus.")])
-    text = Conversation("b", None, [("Hello?", "Yes.")])
-    examples = [data.conversation_example(c, None, tokenizer_readers, READERS_PATCHES) for c in (with_image, text)]
-    examples[0].image = torch.randn(3, 12, 12, generator=torch.Generator().manual_seed(0))
-    batch = data.collate(examples, tokenizer_readers.pad_token, 400)
-    assert batch.images.shape == (1, 3, 12, 12)
-    config = sft.SFTConfig()
-    algorithm = sft.SFT(tiny_readers, config, data.Epochs(examples, config, 0))
-    loss, _ = algorithm.loss(batch)
-    logps = []
-    for example in examples:
-        tokens = torch.tensor([example.prompt + example.responses[0].tokens])
-        image = None if example.image is None else example.image[None]
-        logp = tiny_readers.logits(image, tokens).log_softmax(-1)[0]
-        for i, weight in enumerate(example.responses[0].weight):
-            if weight:
-                at = len(example.prompt) + i
-                logps.append(logp[at - 1, tokens[0, at]])
-    torch.testing.assert_close(loss, -torch.stack(logps).mean())
+def test_a_killed_server_loses_nothing(browser, tmp_path):
+    path = page_rows(tmp_path / EVIL.replace("/", ""), 3)
+    out = path.with_suffix(".corrections.jsonl")
+
+    def start(port):
+        command = [sys.executable, ROOT / "annotate.py", path, "--port", port]
+        process = subprocess.Popen(  # with Ctrl-C on, which a background shell turns off
+            command, stdout=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        return process, next(line.split()[1] for line in process.stdout if line[:5] == "open ")
+
+    server, address = start("0")
+    me = Annotator(browser, address)
+    me.press("d")
+    me.waits(me.segments)
+    me.press(control=Keys.ENTER)
+    me.shows("progress", "1 of 3")
+    server.kill()
+    server.wait()
+    saved = out.read_bytes()
+    assert saved.count(b"\n") == 1
+    me.press("d")
+    me.shows("banner", "The server does not answer")
+    me.press(control=Keys.ENTER)
+    browser.get("about:blank")  # closed, while nobody answers
+    server, _ = start(address.split(":")[2].strip("/"))
+    Annotator(browser, address).shows("progress", "2 of 3")
+    assert out.read_bytes().startswith(saved)
+    assert "red car" not in json.loads(out.read_bytes()[len(saved) :])["chosen"]
+    server.send_signal(signal.SIGINT)
+    assert "train.py --algo ddpo --data" in server.communicate(timeout=20)[0]
+    assert server.returncode == 0
 
 
-# ======================================================================================= features
-
-
-def named(folder_readers, *names):
-    return [(f"row {i}", name and folder_readers / name) for i, name in enumerate(names, 1)]
-
-
-def test_every_image_is_seen_once_in_batches(tiny_readers, folder_readers, monkeypatch):
-    batches, see = [], tiny_readers.image_features
-    monkeypatch.setattr(tiny_readers, "image_features", lambda p: batches.append(len(p)) or see(p))
-    images = named(folder_readers, "ok.jpg", "b.jpg", None, "ok.jpg", "c.jpg", "b.jpg")
-    seen = features.look(tiny_readers, READERS_SETTINGS, images)
-    assert batches == [3] and seen.store.shape == (3, READERS_PATCHES, 16)
-    for i, (_, path) in enumerate(images):
-        if path is None:
-            assert seen[i] is None
-            continue
-        pixels = preprocess(Image.open(path), READERS_SETTINGS.size, READERS_SETTINGS.mean, READERS_SETTINGS.std)
-        torch.testing.assert_close(seen[i], see(pixels[None])[0].detach())
-    assert seen[0] is not None and not torch.equal(seen[0], seen[1])
-    batches.clear()
-    monkeypatch.setattr(features, "BATCH", 2)
-    again = features.look(tiny_readers, READERS_SETTINGS, images)
-    assert batches == [2, 1]
-    torch.testing.assert_close(again.store, seen.store)
-
-
-def test_the_same_bytes_in_parquet_are_seen_once(tiny_readers, tmp_path, monkeypatch):
-    path = write_parquet(tmp_path / "a.parquet", [rlaif_v(0), rlaif_v(1), rlaif_v(0)])
-    batches, see = [], tiny_readers.image_features
-    monkeypatch.setattr(tiny_readers, "image_features", lambda p: batches.append(len(p)) or see(p))
-    seen = features.look(tiny_readers, READERS_SETTINGS, [(p.name, p.image) for p in read_pairs([path])])
-    assert batches == [2] and seen.places == [0, 1, 0]
-
-
-def test_unreadable_images_stop_or_are_told_when_asked_for(tiny_readers, folder_readers):
-    (folder_readers / "c.jpg").write_bytes(b"no image")
-    images = named(folder_readers, "ok.jpg", "c.jpg", "b.jpg", "c.jpg")
-    with pytest.raises(DataError, match="row 2: cannot read image c.jpg"):
-        features.look(tiny_readers, READERS_SETTINGS, images)
-    seen = features.look(tiny_readers, READERS_SETTINGS, images, stop=False)
-    assert not torch.equal(seen[0], seen[2])
-    for i in (1, 3):
-        with pytest.raises(DataError, match=f"row {i + 1}: cannot read image c.jpg"):
-            seen[i]
-
-
-def test_features_on_disk_are_reused_and_refused(tiny_readers, folder_readers, monkeypatch):
-    (folder_readers / "c.jpg").write_bytes(b"no image")
-    images = named(folder_readers, "ok.jpg", "c.jpg", None, "b.jpg", "ok.jpg")
-    memory = features.look(tiny_readers, READERS_SETTINGS, images, folder_readers, stop=False)
-    assert not (folder_readers / "features.bin").exists()
-    monkeypatch.setattr(features, "LIMIT", 100)
-    written = features.look(tiny_readers, READERS_SETTINGS, images, folder_readers, stop=False)
-    with monkeypatch.context() as patch:
-        patch.setattr(features, "fill", None)  # must not be called again
-        found = features.look(tiny_readers, READERS_SETTINGS, images, folder_readers, stop=False)
-        for i in (0, 3, 4):
-            assert torch.equal(found[i], memory[i]) and torch.equal(written[i], memory[i])
-        assert found[2] is None
-        with pytest.raises(DataError, match="row 2: cannot read image"):
-            found[1]
-        other = ImageSettings(12, READERS_SETTINGS.mean, READERS_SETTINGS.std, mode="crop")
-        for settings, rows_ in ((other, images), (READERS_SETTINGS, images[::-1])):
-            with pytest.raises(ValueError, match="features.bin belongs to another model"):
-                features.look(tiny_readers, settings, rows_, folder_readers)
-        (folder_readers / "b.jpg").write_bytes(picture(9, "JPEG", (30, 30)))
-        with pytest.raises(ValueError, match="features.bin belongs to another model"):
-            features.look(tiny_readers, READERS_SETTINGS, images, folder_readers)
-
-
-def test_a_full_disk_is_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match=r"features.bin: no 1000000000.0 GB for image features \("):
-        features.reserve(tmp_path / "features.bin", 10**18)
-    assert not list(tmp_path.iterdir())
-
-
-# ======================================================================================== convert
-
-
-def test_parquet_to_lines_and_back(tmp_path):
-    rows_ = [rlhf_v(0), rlhf_v(1), rlhf_v(1)]
-    rows_.append(rlhf_v(2, image={"bytes": picture(2), "path": "1.png"}))
-    rows_.append(rlhf_v(3, image={"bytes": picture(3, "JPEG"), "path": "../../e vil/.x y.png"}))
-    source = write_parquet(tmp_path / "a.parquet", rows_)
-    lines = tmp_path / "rows.jsonl"
-    assert convert.convert([source], lines) == 5
-    images = sorted(path.name for path in (tmp_path / "rows_images").iterdir())
-    assert images == ["0.png", "1-2.png", "1.png", "x_y.jpg"]  # safe, once each, endings true
-    assert convert.convert([lines], tmp_path / "b.parquet") == 5
-    before, middle, after = (
-        read_pairs([path]) for path in (source, lines, tmp_path / "b.parquet"))
-    for one, two, three in zip(before, middle, after):
-        for field in ("question", "chosen", "rejected", "history"):
-            assert getattr(one, field) == getattr(two, field) == getattr(three, field)
-        assert one.image.read() == two.image.read_bytes() == three.image.read()
-    table = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "b.parquet")
-    first = table.to_pylist()[0]
-    assert first.keys() == rows_[0].keys() and first["text"] == rows_[0]["text"]
-
-
-def test_preferences_to_lines_keep_images_and_history(folder_readers):
-    (folder_readers / "sub").mkdir()
-    (folder_readers / "ok.jpg").rename(folder_readers / "sub" / "ok.jpg")
-    source = write_json(folder_readers, [preference(image="sub/ok.jpg")])
-    convert.convert([source], folder_readers / "out.jsonl", folder_readers)
-    row = json.loads((folder_readers / "out.jsonl").read_text())
-    assert row == {"image": "sub/ok.jpg", "question": "What is it?", "chosen": "A car.",
-                   "rejected": "A bus.", "history": [["Where is it?", "At home."]]}
-    assert read_pairs([folder_readers / "out.jsonl"], folder_readers)[0].history == [("Where is it?", "At home.")]
-    assert not (folder_readers / "out_images").exists()
-    pytest.importorskip("pyarrow")
-    with pytest.raises(DataError, match="row 1: has earlier turns"):
-        convert.convert([source], folder_readers / "out.parquet", folder_readers)
-    assert not list(folder_readers.glob("*out.parquet*"))
-
-
-def test_nothing_is_overwritten_or_left_half(tmp_path, capsys):
-    source = write_parquet(tmp_path / "a.parquet", [rlhf_v(0), rlhf_v(1, image={"bytes": b"x"})])
-    out = tmp_path / "rows.jsonl"
-    assert convert.main(["convert", str(source), str(out)]) == 1
-    assert "a.parquet row 2: the image is no JPEG, PNG or WebP" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
-    assert convert.main(["convert", str(source), str(out), "--skip_bad_rows"]) == 0
-    assert "1 rows left out" in capsys.readouterr().err
-    kept = out.read_bytes()
-    assert convert.main(["convert", str(source), str(out)]) == 1
-    assert "rows.jsonl exists" in capsys.readouterr().err and out.read_bytes() == kept
-    assert convert.main(["convert", str(source), str(tmp_path / "rows.csv")]) == 1
-    assert "should end in .jsonl or .parquet" in capsys.readouterr().err
-
-
-# ======================================================================================== dry run
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activation_estimate_is_near_what_autograd_keeps(checkpointing):
-    config = TextConfig(100, 64, 176, 3, 4, 2, 256)
-    model = LLaVA(LLaVAConfig(VisionConfig(16, 32, 1, 2, 12, 4), config))
-    init_weights(model, 0)
-    model.decoder.gradient_checkpointing = checkpointing
-    kept, weights = {}, {weight.untyped_storage().data_ptr() for weight in model.parameters()}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    x = torch.randn(1, 200, 64, requires_grad=True)
-    position = torch.arange(200)[None]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.decoder(x, position)
-    estimate = dry_run.activation_bytes(config, 200, 4, checkpointing)
-    if checkpointing:  # the block that is computed again is kept in the backward pass only
-        estimate -= 200 * 4 * (6 * 64 + 2 * 32 + 3 * 176)
-    assert 0.9 < estimate / sum(kept.values()) < 1.1
-
-
-def test_needs_count_what_is_trained(tiny_readers, tokenizer_readers, folder_readers):
-    model = LLaVA(tiny_readers.config)
-    init_weights(model, 0)
-    add_adapter(model, "a", 4, 8)
-    trained = sum(weight.numel() for weight in select_trainable(model, "a"))
-    conversation = Conversation("row 1", b"x", [("What?", "A car.")])
-    example = data.conversation_example(conversation, None, tokenizer_readers, READERS_PATCHES)
-    text = dry_run.needs(
-        model, sft.SFTConfig(), [example], named(folder_readers, "ok.jpg", "ok.jpg", None), 4)
-    total = sum(weight.numel() for weight in model.parameters())
-    assert f"{total:,}, of which {trained:,} are trained" in text
-    assert f"gradients    {trained * 4 / 1000:.3g} kB" in text
-    assert f"optimizer    {trained * 8 / 1000:.3g} kB" in text
-    assert f"row of {len(example.prompt) + len(example.responses[0].tokens)} tokens" in text
-    assert f"{PATCHES * 16 * 4} bytes for 1 images, in memory" in text
-
-
-# ================================================================================== the whole way
-
-
-def test_training_on_conversations_and_parquet(tiny_readers, tokenizer_readers, folder_readers, monkeypatch, capsys):
-    monkeypatch.chdir(folder_readers)
-    checkpoint.save_llava(tiny_readers, tokenizer_readers, READERS_SETTINGS, folder_readers / "model")
-    write_json(folder_readers, [
-        {"image": "ok.jpg", "conversations": said("<image> What?", "A car.", "And?", "A bus.")},
-        {"conversations": said("Hello?", "Yes.")}, {"image": "ok.jpg"},
-    ])
-    common = ["--model", "model", "--test_scenes", "0", "--log_every", "1", "--batch_size", "2",
-              "--device", "cpu"]
-    given = ["--algo", "sft", "--data", "rows.json", "--steps", "2", "--out", "sft", *common]
-    assert train.main(given) == 1
-    assert "rows.json row 3: " in capsys.readouterr().err
-    assert train.main([*given, "--skip_bad_rows", "--dry_run"]) == 0
-    out, err = capsys.readouterr()
-    assert "{USER: And? ASSISTANT:}" in out.replace("{ ", "{") and "activations" in out
-    assert "1 rows left out" in err and "row 3" in err
-    assert train.main([*given, "--skip_bad_rows", "--overwrite"]) == 0
-    assert (folder_readers / "sft" / "model" / "model.safetensors").exists()
-    path = write_parquet(folder_readers / "a.parquet", [rlhf_v(i) for i in range(3)])
-    monkeypatch.setattr(features, "LIMIT", 100)
-    given = ["--algo", "ddpo", "--data", str(path), "--steps", "2", "--out", "ddpo", *common]
-    assert train.main(given) == 0
-    assert not list((folder_readers / "ddpo").glob("features.*"))  # gigabytes, of no more use
-
-
-# ======================================================================================= world.py
+# ========================================================================================== world/
 
 PARK = Scene(0, "park", (Thing("dog", "red", 2, 0), Thing("umbrella", "blue", 1, 4),
                          Thing("bus", "green", 3, 8)))
+EXPECTED_KINDS = {setting: list(kinds)[:2] for setting, kinds in world.SCENES.items()}
 
-
-EXPECTED = {"street": ["car", "house"], "kitchen": ["cup", "pot"], "beach": ["umbrella", "boat"],
-            "farm": ["tractor", "house"], "park": ["tree", "flower"], "bedroom": ["bed", "lamp"]}
-
-
-def annotated(count, seed=0):
-    """Pairs of a scene and what the noisy annotator says about it."""
-    rng = random.Random(seed)
-    scenes = [world.make_scene(i) for i in range(count)]
-    return [(scene, world.annotate(scene, rng)) for scene in scenes]
-
-
-def content(scene):
-    return scene.type, scene.things
-
-
-# ---------------------------------------------------------------------------------- scenes
 
 def test_world_is_the_same_in_every_process():
-    # sets and str hashes differ between processes unless PYTHONHASHSEED is set; nothing may depend
-    # on them, nor on the global random state
-    code = ("import random, world, zlib; rng = random.Random(1); scene = world.make_scene(7);"
-            "print(scene, world.describe(scene), world.annotate(scene, rng),"
-            "world.questions(scene, rng, 12), world.facts(scene, rng),"
-            "world.statements(scene, rng, 5), zlib.crc32(world.draw(scene).tobytes()))")
-    outputs = {subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed},
-                              cwd=Path(world.__file__).parent, check=True, text=True,
-                              capture_output=True).stdout for seed in ("1", "2")}
-    assert len(outputs) == 1
+    # sets and str hashes differ between processes; nothing may depend on them
+    code = ("import random, world as w, zlib; r, s = random.Random(1), w.make_scene(7);"
+            "print(s, w.describe(s), w.annotate(s, r), w.questions(s, r, 12), w.facts(s, r),"
+            "w.statements(s, r, 5), zlib.crc32(w.draw(s).tobytes()))")
+    outputs = [subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, cwd=ROOT,
+                              check=True, text=True, capture_output=True).stdout for seed in "12"]
+    assert outputs[0] == outputs[1]
 
 
 def test_world_scenes_are_well_formed_and_typical():
@@ -2783,276 +2299,24 @@ def test_world_scenes_are_well_formed_and_typical():
         assert len({thing.kind for thing in scene.things}) == len(cells)
         assert scene.absent(world.SCENES[scene.type])  # the annotator always has something to add
     things = [(scene.type, thing) for scene in scenes for thing in scene.things]
+    assert {thing.kind for _, thing in things} == set(world.KINDS)
     typical = np.mean([thing.kind in world.SCENES[setting] for setting, thing in things])
     usual = np.mean([thing.colour == world.KINDS[thing.kind] for _, thing in things])
     assert 0.78 < typical < 0.9 and 0.67 < usual < 0.73  # by chance some of the others are typical
-    assert {thing.kind for _, thing in things} == set(world.KINDS)
 
 
-def test_world_splits_share_no_content():
-    train = {content(world.make_scene(seed, "train")) for seed in range(5000)}
-    test = {content(world.make_scene(seed, "test")) for seed in range(2000)}
-    assert not train & test and len(train) > 4900
+@pytest.mark.parametrize("small", [False, True])
+def test_world_splits_share_no_content(monkeypatch, small):
+    if small:  # a world so small that the same scene is drawn many times
+        kinds = dict.fromkeys(("car", "bus", "tree", "house", "dog"), 1)
+        for name, value in {"SCENES": {"street": kinds}, "KINDS": dict.fromkeys(kinds, "red"),
+                            "UNUSUAL_COLOUR": 0, "NUMBER_WEIGHTS": (1, 0, 0)}.items():
+            monkeypatch.setattr(world.scenes, name, value)
+    train, test = ({dataclasses.astuple(world.make_scene(seed, split))[1:] for seed in range(count)}
+                   for split, count in (("train", 4000), ("test", 1500)))
+    assert not train & test and (len(train) < 3900) == small
     with pytest.raises(ValueError, match="split"):
         world.make_scene(0, "valid")
-
-
-def test_world_splits_share_no_content_even_where_scenes_recur(monkeypatch):
-    kinds = dict.fromkeys(("car", "bus", "tree", "house", "dog"), 1)  # a world so small that
-    monkeypatch.setattr(world, "SCENES", {"street": kinds})  # the same scene is drawn many times
-    monkeypatch.setattr(world, "KINDS", dict.fromkeys(kinds, "red"))
-    monkeypatch.setattr(world, "UNUSUAL_COLOUR", 0)
-    monkeypatch.setattr(world, "NUMBER_WEIGHTS", (1, 0, 0))
-    train = [content(world.make_scene(seed, "train")) for seed in range(4000)]
-    test = {content(world.make_scene(seed, "test")) for seed in range(1000)}
-    assert len(set(train)) < 3900 and not set(train) & test
-
-
-def test_world_labels_name_every_cell():
-    kinds, colours, numbers, setting = world.labels(PARK)
-    assert [i for i in range(9) if kinds[i]] == [0, 4, 8] and numbers == [2, 0, 0, 0, 1, 0, 0, 0, 3]
-    assert list(world.KINDS)[kinds[8] - 1] == "bus"
-    assert list(world.COLOURS)[colours[8] - 1] == "green"
-    assert list(world.SCENES)[setting] == "park"
-
-
-# ---------------------------------------------------------------------------------- drawings
-
-def test_world_pictures_show_each_thing_in_its_cell():
-    empty = np.asarray(world.draw(Scene(0, "park", ())), dtype=int)
-    for cell in range(9):
-        scene = Scene(0, "park", (Thing("bed", "red", 1, cell),))
-        picture = np.asarray(world.draw(scene), dtype=int)
-        changed = np.abs(picture - empty).sum(-1) > 30  # (72, 72)
-        row, column = divmod(cell, 3)
-        inside = changed[24 * row:24 * row + 24, 24 * column:24 * column + 24].sum()
-        assert picture.shape == (72, 72, 3) and inside > 100 and inside > 0.9 * changed.sum()
-
-
-def test_world_pictures_differ_in_every_attribute():
-    def picture(*thing):
-        return world.draw(Scene(0, "farm", (Thing(*thing),))).tobytes()
-    looks = {picture(kind, colour, number, 4)
-             for kind in world.KINDS for colour in world.COLOURS for number in (1, 2, 3)}
-    assert len(looks) == 24 * 6 * 3
-    assert len({world.draw(Scene(0, setting, ())).tobytes() for setting in world.SCENES}) == 6
-
-
-def test_world_picture_is_the_same_when_enlarged():
-    scene = world.make_scene(3)
-    small = np.asarray(world.draw(scene), dtype=float)
-    large = np.asarray(world.draw(scene, 288).reduce(4), dtype=float)
-    other = np.asarray(world.draw(world.make_scene(4)), dtype=float)
-    assert np.abs(small - large).mean() < 8 < np.abs(small - other).mean()
-
-
-# ---------------------------------------------------------------------------------- the annotator
-
-def test_world_annotator_errs_at_its_rates():
-    errors = dict.fromkeys(("object", "attribute", "number", "position", "other"), 0)
-    three = two = unusual = things = 0
-    for scene, text in annotated(2000):
-        spans = world.hallucinations(scene, text)
-        for span in spans:
-            errors[span.kind] += 1
-        objects = [span for span in spans if span.kind == "object"]
-        assert len(objects) <= 1 and all(span.end == len(text) for span in objects)  # said last
-        three += sum(thing.number == 3 for thing in scene.things)
-        two += sum(thing.number == 2 for thing in scene.things)
-        unusual += sum(thing.colour != world.KINDS[thing.kind] for thing in scene.things)
-        things += len(scene.things)
-    rates = world.Rates()
-    missing = sum(bool(scene.absent(EXPECTED[scene.type])) for scene, _ in annotated(2000))
-    added = missing * rates.missing_object + (2000 - missing) * rates.extra_object
-    assert errors["object"] == pytest.approx(added, abs=60)
-    assert errors["attribute"] / unusual == pytest.approx(rates.usual_colour, abs=0.03)
-    assert errors["position"] / things == pytest.approx(rates.wrong_place, abs=0.015)
-    expected = three * rates.three_as_two + two * rates.two_as_one
-    assert errors["number"] == pytest.approx(expected, rel=0.08)
-    assert errors["other"] == 0
-
-
-def test_world_annotator_adds_what_is_typical():
-    rates = world.Rates(1, 1, 1, 0, 0, 0)
-    for seed in range(300):
-        scene = world.make_scene(seed)
-        text = world.annotate(scene, random.Random(seed), rates)
-        *said, extra = world.mentions(text)
-        assert said == [thing.kind for thing in scene.things]
-        assert extra in world.SCENES[scene.type] and scene.find(extra) is None
-        expected = scene.absent(EXPECTED[scene.type])
-        assert not expected or extra == expected[0]
-        assert re.findall("|".join(world.COLOURS), text) == [world.KINDS[k] for k in said + [extra]]
-
-
-def test_world_annotator_misplaces_by_one_step():
-    for seed in range(200):
-        scene = world.make_scene(seed)
-        text = world.annotate(scene, random.Random(seed), world.Rates(0, 0, 0, 0, 0, 1))
-        said = [world.PLACES.index(found[0].lower()) for found in world.PLACE.finditer(text)]
-        for cell, thing in zip(said, scene.things, strict=True):
-            assert abs(cell // 3 - thing.cell // 3) + abs(cell % 3 - thing.cell % 3) == 1
-
-
-def test_world_annotator_without_habits_tells_the_truth():
-    for seed in range(200):
-        scene = world.make_scene(seed)
-        assert world.annotate(scene, random.Random(0), world.Rates(0, 0, 0, 0, 0, 0)) == \
-            world.describe(scene)
-
-
-# ---------------------------------------------------------------------------------- the oracles
-
-def test_world_descriptions_are_true_complete_and_of_the_stated_length():
-    for seed in range(500):
-        scene = world.make_scene(seed, "test")
-        text = world.describe(scene)
-        assert world.hallucinations(scene, text) == [] and world.correct(scene, text) == text
-        assert world.mentions(text) == [thing.kind for thing in scene.things]
-        assert 25 <= len(text.split()) <= 55
-
-
-@pytest.mark.parametrize("answer, false, kind, corrected", [
-    ("There is a cat on the left.", "There is a cat on the left.", "object", ""),
-    ("A bus? Two cars are here. Hello.", "Two cars are here.", "object", "A bus? Hello."),
-    ("There is a cat. Two dogs.", "There is a cat.", "object", "Two dogs."),
-    ("Three blue dogs are at the top left.", "blue", "attribute", None),
-    ("There are two red dogs on the right.", "on the right", "position",
-     "There are two red dogs at the top left."),
-    ("On the left there is a blue umbrella.", "On the left", "position",
-     "In the middle there is a blue umbrella."),
-    ("There is a red dog at the top left.", "a", "number",
-     "There are two red dogs at the top left."),
-    ("Two red dogs and three umbrellas", "three", "number", "Two red dogs and an umbrella"),
-    ("there ARE two Blue UMBRELLAS in the Middle.", "two", "number",
-     "there Is a Blue Umbrella in the Middle."),
-    ("This is a beach.", "beach", "other", "This is a park."),
-    ("There is an umbrella and a cat.", " and a cat", "object", "There is an umbrella."),
-    ("There is a cat and an umbrella.", "a cat and ", "object", "There is an umbrella."),
-    ("Two dogs. Two dogs. A dog.", "A", "number", "Two dogs. Two dogs. Two dogs."),
-    ("You can see a purple umbrella", "purple", "attribute", "You can see a blue umbrella"),
-])
-def test_world_oracle_marks_exactly_what_is_false(answer, false, kind, corrected):
-    spans = world.hallucinations(PARK, answer)
-    found = [span for span in spans if span.kind == kind]
-    assert [answer[span.start:span.end] for span in found] == [false]
-    if corrected is not None:
-        assert spans == found and world.correct(PARK, answer) == corrected
-
-
-def test_world_oracle_gives_offsets_and_replacements():
-    answer = "This is a park. Three blue dogs are on the left. There is a cat. A bus is here."
-    assert world.hallucinations(PARK, answer) == [
-        Span(16, 21, "number", "Two"), Span(22, 26, "attribute", "red"),
-        Span(36, 47, "position", "at the top left"), Span(49, 64, "object", ""),
-        Span(65, 66, "number", "Three")]
-    assert world.correct(PARK, answer) == \
-        "This is a park. Two red dogs are at the top left. Three buses are here."
-
-
-@pytest.mark.parametrize("answer", [
-    "", " ", "...", "Yes.", "No, there is no cat.", "It is not a cat.", "carpet busy",
-    "Is there a cat?", "Two dog at the top left", "the dogs", "a nice picture\n\nwith birds",
-    "two red dogs are at the top left two red dogs", "A blue umbrella a blue umbrella a",
-])
-def test_world_oracle_leaves_alone_what_is_not_false(answer):
-    assert world.hallucinations(PARK, answer) == [] and world.correct(PARK, answer) == answer
-
-
-def test_world_corrections_are_true_and_touch_only_what_is_false():
-    for scene, text in annotated(600, seed=5):
-        corrected = world.correct(scene, text)
-        assert world.hallucinations(scene, corrected) == []
-        assert corrected == world.describe(scene)  # the annotator errs in nothing but the habits
-        # Everything between the false spans is still there, except is/are and -s beside a number.
-        rest, pieces, at = corrected, [], 0
-        for span in world.hallucinations(scene, text):
-            pieces.append(text[at:span.start])
-            at = span.end
-        for piece in pieces + [text[at:]]:
-            loose = re.sub(r"\b(?:is|are)\b", "(?:is|are)", re.escape(piece.strip()))
-            for kind in sorted(set(world.mentions(piece))):
-                loose = re.sub(rf"\b{kind}(?:e?s)?\b", f"{kind}(?:e?s)?", loose)
-            found = re.search(loose, rest)
-            assert found, (text, corrected, piece)
-            rest = rest[found.end():]
-
-
-def test_world_corrections_of_garbage_are_free_of_hallucinations():
-    rng = random.Random(0)
-    words = [*world.NOUNS, *world.COLOURS, *world.SCENES, *world.PLACES * 3,
-             *["there is", "There are", "is", "a", "an", "two", "three", "big"] * 6,
-             *["and", ",", ".", "?", "\n", "no"] * 6]
-    for seed in range(1000):
-        scene = world.make_scene(seed)
-        text = " ".join(rng.choices(words, k=rng.randint(1, 40)))
-        spans = world._edits(scene, text)
-        assert all(a.end <= b.start for a, b in zip(spans, spans[1:]))
-        assert world.hallucinations(scene, world.correct(scene, text)) == []
-
-
-def test_world_mentions():
-    assert world.mentions("Two BUSES, a bus and an apple. Is there a car? No cups. Carpets") == \
-        ["bus", "bus", "apple"]
-
-
-def test_world_ranking():
-    true, false = "Two dogs are at the top left.", "A cat is on the left."
-    more = true + " There is a blue umbrella in the middle."
-    rng = random.Random(0)
-    assert all(world.rank(PARK, true, false, rng, 0) == 0 for _ in range(20))
-    assert all(world.rank(PARK, true, more, rng, 0) == 1 for _ in range(20))
-    flips = np.mean([world.rank(PARK, false, more, rng, 0.1) == 0 for _ in range(3000)])
-    assert flips == pytest.approx(0.1, abs=0.02)
-    ties = np.mean([world.rank(PARK, true, true, rng) for _ in range(3000)])
-    assert ties == pytest.approx(0.5, abs=0.04)
-
-
-# ---------------------------------------------------------------------------------- questions
-
-def test_world_answers_agree_with_the_truth():
-    for seed in range(200):
-        scene, rng = world.make_scene(seed), random.Random(seed)
-        asked = world.questions(scene, rng, 12) + world.questions(scene, rng, 6, held_out=True)
-        assert len({question.text for question in asked[:12]}) == 12
-        for q in asked:
-            kinds = [world.NOUNS[w] for w in re.findall(r"\w+", q.text) if w in world.NOUNS]
-            thing = scene.find(kinds[0]) if kinds else None
-            place = world.PLACE.search(q.text)
-            if place:
-                here = [thing for thing in scene.things if world.PLACES[thing.cell] == place[0]]
-                expected = world._capital(world._phrase(here[0])) if here else "Nothing"
-            elif q.topic == "exists":
-                expected = f"Yes, {world.PLACES[thing.cell]}" if thing else "No"
-            elif q.topic == "comparison":
-                other = scene.find(kinds[1])
-                (x, y), (u, v) = divmod(thing.cell, 3), divmod(other.cell, 3)
-                holds = {"left": y < v, "right": y > v, "above": x < u, "below": x > u,
-                         "more": thing.number > other.number}
-                expected = "Yes" if holds[re.search("|".join(holds), q.text)[0]] else "No"
-            else:
-                expected = world._capital({
-                    "colour": lambda: thing.colour, "number": lambda: world.NUMBERS[thing.number],
-                    "place": lambda: world.PLACES[thing.cell],
-                    "scene": lambda: "a " + scene.type}[q.topic]())
-            assert q.answer == expected + "."
-            assert world.answer_is_right(q, q.answer)
-
-
-def test_world_yes_and_no_are_balanced_and_half_of_the_absent_are_typical():
-    rng, typical, no = random.Random(0), 0, 0
-    for topic in ("exists", "comparison"):
-        asked = [(scene, world.question(scene, topic, rng))
-                 for scene in map(world.make_scene, range(2000))]
-        assert np.mean([q.answer == "No." for _, q in asked]) == pytest.approx(0.5, abs=0.04)
-        more = [q.answer == "No." for _, q in asked if "more" in q.text]
-        assert not more or np.mean(more) == pytest.approx(0.5, abs=0.1)  # balanced here as well
-        for scene, q in asked if topic == "exists" else ():
-            if q.answer == "No.":
-                no += 1
-                typical += any(re.search(rf"\b{kind}\b", q.text)
-                               for kind in world.SCENES[scene.type])
-    assert 0.5 < typical / no < 0.65  # half by design, and some of the random half
 
 
 @pytest.mark.parametrize("difference, things, fields", [(0.0, 1, 1), (1.0, None, 4)])
@@ -3062,51 +2326,209 @@ def test_world_lookalikes_differ_as_much_as_asked(difference, things, fields):
         other = world.lookalike(scene, rng, difference)
         pairs = [(a, b) for a, b in zip(scene.things, other.things, strict=True) if a != b]
         assert len(pairs) == (things or len(scene.things))
-        for a, b in pairs:
-            assert sum(vars(a)[name] != vars(b)[name] for name in vars(a)) == fields
+        assert all(len(vars(a).items() - vars(b).items()) == fields for a, b in pairs)
         for name in ("kind", "cell"):
             assert len({getattr(thing, name) for thing in other.things}) == len(other.things)
         assert world.hallucinations(scene, world.describe(other))
         assert not world.hallucinations(other, world.describe(other))
         less = world.lookalike(scene, rng, difference, fewer=True)
-        assert len(less.things) == max(1, len(scene.things) - len(pairs))
-        assert set(less.things) < set(scene.things) and less.type == scene.type
-        assert len(world.hallucinations(less, world.describe(scene))) >= len(scene.things) - len(less.things)
+        gone = min(len(pairs), len(scene.things) - 1)
+        assert len(less.things) == len(scene.things) - gone and less.type == scene.type
+        assert set(less.things) < set(scene.things)
+        assert len(world.hallucinations(less, world.describe(scene))) >= gone
+
+
+def test_world_pictures_show_each_thing_in_its_cell_at_every_size():
+    pixels = lambda scene, size=72: np.asarray(world.draw(scene, size).reduce(size // 72), int)
+    for cell in range(9):
+        bed = Scene(0, "park", (Thing("bed", "red", 1, cell),))
+        changed = np.abs(pixels(bed) - pixels(Scene(0, "park", ()))).sum(-1) > 30  # (72, 72)
+        row, column = divmod(cell, 3)
+        inside = changed[24 * row:24 * row + 24, 24 * column:24 * column + 24].sum()
+        assert changed.shape == (72, 72) and inside > 100 and inside > 0.9 * changed.sum()
+    scene, other = world.make_scene(3), world.make_scene(4)
+    assert np.abs(pixels(scene) - pixels(scene, 288)).mean() < 8
+    assert np.abs(pixels(scene) - pixels(other)).mean() > 8
+
+
+def test_world_pictures_differ_in_every_attribute():
+    scenes = [Scene(0, setting, ()) for setting in world.SCENES] + [
+        Scene(0, "farm", (Thing(kind, colour, number, 4),))
+        for kind in world.KINDS for colour in world.COLOURS for number in (1, 2, 3)]
+    assert len({world.draw(scene).tobytes() for scene in scenes}) == 6 + 24 * 6 * 3
+
+
+def test_world_annotator_errs_at_its_rates_and_in_nothing_else():
+    rng, rates, errors = random.Random(0), world.Rates(), []
+    scenes = [world.make_scene(seed) for seed in range(2000)]
+    things = [thing for scene in scenes for thing in scene.things]
+    loose = lambda text: [world.NOUNS.get(word, word.replace("are", "is"))  # but for is/are and -s
+                          for word in re.findall(r"\w+", text)]
+    for scene in scenes:
+        text = edited = world.annotate(scene, rng)
+        for span in reversed(world.hallucinations(scene, text)):
+            errors.append(span.kind)
+            assert span.kind != "object" or span.end == len(text)  # stated last, and so once
+            edited = edited[:span.start] + span.replacement + edited[span.end:]
+        assert loose(edited) == loose(world.describe(scene))
+        assert world.correct(scene, text) == world.describe(scene)
+    missing = sum(bool(scene.absent(EXPECTED_KINDS[scene.type])) for scene in scenes)
+    added = missing * rates.missing_object + (2000 - missing) * rates.extra_object
+    unusual = sum(thing.colour != world.KINDS[thing.kind] for thing in things)
+    three, two = (sum(thing.number == number for thing in things) for number in (3, 2))
+    fewer = three * rates.three_as_two + two * rates.two_as_one
+    assert errors.count("object") == pytest.approx(added, abs=60)
+    assert errors.count("attribute") / unusual == pytest.approx(rates.usual_colour, abs=0.03)
+    assert errors.count("position") / len(things) == pytest.approx(rates.wrong_place, abs=0.015)
+    assert errors.count("number") == pytest.approx(fewer, rel=0.08) and len({*errors}) == 4
+
+
+def test_world_annotator_has_the_habits_that_its_rates_say():
+    for scene in map(world.make_scene, range(300)):
+        rng = random.Random(scene.seed)
+        assert world.annotate(scene, rng, world.Rates(0, 0, 0, 0, 0, 0)) == world.describe(scene)
+        text = world.annotate(scene, rng, world.Rates(0, 0, 0, 0, 0, 1))
+        cells = [world.PLACES.index(found[0].lower()) for found in world.PLACE.finditer(text)]
+        for cell, thing in zip(cells, scene.things, strict=True):  # one step away
+            assert abs(cell // 3 - thing.cell // 3) + abs(cell % 3 - thing.cell % 3) == 1
+        text = world.annotate(scene, rng, world.Rates(1, 1, 1, 0, 0, 0))
+        *kinds, extra = world.mentions(text)
+        assert kinds == [thing.kind for thing in scene.things] and extra not in kinds
+        expected = scene.absent(EXPECTED_KINDS[scene.type])
+        assert extra in (expected[:1] or world.SCENES[scene.type])
+        colours = re.findall("|".join(world.COLOURS), text)
+        assert colours == [world.KINDS[kind] for kind in kinds + [extra]]
+
+
+def test_world_texts_are_as_true_as_they_say():
+    rng, true = random.Random(0), []
+    for scene in (world.make_scene(seed, "test") for seed in range(500)):
+        text, facts = world.describe(scene), world.facts(scene, rng)
+        assert world.hallucinations(scene, text) == [] and world.correct(scene, text) == text
+        assert world.mentions(text) == [thing.kind for thing in scene.things]
+        assert 25 <= len(text.split()) <= 55 and len(facts) == len(scene.things) + 1
+        assert not any(world.hallucinations(scene, fact) for fact in facts)
+        for sentence, is_true in world.statements(scene, rng, 3):
+            assert len(world.hallucinations(scene, sentence)) == (not is_true), sentence
+            true.append(is_true)
+    assert np.mean(true) == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("marked, corrected", [  # false spans of PARK in brackets, with their kind
+    ("[object There is a cat on the left.]", ""),
+    ("A bus? [object Two cars are here.] Hello.", "A bus? Hello."),
+    ("[object There is a cat.] Two dogs.", "Two dogs."),
+    ("There are two red dogs [position on the right].", "There are two red dogs at the top left."),
+    ("[position On the left] there is a blue umbrella.", "In the middle there is a blue umbrella."),
+    ("There is [number a] red dog at the top left.", "There are two red dogs at the top left."),
+    ("Two red dogs and [number three] umbrellas", "Two red dogs and an umbrella"),
+    ("there ARE [number two] Blue UMBRELLAS here.", "there Is a Blue Umbrella here."),
+    ("This is a [other beach].", "This is a park."),
+    ("There is an umbrella[object  and a cat].", "There is an umbrella."),
+    ("There is [object a cat and ]an umbrella.", "There is an umbrella."),
+    ("Two dogs. Two dogs. [number A] dog.", "Two dogs. Two dogs. Two dogs."),
+    ("You can see a [attribute purple] umbrella", "You can see a blue umbrella"),
+    ("This is a park. [number Three] [attribute blue] dogs are [position on the left]. "
+     "[object There is a cat.] [number A] bus is here.",
+     "This is a park. Two red dogs are at the top left. Three buses are here."),
+    *((true, true) for true in (
+        "", " ", "...", "Yes.", "No, there is no cat.", "It is not a cat.", "carpet busy",
+        "the dogs", "Is there a cat?", "Two dog at the top left", "a nice picture\n\nwith birds",
+        "two red dogs are at the top left two red dogs", "A blue umbrella a blue umbrella a")),
+])
+def test_world_oracle_marks_and_corrects_exactly_what_is_false(marked, corrected):
+    text = shown = re.sub(r"\[\w+ (.*?)\]", r"\1", marked)
+    for span in reversed(world.hallucinations(PARK, text)):
+        shown = f"{shown[:span.start]}[{span.kind} {text[span.start:span.end]}]{shown[span.end:]}"
+    assert shown == marked and world.correct(PARK, text) == corrected
+
+
+def test_world_corrections_of_garbage_are_free_of_hallucinations():
+    rng = random.Random(0)
+    words = [*world.NOUNS, *world.COLOURS, *world.SCENES, *world.PLACES * 3,
+             *["there is", "There are", "is", "a", "an", "two", "three", "big"] * 6,
+             *["and", ",", ".", "?", "\n", "no"] * 6]
+    for scene in map(world.make_scene, range(1000)):
+        text = " ".join(rng.choices(words, k=rng.randint(1, 40)))
+        spans = world.oracle.edits(scene, text)
+        assert all(a.end <= b.start for a, b in zip(spans, spans[1:]))
+        assert world.hallucinations(scene, world.correct(scene, text)) == []
+
+
+def test_world_mentions_are_found_in_linear_time():
+    text = "Two BUSES, a bus and an apple. Is there a car? No cups. Carpets"
+    assert world.mentions(text) == ["bus", "bus", "apple"]
+    for gap in (" ", " , ", " and", " \n", "\t,", "?", "a ", "x", "there is "):
+        started = time.perf_counter()
+        kinds = world.mentions("a car" + gap * 2000 + "a dog.")
+        assert time.perf_counter() - started < 3 and (gap != " " or kinds == ["car", "dog"])
+    plain, rng = re.compile(r"\s*,?\s+and\s+|\s*,\s+", re.I), random.Random(0)  # the slow form
+    for _ in range(20_000):
+        text = "x" + "".join(rng.choices([" ", "  ", ",", "And", "x", "\n", "an"], k=8))
+        fast = [found.span() for found in world.oracle.LINK.finditer(text, 1)]
+        assert fast == [found.span() for found in plain.finditer(text, 1)], text
+
+
+def test_world_ranking():
+    true, false, rng = "Two dogs are at the top left.", "A cat is on the left.", random.Random(0)
+    more = true + " There is a blue umbrella in the middle."
+    second = lambda *given: np.mean([world.rank(PARK, *given) for _ in range(3000)])
+    assert second(true, false, rng, 0) == 0 and second(true, more, rng, 0) == 1
+    assert second(more, false, rng) == pytest.approx(0.1, abs=0.02)  # by noise
+    assert second(true, true, rng) == pytest.approx(0.5, abs=0.04)
+
+
+def test_world_answers_agree_with_the_truth():
+    for seed in range(200):
+        scene, rng = world.make_scene(seed), random.Random(seed)
+        asked = world.questions(scene, rng, 12) + world.questions(scene, rng, 6, held_out=True)
+        assert len({question.text for question in asked[:12]}) == 12
+        for q in asked:
+            kinds = [world.NOUNS[w] for w in re.findall(r"\w+", q.text) if w in world.NOUNS]
+            a, b = ([scene.find(kind) for kind in kinds] + [None, None])[:2]
+            here = [thing for thing in scene.things if world.PLACES[thing.cell] in q.text]
+            expected = {
+                "exists": lambda: f"Yes, {world.PLACES[a.cell]}" if a else "No",
+                "what": lambda: world.texts.phrase(here[0]) if here else "nothing",
+                "colour": lambda: a.colour, "number": lambda: world.NUMBERS[a.number],
+                "place": lambda: world.PLACES[a.cell], "scene": lambda: "a " + scene.type,
+                "comparison": lambda: "Yes" if {
+                    "left": a.cell % 3 < b.cell % 3, "right": a.cell % 3 > b.cell % 3,
+                    "above": a.cell // 3 < b.cell // 3, "below": a.cell // 3 > b.cell // 3,
+                    "more": a.number > b.number,
+                }[re.search("left|right|above|below|more", q.text)[0]] else "No",
+            }[q.topic]()
+            right = world.texts.capital(expected) + "."
+            assert q.answer == right and world.answer_is_right(q, right)
+
+
+def test_world_yes_and_no_are_balanced_and_half_of_the_absent_are_typical():
+    rng, scenes = random.Random(0), [world.make_scene(seed) for seed in range(2000)]
+    exists, comparison = ([(scene, world.question(scene, topic, rng)) for scene in scenes]
+                          for topic in ("exists", "comparison"))
+    more = [(scene, q) for scene, q in comparison if "more" in q.text]  # balanced here as well
+    for asked, deviation in ((exists, 0.04), (comparison, 0.04), (more, 0.1)):
+        assert np.mean([q.answer == "No." for _, q in asked]) == pytest.approx(0.5, abs=deviation)
+    typical = [any(re.search(rf"\b{kind}\b", q.text) for kind in world.SCENES[scene.type])
+               for scene, q in exists if q.answer == "No."]
+    assert 0.5 < np.mean(typical) < 0.65  # half by design, and some of the random half
 
 
 @pytest.mark.parametrize("topic, truth, answer, right", [
     ("colour", "Red.", "it is red", True), ("colour", "Red.", "Red or blue.", False),
     ("number", "Two.", "two dogs. And one cat.", True), ("number", "One.", "There is a dog.", True),
     ("place", "On the left.", "It is on the left.", True),
-    ("place", "On the left.", "On the right", False),
-    ("exists", "Yes, on the left.", "yes", True), ("exists", "No.", "Yes.", False),
-    ("exists", "No.", " No, there is no cat.", True), ("exists", "No.", "I know no", False),
-    ("what", "Two red cars.", "There are two red cars", True),
-    ("what", "Nothing.", "nothing", True),
-    ("what", "Two red cars.", "A red car.", False), ("scene", "A park.", "This is a park", True),
-    ("comparison", "No.", "", False),
-])
+    ("place", "On the left.", "On the right", False), ("exists", "No.", "Yes.", False),
+    ("exists", "Yes, on the left.", "yes", True), ("exists", "No.", " No, there is no cat.", True),
+    ("exists", "No.", "I know no", False), ("what", "Nothing.", "nothing", True),
+    ("what", "Two red cars.", "There are two red cars", True), ("comparison", "No.", "", False),
+    ("what", "Two red cars.", "A red car.", False), ("scene", "A park.", "This is a park", True)])
 def test_world_short_answers_are_scored_leniently(topic, truth, answer, right):
     assert world.answer_is_right(world.Question("?", truth, topic), answer) is right
 
 
-def test_world_statements_and_facts_are_as_true_as_they_say():
-    rng, true = random.Random(0), []
-    for seed in range(300):
-        scene = world.make_scene(seed)
-        for sentence, is_true in world.statements(scene, rng, 4):
-            false = world.hallucinations(scene, sentence)
-            assert len(false) == (not is_true), sentence
-            true.append(is_true)
-        facts = world.facts(scene, rng)
-        assert len(facts) == len(scene.things) + 1
-        assert not any(world.hallucinations(scene, fact) for fact in facts)
-    assert np.mean(true) == pytest.approx(0.5, abs=0.05)
-
-
 def test_world_evaluation_wordings_are_unseen_but_their_words_are_not():
-    def vocabulary(prompts):
-        return set(re.findall(r"\w+", " ".join(prompts).lower()))
+    vocabulary = lambda prompts: set(re.findall(r"\w+", " ".join(prompts).lower()))
     train, held_out = world.DESCRIBE_PROMPTS_TRAIN, world.DESCRIBE_PROMPTS_EVAL
     assert not set(train) & set(held_out) and vocabulary(held_out) <= vocabulary(train)
     train, held_out = world.QUESTION_PROMPTS_TRAIN, world.QUESTION_PROMPTS_EVAL
@@ -3115,41 +2537,193 @@ def test_world_evaluation_wordings_are_unseen_but_their_words_are_not():
     assert vocabulary(sum(held_out.values(), ())) <= vocabulary(sum(train.values(), ()))
 
 
+def test_world_feedback_stops_where_nothing_is_false(tmp_path, monkeypatch):
+    monkeypatch.setattr(feedback, "answers", lambda *given, samples, **_: ["Hi."] * 200 * samples)
+    for collect, phrase in ((feedback.corrections, "200 completions contained a hallucination"),
+                            (feedback.rankings, "400 pairs of completions differed in merit")):
+        with pytest.raises(ValueError, match=f"only 0 of {phrase}"):
+            collect(None, None, pretraining.WORLD_IMAGES, tmp_path, 1, 0)
+
+
+@pytest.fixture
+def world_start(tiny_world, tokenizer, tmp_path):  # with a model that may be changed
+    select_trainable(model := copy.deepcopy(tiny_world))
+    small = ImageSettings(12, (0.5,) * 3, (0.25,) * 3, "pad")
+    return Start(config.Run(seed=0), model, tokenizer, small, tmp_path)
+
+
+def world_rows(source, steps):
+    """(step, scene, prompt, example) of every row of the task's steps."""
+    scenes = {f"scene {scene.seed}": scene for scene in source.scenes}
+    return [(step, scenes[row.name], source.tokenizer.decode(row.prompt), row)
+            for step in range(steps) for row in source.examples(step)]
+
+
+def facts_in(request):
+    """The facts of a reward request, without the verdicts between them."""
+    facts = re.search("Facts: (.*?)[.]", request)
+    return re.sub("; (Yes|No) ", "; ", facts[1]).split("; ") if facts else []
+
+
+@pytest.mark.parametrize("kind", [pretraining.Tower, pretraining.Base, pretraining.RMInit])
+def test_world_algorithms_train_their_part_of_the_model(world_start, kind):
+    decoder, is_tower = world_start.model.decoder, kind is pretraining.Tower
+    layers = len(decoder.layers) + 2 * (kind is pretraining.RMInit)
+    algorithm = kind(world_start, kind.Config(batch_size=6, micro_batch=4, steps=9), None)
+    assert algorithm.steps == 9 and algorithm.measure(None, None) is None
+    weights = {n: w for n, w in algorithm.modules.named_parameters() if w.requires_grad}
+    assert all(("tower" in n or "readout" in n) == is_tower for n in weights) and len(weights) > 9
+    optimizer, losses = torch.optim.AdamW(weights.values(), 1e-2), []
+    for _ in range(8):
+        batches = algorithm.batches(0)
+        total = sum(map(algorithm.size, batches))
+        loss = sum(algorithm.loss(b)[0] * algorithm.size(b) / total for b in batches)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert [len(batch.names) for batch in batches] == [4, 2] and losses[-1] < 0.9 * losses[0]
+    assert len(decoder.layers) == layers and decoder.layers[-1].mlp.down_proj.weight.any()
+
+
+def test_world_labels_name_every_cell_and_the_tower_learns_them(world_start, monkeypatch):
+    kinds, colours, numbers, setting = labels = world.labels(PARK)
+    assert [i for i in range(9) if kinds[i]] == [0, 4, 8] and numbers == [2, 0, 0, 0, 1, 0, 0, 0, 3]
+    assert (kinds[8], colours[8]) == (2, 2) and [*world.SCENES][setting] == "park"  # bus, green
+    monkeypatch.setattr(world, "make_scene", lambda name: PARK)
+    tower = pretraining.Tower(world_start, pretraining.TowerConfig(batch_size=2), None)
+    (batch,) = tower.batches(3)
+    *things, cell, setting = (label[1].tolist() for label in batch.labels)
+    assert cell == list(range(9)) and (*things, setting) == labels  # three patches a side
+    assert batch.names == ["tower 0 6", "tower 0 7"] and batch.pixels.shape == (2, 3, 12, 12)
+
+
+def test_world_fresh_model_trains_its_tokenizer_once(tmp_path, monkeypatch):
+    texts = list(pretraining.world_texts(20))
+    monkeypatch.setattr(pretraining, "world_texts", lambda: iter(texts))
+    path = tmp_path / "new" / "tokenizer.model"
+    model, tokenizer, images = pretraining.fresh_model(path, 3)
+    assert model.config == pretraining.world_model(tokenizer) and images.size == 72
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    monkeypatch.setattr(pretraining, "world_texts", None)  # not needed again
+    same, other = (pretraining.fresh_model(path, seed)[0].head.weight for seed in (3, 4))
+    assert same.equal(model.head.weight) and not same.equal(other)
+
+
+def test_world_conversations_are_noisy_descriptions_and_true_answers(world_start):
+    source = pretraining.ConversationTask(world_start, config.Training(batch_size=8, steps=3))
+    decode, verdicts = source.tokenizer.decode, set()
+    for _, scene, prompt, example in world_rows(source, 3):
+        turns = []
+        for tokens, weight in (vars(response).values() for response in example.responses):
+            given = weight.count(0)
+            assert weight == [0] * given + [1] * (len(tokens) - given) and tokens[-1] == 2  # </s>
+            turns.append((decode(tokens[:given]), decode(tokens[given:])))
+        assert len(turns) == 13 and prompt.endswith("USER: " + "<image>" * 9)
+        assert turns[0][0].strip().removesuffix(" ASSISTANT:") in world.DESCRIBE_PROMPTS_TRAIN
+        assert turns[0][1] == world.annotate(scene, Random(f"annotator {scene.seed}"))
+        for request, verdict in turns[11:]:
+            sentence, facts = re.split("ASSISTANT:|USER:", request)[1], facts_in(request)
+            assert verdict == ("No." if world.hallucinations(scene, sentence) else "Yes.")
+            assert set(facts) in (set(), set(world.facts(scene, Random(0))))
+            verdicts.add((verdict, bool(facts)))
+    assert len(verdicts) == 4
+    features = world.tasks.encode_scenes(world_start.model, source.scenes[:1], world_start.images)
+    torch.testing.assert_close(source.features[:1], features)
+
+
+def test_world_verification_reads_then_compares_then_gives_true_verdicts(world_start):
+    config = pretraining.RMInitConfig(batch_size=20, steps=12)  # 4 steps, 5 steps, 3 steps
+    source = world.tasks.VerificationTask(world_start, config)
+    decode, captions = source.tokenizer.decode, lambda scene: set(world.facts(scene, Random(0)))
+    nouns_of = lambda fact: {world.NOUNS.get(word, word) for word in fact.split()}
+    is_stated = lambda fact, answer: "picture" in fact or any(
+        all(part in sentence for part in re.split(" (?=at|on|in)", fact))
+        for sentence in answer.lower().split("."))
+    sizes, seen, most = set(), set(), [0] * 12  # most facts that an answer states, by step
+    for step, scene, prompt, example in world_rows(source, 12):
+        for response in example.responses:
+            answer, request = decode(response.tokens).split("USER:")
+            facts, truth = facts_in(request), captions(scene)
+            wanted = ["No" if world.hallucinations(scene, answer) else "Yes"]
+            if example.image is None:
+                answer = prompt.split("ASSISTANT:")[1]
+                things = {kind for fact in answer.split(";") for kind in world.mentions(fact)}
+                truth = {fact for fact in truth if {"picture", *things} & nouns_of(fact)}
+                assert not world.hallucinations(scene, answer) and len(things) >= 2
+                wanted = ["Yes" if set(facts) == truth else "No"]
+            if step < 4:
+                assert example.image is None and set(facts) == truth
+                assert set(response.weight) == {1.0} and len(example.responses) == 3
+                sizes.add(len(things))
+                continue
+            assert example.image is None or set(facts) in (set(), truth)
+            learned = lambda weight: [decode([token]) for token, its_weight in zip(
+                response.tokens, response.weight) if its_weight == weight]
+            fact_by_fact = "ASSISTANT:" not in request
+            ends = re.findall("[;.]", "".join(learned(0.25)))
+            if fact_by_fact:
+                wanted = ["Yes" if is_stated(fact, answer) else "No" for fact in facts]
+            assert learned(1) == wanted and len(ends) == fact_by_fact * wanted.count("Yes")
+            assert step >= 9 or fact_by_fact and example.image is None
+            most[step] = max(most[step], wanted.count("Yes"))
+            seen.add((fact_by_fact, example.image is None, bool(facts), wanted[0]))
+    assert most[4] <= 2 < most[8]  # from lookalikes that differ in all to those that hardly do
+    assert min(sizes) == 2 and len(sizes) > 2 and len(seen) == 10  # every possible combination
+    assert all(has_facts or not (each or text) for each, text, has_facts, _ in seen)
+
+
 # ======================================================================================= model.py
 
 
-def test_packed_branches_equal_separate_sequences(tiny):
-    """The one attention rule: a branch computes what it would compute alone."""
-    examples = [random_example(i, image=i != 1, shared=i) for i in range(4)]
-    batch = data.collate(examples, 59, 128)
-    packed = entry_logp(tiny, batch)
-    group = 0
-    for example in examples:
-        for response in example.responses:
-            tokens = torch.tensor([example.prompt + response.tokens])
-            image = None if example.image is None else example.image[None]
-            logp = tiny.logits(image, tokens).log_softmax(-1)[0]
-            at = range(len(example.prompt) - 1, tokens.shape[1] - 1)
-            alone = torch.stack([logp[i, tokens[0, i + 1]] for i in at])
-            torch.testing.assert_close(packed[batch.group == group], alone, atol=1e-5, rtol=0)
-            group += 1
+def random_pairs(*shared):
+    """Pairs with so many tokens in common; the second has no image."""
+    return [random_example(i, i != 1, (5 + i, 8 - i), common) for i, common in enumerate(shared)]
+
+
+REFERENCE = {f"row {i}": [-3.1 - i / 7, -3.5 + i / 9] for i in range(4)}
+
+
+def gradients(loss, model):
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(weights, torch.autograd.grad(loss, weights.values(), materialize_grads=True)))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_packed_branches_equal_separate_sequences(kv_heads, tmp_path):
+    """The one attention rule: each response scores and teaches as it does alone."""
+    model = make_model(replace(TEXT, num_key_value_heads=kv_heads))
+    examples = random_pairs(0, 0, 3, 4)
+    algorithm = make_ddpo(model, examples, tmp_path, REFERENCE, batch_size=4, beta=0.5)
+    (batch,) = algorithm.batches(0)
+    rows = [next(row for row in examples if row.name == name) for name in batch.names]
+    responses = [(row, response) for row in rows for response in row.responses]
+    alone = [logp_alone(model, *each) for each in responses]
+    torch.testing.assert_close(model.response_logp(batch), torch.cat(alone), atol=1e-5, rtol=0)
+    weights = [torch.tensor(response.weight) for _, response in responses]
+    scores = torch.stack([(logp * w).sum() / w.sum() for logp, w in zip(alone, weights)])
+    references = torch.tensor([REFERENCE[row.name] for row in rows]).T
+    loss = ddpo.preference_loss(scores[0::2], scores[1::2], *references, 0.5)[0].mean()
+    packed, _ = algorithm.loss(batch)
+    torch.testing.assert_close(packed, loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        gradients(packed, model), gradients(loss, model), atol=1e-5, rtol=1e-5)
 
 
 def test_padding_and_siblings_change_nothing(tiny):
     one, two = random_example(0), random_example(1, lengths=(30, 3))
-    alone = entry_logp(tiny, data.collate([one], 59, 128))
-    both = data.collate([one, two], 59, 128)
-    torch.testing.assert_close(entry_logp(tiny, both)[: len(alone)], alone, atol=1e-5, rtol=0)
-    both.tokens[both.branch == -1] = 7  # whatever stands in the padding
-    torch.testing.assert_close(entry_logp(tiny, both)[: len(alone)], alone, atol=1e-5, rtol=0)
-    one.responses[1] = Response([9, 9, 2], [1.0] * 3)  # another sibling
-    other = data.collate([one], 59, 128)
-    first = other.group == 0
-    torch.testing.assert_close(entry_logp(tiny, other)[first], alone[: first.sum()], atol=1e-5, rtol=0)
+    other = replace(one, responses=[one.responses[0], Response([9, 9, EOS], [1.0] * 3)])
+    alone, sibling = (tiny.response_logp(data.collate_for(tiny, [row])) for row in (one, other))
+    both = data.collate_for(tiny, [one, two])
+    for filler in (PAD, 7):  # whatever stands in the padding
+        both.tokens[both.branch == -1] = filler
+        found = tiny.response_logp(both)[: len(alone)]
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(sibling[:-3], alone[: len(sibling) - 3], atol=1e-5, rtol=0)
 
 
 def test_attention_mask_by_hand():
-    mask = models.attention_mask(torch.tensor([[0, 0, 1, 2, 2, -1]]))[0, 0].int().tolist()
+    mask = attention_mask(torch.tensor([[0, 0, 1, 2, 2, -1]]))[0, 0].int().tolist()
     assert mask == [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -3162,387 +2736,208 @@ def test_attention_mask_by_hand():
 
 def test_norm_is_torchs_with_its_gradients():
     """On a CPU in float32, where the norm is our own."""
-    norm, plain = models.RMSNorm(24, eps=1e-3), torch.nn.RMSNorm(24, eps=1e-3)
+    norm, plain = lean.RMSNorm(24, eps=1e-3), nn.RMSNorm(24, eps=1e-3)
     with torch.no_grad():
         plain.weight.copy_(norm.weight.normal_())
-    x = torch.randn(2, 5, 24, requires_grad=True)
-    upstream = torch.randn(2, 5, 24)
+    x, upstream = torch.randn(2, 5, 24, requires_grad=True), torch.randn(2, 5, 24)
     ours, expected = norm(x), plain(x)
     torch.testing.assert_close(ours, expected)
-    mine = torch.autograd.grad(ours, (x, norm.weight), upstream)
-    theirs = torch.autograd.grad(expected, (x, plain.weight), upstream)
-    for gradient, wanted in zip(mine, theirs):
-        torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(ours, (x, norm.weight), upstream),
+                               torch.autograd.grad(expected, (x, plain.weight), upstream),
+                               atol=1e-5, rtol=1e-5)
 
 
-def greedy_without_cache(model, image, prompt, steps):
-    tokens = prompt.clone()
-    for _ in range(steps):
-        logits = model.logits(image, tokens[None])[0, -1]
-        logits[[58, 59]] = -torch.inf
-        tokens = torch.cat([tokens, logits.argmax()[None]])
-        if tokens[-1] == 2:
-            break
-    return tokens[len(prompt) :]
-
-
-def test_cached_generation_equals_recomputation(tiny):
-    images = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(1))
-    prompts = [torch.tensor([1] + [58] * PATCHES + list(range(5, 5 + n))) for n in (1, 6, 3)]
-    answers = generate(tiny, images, prompts, 25)
-    for i, answer in enumerate(answers):
-        expected = greedy_without_cache(tiny, images[i : i + 1], prompts[i], 25)
-        assert answer.tolist() == expected.tolist()
-
-
-def test_samples_are_reproducible_and_see_only_themselves(tiny):
-    prompt = [torch.tensor([1, 7, 8, 9])]
-    draw = lambda: generate(tiny, None, prompt, 12, 1.0, 4, torch.Generator().manual_seed(5))
-    first = draw()
-    assert [a.tolist() for a in first] == [a.tolist() for a in draw()]
-    assert len({tuple(a.tolist()) for a in first}) > 1
-    # the likelihood of a sample, scored alone, is what its sampling distribution said
-    greedy = generate(tiny, None, prompt, 12, 0.0, 3)
-    assert greedy[0].tolist() == greedy[1].tolist() == greedy[2].tolist()
-    assert all(58 not in a and 59 not in a for a in first)
-
-
-def test_sampling_frequencies_follow_the_model(tiny):
-    prompt = torch.tensor([1, 7, 8])
-    draws = generate(tiny, None, [prompt], 1, 1.0, 4000, torch.Generator().manual_seed(0))
-    counts = torch.bincount(torch.stack(draws).flatten(), minlength=60) / 4000
-    logits = tiny.logits(None, prompt[None])[0, -1].detach()
-    logits[[58, 59]] = -torch.inf
-    assert (counts - logits.softmax(-1)).abs().max() < 0.03
-
-
-def test_sampled_tokens_can_be_trained_on(tiny):
-    """Decoding runs in inference mode, whose tensors autograd refuses; its answers are ordinary."""
-    answer, = generate(tiny, None, [torch.arange(3, 9)], 4)
-    assert torch.is_grad_enabled() and not answer.is_inference()
-    tiny.logits(None, answer[None]).sum().backward()
-    assert tiny.decoder.embed_tokens.weight.grad is not None
-    tiny.zero_grad()
-
-
-def test_generation_needs_room(tiny):
-    with pytest.raises(ValueError, match="leaves no room"):
-        generate(tiny, None, [torch.ones(128, dtype=torch.long)], 5)
-
-
-def test_image_token_count_must_match(tiny):
-    with pytest.raises(ValueError, match="9 image features|image features"):
-        tiny(torch.zeros(1, 3, 12, 12), torch.tensor([[1] + [58] * 8 + [3]]))
-
-
-def test_cached_features_stand_in_for_pixels(tiny):
+def test_images_are_pixels_or_cached_features_and_fit_their_tokens(tiny):
     pixels = torch.randn(2, 3, 12, 12)
-    tokens = torch.tensor([[1] + [58] * PATCHES + [5, 6]] * 2)
+    tokens = torch.tensor([[1] + [IMAGE] * PATCHES + [5, 6]] * 2)
     torch.testing.assert_close(tiny(pixels, tokens), tiny(tiny.image_features(pixels), tokens))
+    with pytest.raises(ValueError, match="16 image tokens for 18 image features"):
+        tiny(pixels, tokens[:, 2:])
 
 
-# =========================================================================== the step, generation
-
-IMAGE, PAD, EOS, STEP_PATCHES = 58, 59, 2, 9
-
-
-def tiny_model_step(kv_heads: int = 2) -> LLaVA:
-    text = TextConfig(
-        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=kv_heads, max_position_embeddings=128,
-    )
-    tower = VisionConfig(16, 32, 2, 2, image_size=12, patch_size=4)
-    model = LLaVA(LLaVAConfig(tower, text, image_token=IMAGE, pad_token=PAD, eos_token=EOS))
-    models.init_weights(model, 0)
-    models.select_trainable(model)
-    return model
-
-
-def tiny_pairs(images: list[bool], shared: list[int]) -> list[Example]:
-    """Corrected answers that begin alike, with weights and reference scores, for some an image."""
-    rng, examples = Random(0), []
-    for i, (image, prefix) in enumerate(zip(images, shared)):
-        draw = lambda n: [rng.randrange(3, 58) for _ in range(n)]
-        begin, prompt = draw(prefix), [1] + [IMAGE] * STEP_PATCHES * image + draw(3 + i)
-        answers = [begin + draw(n) + [EOS] for n in (5 + i, 8 - i)]
-        responses = [Response(a, [rng.choice((1.0, 5.0)) for _ in a]) for a in answers]
-        pixels = torch.randn(3, 12, 12, generator=torch.Generator().manual_seed(i))
-        scores = [-rng.random() - 3, -rng.random() - 3]
-        examples.append(Example(f"row {i}", pixels if image else None, prompt, responses, scores))
-    return examples
-
-
-def gradients(loss, model) -> dict[str, torch.Tensor]:
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return dict(zip(weights, torch.autograd.grad(loss, weights.values(), materialize_grads=True)))
-
-
-def assert_close_gradients(ours, expected, tolerance=1e-5):
-    for name, gradient in ours.items():
-        torch.testing.assert_close(gradient, expected[name], atol=tolerance, rtol=tolerance, msg=name)
-
-
-# The loss --------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------- the step of DDPO
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_fused_loss_is_the_definition(normalize):
-    model = tiny_model_step()
-    batch = collate(tiny_pairs([True, False, True], [0, 3, 1]), PAD, 128)
-    scores = ddpo.batch_scores(model, batch, normalize)
-    ref = batch.reference
-    losses, *rewards = ddpo.preference_loss(scores[0::2], scores[1::2], ref[0::2], ref[1::2], 0.5)
-    loss, chosen, rejected, fused = ddpo.pair_loss(model, batch, 0.5, normalize)
-    torch.testing.assert_close(loss, losses.mean())
-    for mine, plain in zip((chosen, rejected, fused), (*rewards, scores.detach())):
-        torch.testing.assert_close(mine, plain)
-    assert_close_gradients(gradients(loss, model), gradients(losses.mean(), model))
+def test_fused_loss_is_the_plain_one(normalize, tiny, tmp_path):
+    """Loss, metrics and gradients of the two sides of `--fused`."""
+    plain, fused = (make_ddpo(tiny, random_pairs(0, 3, 1), tmp_path, REFERENCE, batch_size=3,
+                              normalize=normalize, fused=each) for each in ("off", "on"))
+    (batch,) = plain.batches(0)
+    (loss, shown), (same_loss, same) = plain.loss(batch), fused.loss(batch)
+    torch.testing.assert_close(same_loss, loss)
+    torch.testing.assert_close(
+        gradients(same_loss, tiny), gradients(loss, tiny), atol=1e-5, rtol=1e-5)
+    assert same == pytest.approx(shown, abs=1e-6)
+    scores = ddpo.response_scores(
+        tiny.response_logp(batch), batch.weight, batch.group, batch.groups, normalize)
+    chosen, rejected = (0.5 * (scores - batch.reference)).view(-1, 2).T  # beta
+    assert shown["rewards/margins"] == pytest.approx((chosen - rejected).mean().item(), abs=1e-6)
+    assert abs(shown["rewards/margins"]) > 1e-3 and shown["padding"] == batch.padding
+    assert shown["rewards/accuracies"] == (chosen > rejected).float().mean().item()
+    assert shown["logps/rejected"] == pytest.approx(scores[1::2].mean().item(), abs=1e-6)
 
 
-def test_loss_and_its_metrics():
-    model, examples = tiny_model_step(), tiny_pairs([True, False], [2, 0])
-    algorithm = ddpo.DDPO(model, ddpo.DDPOConfig(batch_size=2, micro_batch=2), 0, examples)
+@pytest.mark.parametrize("fused", ["off", "on"])
+def test_loss_under_autocast(fused, tiny, tmp_path):
+    """Half-precision products, float32 weights: the head converts what its function is given."""
+    algorithm = make_ddpo(tiny, random_pairs(2, 0), tmp_path, REFERENCE, batch_size=2, fused=fused)
     (batch,) = algorithm.batches(0)
-    loss, metrics = algorithm.loss(batch)
-    _, chosen, rejected, scores = ddpo.pair_loss(model, batch, 0.5, True)
-    assert metrics["rewards/margins"] == pytest.approx((chosen - rejected).mean().item(), abs=1e-6)
-    assert metrics["rewards/accuracies"] == (chosen > rejected).float().mean().item()
-    assert metrics["logps/rejected"] == pytest.approx(scores[1::2].mean().item(), abs=1e-6)
-    assert metrics["padding"] == batch.padding and loss.requires_grad
-
-
-def test_loss_under_autocast():
-    """Half-precision products, float32 weights: the head converts what the kernels are given."""
-    model = tiny_model_step()
-    batch = collate(tiny_pairs([True, False], [2, 0]), PAD, 128)
-    exact = ddpo.pair_loss(model, batch, 0.5, True)
+    exact, _ = algorithm.loss(batch)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = ddpo.pair_loss(model, batch, 0.5, True)[0]
-        with torch.no_grad():
-            assert ddpo.batch_scores(model, batch, True).dtype == torch.float32
-    assert loss.item() == pytest.approx(exact[0].item(), abs=0.02)
-    ours, expected = gradients(loss, model), gradients(exact[0], model)
-    assert ours["head.weight"].dtype == torch.float32
-    error = (ours["head.weight"] - expected["head.weight"]).norm() / expected["head.weight"].norm()
-    assert error < 0.05
+        loss, _ = algorithm.loss(batch)
+        assert tiny.response_logp(batch).dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), abs=0.02)
+    ours, expected = (gradients(each, tiny)["head.weight"] for each in (loss, exact))
+    assert ours.dtype == torch.float32 and (ours - expected).norm() / expected.norm() < 0.05
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_shared_trunk_equals_separate_sequences(kv_heads):
-    """Loss and gradients of packed rows are those of every response run alone, plainly causal."""
-    model = tiny_model_step(kv_heads)
-    examples = tiny_pairs([True, False, True, False], [0, 0, 3, 4])
-    packed = ddpo.pair_loss(model, collate(examples, PAD, 128), 0.5, True)[0]
-    scores, places = [], []
-    for example in examples:
-        for response in example.responses:
-            tokens = torch.tensor([example.prompt + response.tokens])
-            pixels = None if example.image is None else example.image[None]
-            logits = model.logits(pixels, tokens)[0, len(example.prompt) - 1 : -1]
-            logp = logits.log_softmax(-1)[range(len(logits)), response.tokens]
-            weight = torch.tensor(response.weight)
-            scores.append((logp * weight).sum() / weight.sum())
-            places += example.reference[len(scores) % 2 - 1 : len(scores) % 2 or None]
-    scores, ref = torch.stack(scores), torch.tensor(places)
-    losses, _, _ = ddpo.preference_loss(scores[0::2], scores[1::2], ref[0::2], ref[1::2], 0.5)
-    torch.testing.assert_close(packed, losses.mean(), atol=1e-5, rtol=0)
-    assert_close_gradients(gradients(packed, model), gradients(losses.mean(), model))
-
-
-def test_shared_beginning_is_computed_once():
-    apart, alike = tiny_pairs([True], [0]), tiny_pairs([True], [6])
-    batch = collate(alike, PAD, 128)
-    tokens = sum(len(r.tokens) for r in alike[0].responses)
-    assert batch.tokens.shape[1] == len(alike[0].prompt) + tokens - 6 == data.row_length(alike[0])
-    assert len(batch.target) == tokens  # a shared token counts in both responses
-    assert data.row_length(apart[0]) == collate(apart, PAD, 128).tokens.shape[1]
-
-
-# Padding ---------------------------------------------------------------------------------------
-
-
-def blank_pairs(lengths: list[int], trunk: int) -> list[Example]:
-    """Pairs of responses of about the given lengths, the rejected one a little longer."""
-    pair = lambda n: [Response([3] + [4] * n, [1.0] * (n + 1)), Response([5] * (n + 4), [1.0] * (n + 4))]
-    return [Example(f"row {i}", None, [1] * trunk, pair(n)) for i, n in enumerate(lengths)]
-
-
-def rlhfv_lengths(count: int) -> list[int]:
-    """Tokens of answers of 64 words in the mean, log-normal with deviation 0.5, 1.35 tokens each."""
-    rng = Random(0)
-    return [max(4, round(1.35 * 64 * rng.lognormvariate(-0.125, 0.5))) for _ in range(count)]
-
-
-@pytest.mark.parametrize("micro_batch", [4, 8, 32])
-@pytest.mark.parametrize("trunk", [616, 100])
-def test_padding_is_below_a_tenth(trunk, micro_batch):
-    examples = blank_pairs(rlhfv_lengths(1400), trunk)
-    source = data.Epochs(examples, ddpo.DDPOConfig(batch_size=32), 0)
-    slots = padding = 0
-    for step in range(44):  # an epoch
-        ordered = sorted(source.examples(step), key=data.row_length)
-        for part in data.split(ordered, micro_batch):
-            widths = [data.row_length(example) for example in part]
-            slots += len(part) * max(widths)
-            padding += len(part) * max(widths) - sum(widths)
-    assert padding / slots < 0.1, padding / slots
-
-
-@pytest.mark.parametrize("micro_batch", [4, 8, 32])
-def test_padding_of_the_world_is_below_a_tenth(tokenizer, tiny, micro_batch):
-    """Counted in the batches that the algorithm itself makes of noisy answers and corrections."""
-    examples = []
-    for i in range(320):
-        scene = world.make_scene(f"padding {i}")
-        said = world.annotate(scene, Random(f"padding {i}"))
-        pair = data.Pair(f"row {i}", None, "What is here?", world.correct(scene, said), said)
-        examples.append(data.pair_example(pair, None, tokenizer, 0))
-    config = ddpo.DDPOConfig(batch_size=32, micro_batch=micro_batch)
-    algorithm = ddpo.DDPO(tiny, config, 0, examples)
-    batches = [batch for step in range(10) for batch in algorithm.batches(step)]
-    slots = sum(batch.tokens.numel() for batch in batches)
-    assert sum((batch.branch == -1).sum() for batch in batches) / slots < 0.1
-
-
-def test_logged_padding_is_what_row_lengths_say():
-    examples = tiny_pairs([True, False, True], [0, 3, 1])
-    widths = [data.row_length(example) for example in examples]
-    expected = 1 - sum(widths) / (len(widths) * max(widths))
-    assert collate(examples, PAD, 128).padding == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("count, batch", [(100, 8), (64, 8), (5, 8), (101, 32)])
-def test_epochs_show_every_row_once_and_depend_on_the_step_alone(count, batch):
-    examples = blank_pairs([4 + i % 23 for i in range(count)], 10)
-    config = ddpo.DDPOConfig(batch_size=batch, epochs=3)
-    names = lambda source, step: [example.name for example in source.examples(step)]
-    source = data.Epochs(examples, config, 0)
-    seen = [name for step in range(source.steps) for name in names(source, step)]
-    for epoch in range(3):
-        assert len(set(seen[epoch * count : (epoch + 1) * count])) == count
-    fresh, other = data.Epochs(examples, config, 0), data.Epochs(examples, config, 1)
-    assert names(fresh, source.steps - 1) == names(source, source.steps - 1)
-    assert seen[:count] != seen[count : 2 * count] and names(other, 0) != names(source, 0)
-
-
-# Work ------------------------------------------------------------------------------------------
-
-
-def count_flops(run) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
+def test_head_hands_its_weight_to_any_function():
+    head, hidden = Head(8, 5, bias=False), torch.randn(3, 8)
+    scale = lambda hidden, weight, factor: factor * hidden @ weight.T
+    torch.testing.assert_close(head(hidden, scale, 2.0), 2 * head(hidden))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(hidden, scale, 1.0).dtype == torch.bfloat16
 
 
 def test_flops_of_a_step_at_7b():
-    """Real shapes of LLaVA-1.5-7B on the meta device, full fine-tune: the work, without the numbers.
+    """Real shapes of LLaVA-1.5-7B on the meta device, full fine-tune: the work without numbers.
 
     Ours: trunk once, features of the frozen tower and reference scores cached. The usual way:
     chosen and rejected apart, with the tower, all logits, and a live reference.
     """
     with torch.device("meta"):
         model = LLaVA(LLaVAConfig())
-    models.select_trainable(model)
-    config, answers = model.config, [[3] * 100, [4] * 100]
-    prompt = [1] + [config.image_token] * config.vision.patches + [5] * 39
-    features = torch.zeros(config.vision.patches, config.vision.hidden_size)
-    responses = [Response(answer, [1.0] * 100) for answer in answers]
-    example = Example("row", features, prompt, responses, [0.0, 0.0])
-    batch = collate([example], config.pad_token, 4096).to("meta")
+    select_trainable(model)
+    vision, prompt = model.config.vision, [1] + [model.config.image_token] * 576 + [5] * 39
+    responses = [Response([token] * 100, [1.0] * 100) for token in (3, 4)]
+    features = torch.zeros(vision.patches, vision.hidden_size)
+    batch = data.collate_for(model, [Example("row", features, prompt, responses)]).to("meta")
     assert batch.tokens.shape == (1, 816)
-
-    def ours():
-        ddpo.pair_loss(model, batch, 0.5, True)[0].backward()
-
+    reference = torch.zeros(2, device="meta")
     pixels = torch.empty(2, 3, 336, 336, device="meta")
     tokens = torch.empty(2, 716, dtype=torch.long, device="meta")
 
-    def usual_logp():
+    def flops(loss, backward=True):
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+            loss().backward() if backward else loss()
+        return counter.get_total_flops()
+
+    def fused():
+        return model.head(model.response_states(batch), kernels.ddpo_loss, batch.target,
+                          batch.weight, batch.group, reference, 0.5)[0]
+
+    def plain():
+        scores = ddpo.response_scores(model.response_logp(batch), batch.weight, batch.group, 2)
+        return ddpo.preference_loss(*scores[:, None], *reference[:, None], 0.5)[0].sum()
+
+    def usual():
         logp = model.logits(pixels, tokens)[:, :-1].log_softmax(-1)
         return logp.gather(-1, tokens[:, 1:, None]).sum()
 
-    def usual():
-        with torch.no_grad():
-            usual_logp()
-        usual_logp().backward()
-
-    def reference_pass():
-        with torch.no_grad():
-            ddpo.batch_scores(model, batch, True)
-
-    step, theirs = count_flops(ours), count_flops(usual)
-    once = count_flops(reference_pass)
-    print(f"7B step: ours {step / 1e12:.1f} TFLOP, usual {theirs / 1e12:.1f}, reference once {once / 1e12:.1f}")
+    step, once = flops(fused), flops(lambda: model.response_logp(batch), backward=False)
+    theirs = flops(usual, backward=False) + flops(usual)
+    assert 1 < flops(plain) / step < 1.005  # one more product with the vocabulary matrix
     assert theirs / step > 2.3
     assert theirs / (step + once / 3) > 2  # with the reference pass, over three epochs
 
 
-# Generation ------------------------------------------------------------------------------------
+# ================================================================================== generation.py
 
 
-def tiny_prompts(count: int) -> list[torch.Tensor]:
+def short_prompts(count):
     return [torch.tensor([1, *range(5, 8 + i % 3), 20 + i]) for i in range(count)]
 
 
-def test_finished_rows_are_dropped_and_change_nothing(monkeypatch):
-    """Every answer is what the prompt alone would be given, also when most others have ended."""
-    model, prompts = tiny_model_step(), tiny_prompts(8)
-    kept = []
-    keep = generation.Decoding.keep
-    monkeypatch.setattr(
-        generation.Decoding, "keep", lambda self, alive: (kept.append(len(alive)), keep(self, alive))
-    )
-    free = [generate(model, None, [p], 40)[0].tolist() for p in prompts]
-    # end-of-sequence becomes a token that most answers contain early and some late or never
-    common = max(range(3, 58), key=lambda t: sum(t in answer for answer in free))
-    model.config = dataclasses.replace(model.config, eos_token=common)
-    alone = [generate(model, None, [p], 40)[0].tolist() for p in prompts]
-    assert len({len(answer) for answer in alone}) > 1 and not kept
-    assert [a.tolist() for a in generate(model, None, prompts, 40)] == alone
-    assert kept
+def completions(*given, **options):
+    return [tokens.tolist() for tokens in generate(*given, **options)]
 
 
-def test_streamed_tokens_are_the_answers():
-    model, steps = tiny_model_step(), []
-    answers = generate(model, None, tiny_prompts(3), 12, on_token=lambda t: steps.append(t.clone()))
-    streamed = torch.stack(steps, dim=-1)  # (3, 1, steps)
-    assert [row[row != PAD].tolist() for row in streamed[:, 0]] == [a.tolist() for a in answers]
+def test_cached_generation_equals_recomputation(tiny):
+    images = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    prompts = [torch.tensor([1] + [IMAGE] * PATCHES + list(range(5, 5 + n))) for n in (1, 6, 3)]
+    for image, prompt, found in zip(images, prompts, completions(tiny, images, prompts, 25)):
+        expected = []
+        while len(expected) < 25 and EOS not in expected:
+            tokens = torch.cat([prompt, torch.tensor(expected, dtype=torch.long)])
+            logits = tiny.logits(image[None], tokens[None])[0, -1].detach()
+            logits[[IMAGE, PAD]] = -torch.inf
+            expected.append(int(logits.argmax()))
+        assert found == expected
 
 
-def test_choose_follows_the_distribution():
+def test_samples_are_reproducible_and_follow_the_model(tiny):
+    draw = lambda *given: completions(tiny, None, [torch.tensor([1, 7, 8])], *given)
+    first, again = (draw(12, 1.0, 4, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert first == again and len({*map(tuple, first)}) > 1
+    assert all(IMAGE not in tokens and PAD not in tokens for tokens in first)
+    greedy = draw(12, 0.0, 3)
+    assert greedy[0] == greedy[1] == greedy[2]
+    drawn = torch.tensor(draw(1, 1.0, 4000, torch.Generator().manual_seed(0))).flatten()
+    logits = tiny.logits(None, torch.tensor([[1, 7, 8]]))[0, -1].detach()
+    logits[[IMAGE, PAD]] = -torch.inf
+    shares = torch.bincount(drawn, minlength=60) / 4000
+    assert (shares - logits.softmax(-1)).abs().max() < 0.03
+
+
+def test_a_token_is_where_the_draw_falls():
     logits = torch.log(torch.tensor([0.0, 0.2, 0.0, 0.5, 0.3, 0.0])).expand(1, 4, -1)
     draws = torch.tensor([[0.0, 0.25, 0.9, 1 - 2**-24]])  # 1 - draw: 1, 0.75, 0.1, the least
-    assert generation.choose(logits, 1.0, draws).tolist() == [[4, 4, 1, 1]]
-    assert generation.choose(logits, 0.0, None).tolist() == [[3, 3, 3, 3]]
-    uniform = torch.rand(1, 20000, generator=torch.Generator().manual_seed(0))
-    drawn = generation.choose(logits[:, :1].expand(1, 20000, -1), 1.0, uniform)
-    share = torch.bincount(drawn[0], minlength=6) / 20000
-    assert (share - logits[0, 0].exp()).abs().max() < 0.02 and share[[0, 2, 5]].sum() == 0
+    assert generation.sample_token(logits, 1.0, draws).tolist() == [[4, 4, 1, 1]]
+    assert generation.sample_token(logits, 0.0, None).tolist() == [[3, 3, 3, 3]]
 
 
-def test_samples_of_a_prompt_do_not_depend_on_its_neighbours_end():
-    model, prompts = tiny_model_step(), tiny_prompts(4)
-    draw = lambda: generate(model, None, prompts, 30, 1.0, 2, torch.Generator().manual_seed(3))
-    model.config = dataclasses.replace(model.config, eos_token=-1)  # no end
-    longest = [a.tolist() for a in draw()]
-    model.config = dataclasses.replace(model.config, eos_token=longest[0][2])
+def test_sampled_tokens_can_be_trained_on(tiny):
+    """Decoding runs in inference mode, whose tensors autograd refuses; its answers are ordinary."""
+    (answer,) = generate(tiny, None, [torch.arange(3, 9)], 4)
+    assert torch.is_grad_enabled() and not answer.is_inference()
+    tiny.logits(None, answer[None]).sum().backward()
+    assert tiny.decoder.embed_tokens.weight.grad is not None
+
+
+def test_generation_fits_the_context_and_autocast(tiny):
+    with pytest.raises(ValueError, match="leaves no room"):
+        generate(tiny, None, [torch.ones(128, dtype=torch.long)], 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(1 <= len(tokens) <= 5 for tokens in generate(tiny, None, short_prompts(3), 5))
+
+
+def test_finished_rows_are_dropped_and_change_nothing(tiny, monkeypatch):
+    """Every answer is what the prompt alone would be given, also when most others have ended."""
+    prompts, kept, keep = short_prompts(8), [], generation.Decoding.keep
+    monkeypatch.setattr(generation.Decoding, "keep",
+                        lambda self, alive: (kept.append(len(alive)), keep(self, alive)))
+    each_alone = lambda: [completions(tiny, None, [prompt], 40)[0] for prompt in prompts]
+    # end-of-sequence becomes a token that most answers contain early and some late or never
+    free = each_alone()
+    common = max(range(3, IMAGE), key=lambda t: sum(t in answer for answer in free))
+    tiny.config = replace(tiny.config, eos_token=common)
+    alone = each_alone()
+    assert len({len(answer) for answer in alone}) > 1 and not kept
+    assert completions(tiny, None, prompts, 40) == alone and kept
+
+
+def test_samples_of_a_prompt_do_not_depend_on_its_neighbours_end(tiny):
+    draw = lambda: completions(
+        tiny, None, short_prompts(4), 30, 1.0, 2, torch.Generator().manual_seed(3))
+    tiny.config = replace(tiny.config, eos_token=-1)  # no end
+    longest = draw()
+    tiny.config = replace(tiny.config, eos_token=longest[0][2])
     for before, after in zip(longest, draw()):
         both = min(len(before), len(after))
-        assert after.tolist()[:both] == before[:both]
+        assert after[:both] == before[:both]
 
 
-def test_generation_under_autocast():
-    model = tiny_model_step()
-    with torch.autocast("cpu", torch.bfloat16):
-        answers = generate(model, None, tiny_prompts(3), 5)
-    assert all(1 <= len(answer) <= 5 for answer in answers)
+def test_streamed_tokens_are_the_answers(tiny):
+    steps, prompts = [], short_prompts(3)
+    found = completions(tiny, None, prompts, 12, on_token=lambda t: steps.append(t.clone()))
+    streamed = torch.stack(steps, dim=-1)  # (3, 1, steps)
+    assert [row[row != PAD].tolist() for row in streamed[:, 0]] == found
 
 
-def test_compiled_decoding_is_one_graph_for_all_steps(monkeypatch):
+def test_compiled_decoding_is_one_graph_for_all_steps(tiny, monkeypatch):
     """Static shapes: a second batch and later steps meet the graph that the first step made."""
-    model, prompts = tiny_model_step(), tiny_prompts(3)
-    plain = [a.tolist() for a in generate(model, None, prompts, 12, samples=2)]
-    graphs = []
+    plain, graphs = completions(tiny, None, short_prompts(3), 12, samples=2), []
 
     def count(graph, inputs):
         graphs.append(graph)
@@ -3552,479 +2947,938 @@ def test_compiled_decoding_is_one_graph_for_all_steps(monkeypatch):
     step = torch.compile(generation.decode, backend=count, fullgraph=True, dynamic=False)
     monkeypatch.setattr(generation, "compiled", lambda: step)
     for _ in range(2):
-        answers = generate(model, None, prompts, 12, samples=2, compiled=True)
-        assert [a.tolist() for a in answers] == plain
+        assert completions(tiny, None, short_prompts(3), 12, samples=2, compiled=True) == plain
     assert len(graphs) == 1
 
 
-# The benchmarks --------------------------------------------------------------------------------
+def test_answers_keep_the_order_of_the_questions(tiny_world, tokenizer):
+    settings = ImageSettings(12, (0.5,) * 3, (0.25,) * 3)
+    setup = (tiny_world, tokenizer, settings)
+    ask = lambda images, texts, **more: generation.answers(*setup, images, texts, 8, **more)
+    images = [world.draw(world.make_scene(i), 12) for i in range(5)]
+    texts = ["Is there a car?", "What can you see in the picture?", "Describe the picture.",
+             "Where is the dog?", "In this picture, is the cup above the pot?"]
+    apart = [ask([image], [text])[0] for image, text in zip(images, texts)]
+    features = generation.image_features(tiny_world, settings, images, batch_size=3)
+    assert ask(images, texts, batch_size=2) == ask(features, texts) == apart
+    with pytest.raises(ValueError, match="5 images for 1 questions"):
+        ask(images, ["Why?"])
+    draw = lambda seed: ask(images[:2], texts[:2], temperature=1.0, samples=3, seed=seed)
+    assert len(draw(0)) == 6 and len(set(draw(0))) > 3 and draw(0) == draw(0) != draw(1)
+    written = []
+    text = generation.stream(*setup, images[0], texts[0], 8, write=written.append)
+    assert text == "".join(written).strip() == apart[0] != apart[1] and len(written) > 3
 
 
-def test_step_benchmark():
-    """On a tiny model; TRL need not be installed."""
-    lines = []
-    sizes = "--pairs 2 --repeats 1 --width 64 --layers 1 --tower_width 64 --tower_layers 2 --image 56"
-    bench_step.table(bench_step.parse(sizes.split()), lines.append)
-    text = "\n".join(lines)
-    assert "M parameters; trunk" in text and "ours, recomputing" in text, text
+# ======================================================================================== data.py
 
 
-# ======================================================================= checkpoint.py, vision.py
+def test_tokenizer_is_deterministic_and_lossless(tokenizer, tmp_path):
+    tokenizer_file.train_tokenizer(pretraining.world_texts(40), tmp_path / "again.model", 700)
+    assert (tmp_path / "again.model").read_bytes() == tokenizer.model_proto
+    for text in ("", "A red car.", "  two  spaces", "naïve 象 🙂\nnew line", "\n"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("chosen,rejected,min_match,replacements_only,left,right", [
+    ("abcdef", "abcdef", 3, False, "", ""),
+    ("abcXdef", "abcYdef", 3, False, "X", "Y"),
+    ("abcdefXYZ", "abcdef", 3, False, "XYZ", ""),  # inserted by the correction
+    ("abcdef", "abcQRdef", 3, False, "", "QR"),  # deleted by it
+    ("abcdef", "abcQRdef", 3, True, "", ""),  # the release forgets deletions
+    ("abcdefXYZ", "abcdef", 3, True, "", ""),
+    ("abcXdef", "abcYdef", 3, True, "X", "Y"),
+    ("abcXdeYfgh", "abcPdeQfgh", 3, False, "XdeY", "PdeQ"),  # "de" is too short a match
+    ("abcXdeYfgh", "abcPdeQfgh", 2, False, "XY", "PQ"),
+    ("abc.", "abcQRS.", 3, False, ".", "QRS."),  # the end alone is no match either
+    ("xyz", "abc", 3, False, "xyz", "abc"),
+    ("abc", "abc" * 100, 3, False, "", "abc" * 99),  # long and repetitive: no difflib "junk"
+])
+def test_segment_mask(chosen, rejected, min_match, replacements_only, left, right):
+    """`left` and `right` are the corrected tokens of either side."""
+    tokens = [list(map(ord, text)) for text in (chosen, rejected)]
+    masks = data.segment_mask(*tokens, min_match, replacements_only)
+    for text, mask, corrected in zip((chosen, rejected), masks, (left, right)):
+        assert "".join(char for char, m in zip(text, mask, strict=True) if m) == corrected
+
+
+def test_collate_by_hand():
+    one = Example("a", None, [1, 5, 6], [Response([7, 8, 2], [1.0, 5.0, 1.0]),
+                                         Response([7, 9, 9, 2], [1.0, 5.0, 5.0, 1.0])])
+    two = Example("b", None, [1], [Response([4, 2], [0.0, 1.0])])
+    batch = collate([one, two], 0, 16)
+    # "7" begins both responses of the first row and moves into its trunk
+    assert batch.tokens.tolist() == [[1, 5, 6, 7, 8, 2, 9, 9, 2], [1, 4, 2, 0, 0, 0, 0, 0, 0]]
+    assert batch.branch.tolist() == [[0, 0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 1, -1, -1, -1, -1, -1, -1]]
+    assert batch.position[0].tolist() == [0, 1, 2, 3, 4, 5, 4, 5, 6]
+    # what predicts: the last prompt token, the trunk's last for either branch, then the branch
+    assert batch.source.tolist() == [2, 3, 4, 2, 3, 6, 7, 9 + 1]
+    assert batch.target.tolist() == [7, 8, 2, 7, 9, 9, 2, 2]
+    assert batch.weight.tolist() == [1, 5, 1, 1, 5, 5, 1, 1]
+    assert batch.group.tolist() == [0, 0, 0, 1, 1, 1, 1, 2] and batch.groups == 3
+    assert batch.padding == pytest.approx(6 / 18)
+    assert [data.row_length(each) for each in (one, two)] == [9, 3]
+
+
+@pytest.mark.parametrize("prompt, tokens, weight, phrase", [
+    (10, 7, 1.0, "row 7.*17 tokens.*context holds 16"), (1, 1, 0.0, "row 7.*no token to learn")])
+def test_collate_never_cuts(prompt, tokens, weight, phrase):
+    example = Example("row 7", None, [1] * prompt, [Response([5] * tokens, [weight] * tokens)])
+    with pytest.raises(DataError, match=phrase):
+        collate([example], 0, 16)
+
+
+@pytest.mark.parametrize("count, batch", [(100, 8), (64, 8), (5, 8), (101, 32)])
+def test_epochs_show_every_row_once_and_depend_on_the_step_alone(count, batch):
+    examples = [Example(i, None, [1] * (i % 23), []) for i in range(count)]
+    config = ddpo.DDPOConfig(batch_size=batch, epochs=3)
+    source, fresh, other = (data.Epochs(examples, config, seed, lambda each: len(each.prompt))
+                            for seed in (0, 0, 1))
+    names = lambda source, step: [example.name for example in source.examples(step)]
+    assert source.steps == math.ceil(3 * count / batch)
+    seen = [name for step in range(source.steps) for name in names(source, step)]
+    for epoch in range(3):
+        assert {*seen[epoch * count : (epoch + 1) * count]} == {*range(count)}
+    assert names(fresh, source.steps - 1) == names(source, source.steps - 1)
+    assert seen[:count] != seen[count : 2 * count] and names(other, 0) != names(source, 0)
+
+
+def pairs_of_rlhf_v(trunk):
+    """Responses of 64 words in the mean, log-normal with deviation 0.5, 1.35 tokens each."""
+    rng = Random(0)
+    lengths = [max(4, round(1.35 * 64 * rng.lognormvariate(-0.125, 0.5))) for _ in range(1400)]
+    branch = lambda token, n: Response([token] * n, [1.0] * n)
+    return [Example(f"row {i}", None, [1] * trunk, [branch(3, n + 1), branch(5, n + 4)])
+            for i, n in enumerate(lengths)]
+
+
+def pairs_of_the_world(tokenizer):
+    """Noisy descriptions and their corrections."""
+    for i in range(320):
+        scene = world.make_scene(f"padding {i}")
+        noisy = world.annotate(scene, Random(f"padding {i}"))
+        pair = Pair(f"row {i}", None, "What is here?", world.correct(scene, noisy), noisy)
+        yield Example(pair.name, None, *data.pair_tokens(pair, tokenizer, 0))
+
+
+@pytest.mark.parametrize("micro_batch", [4, 8, 32])
+@pytest.mark.parametrize("trunk", [616, 100, None])
+def test_padding_of_an_epoch_is_below_a_tenth(tokenizer, trunk, micro_batch):
+    """Behind an image of 576 tokens, behind a short prompt, and on the built-in world."""
+    examples = pairs_of_rlhf_v(trunk) if trunk else [*pairs_of_the_world(tokenizer)]
+    source = data.Epochs(examples, ddpo.DDPOConfig(epochs=1), 0)
+    model = SimpleNamespace(config=LLaVAConfig())  # only its context is read
+    slots = empty = 0
+    for step in range(source.steps):
+        for batch in data.micro_batches(model, source.examples(step), micro_batch):
+            slots += batch.tokens.numel()
+            empty += batch.padding * batch.tokens.numel()
+    assert empty / slots < 0.1
+
+
+# ------------------------------------------------------------------------ from records to examples
+
+
+def joint(tokenizer, *rounds):
+    """A whole conversation, each round tokenized at once, as the public code does."""
+    ids = [tokenizer.bos_token]
+    for text in rounds:
+        ids += tokenizer.encode(text, eos=True)
+    at = ids.index(tokenizer.image_token)
+    return ids[:at] + [tokenizer.image_token] * PATCHES + ids[at + 1 :]
+
+
+def test_a_conversation_is_the_joint_tokenization(tokenizer):
+    turns = [("Is there a car?", "Yes, a red car."), (" And\n a bus? ", " No. "),
+             ("Sure?", "\nYes")]
+    talk = Conversation("row 1", b"x", turns)
+    prompt, responses = data.conversation_tokens(talk, tokenizer, PATCHES)
+    first = f"{data.SYSTEM} USER: <image>\nIs there a car? ASSISTANT: Yes, a red car."
+    assert prompt + responses[0].tokens == joint(
+        tokenizer, first, "USER:  And\n a bus?  ASSISTANT:  No. ", "USER: Sure? ASSISTANT: \nYes")
+    batch = collate([Example("row 1", None, prompt, responses)], tokenizer.pad_token, 400)
+    learnt = [t for _, answer in turns for t in tokenizer.encode(answer, eos=True)]
+    assert batch.target.tolist() == learnt and batch.groups == 1  # every answer, no question
+    # each learnt token is predicted by the slot before it
+    torch.testing.assert_close(batch.tokens.flatten()[batch.source + 1], batch.target)
+    prompt, _ = data.conversation_tokens(replace(talk, image=None), tokenizer, PATCHES)
+    assert tokenizer.decode(prompt) == f"{data.SYSTEM} USER: Is there a car? ASSISTANT:"
+    pair = Pair("row 1", b"x", "Sure?", "Yes.", "No.", turns[:1])  # with a history
+    prompt, responses = data.pair_tokens(pair, tokenizer, PATCHES)
+    assert prompt + responses[1].tokens == joint(tokenizer, first, "USER: Sure? ASSISTANT: No.")
+    batch = collate([Example("row 1", None, prompt, responses)], tokenizer.pad_token, 400)
+    assert batch.target.tolist() == responses[0].tokens + responses[1].tokens
+
+
+def test_sft_learns_every_answer_of_mixed_rows(tiny_world, tokenizer, tmp_path):
+    talks = (Conversation("a", b"x", [("What?", "A car."), ("And?", "A bus.")]),
+             Conversation("b", None, [("Hello?", "Yes.")]))
+    pixels = torch.randn(3, 12, 12, generator=torch.Generator().manual_seed(0))
+    examples = [Example(talk.name, talk.image and pixels,
+                        *data.conversation_tokens(talk, tokenizer, PATCHES)) for talk in talks]
+    batch = data.collate_for(tiny_world, examples)
+    assert batch.images.shape == (1, 3, 12, 12)
+    start = make_start(tiny_world, tokenizer, tmp_path)
+    loss, _ = sft.SFT(start, sft.SFTConfig(), Data(examples)).loss(batch)
+    learnt = [logp_alone(tiny_world, example, response)[torch.tensor(response.weight) > 0]
+              for example in examples for response in example.responses]
+    torch.testing.assert_close(loss, -torch.cat(learnt).mean())
+
+
+# ---------------------------------------------------------------------------------------- dry run
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activation_estimate_is_near_what_autograd_keeps(checkpointing):
+    text = TextConfig(100, 64, 176, 3, 4, 2, 256)
+    model = make_model(text)
+    model.decoder.gradient_checkpointing = checkpointing
+    kept, weights = {}, {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.randn(1, 200, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.decoder(x, torch.arange(200)[None])
+    estimate = preview.activation_bytes(text, 200, 4, checkpointing)
+    if checkpointing:  # the block that is computed again is kept in the backward pass only
+        estimate -= 200 * 4 * (6 * 64 + 2 * 32 + 3 * 176)
+    assert 0.9 < estimate / sum(kept.values()) < 1.1
+
+
+def test_memory_estimate_counts_what_is_trained(tiny_world, tokenizer, tmp_path):
+    model = copy.deepcopy(tiny_world)
+    add_adapter(model, "a", 4, 8)
+    trained = sum(weight.numel() for weight in select_trainable(model, "a"))
+    total = sum(weight.numel() for weight in model.parameters())
+    talk = Conversation("row 1", b"x", [("What?", "A car.")])
+    example = Example("row 1", None, *data.conversation_tokens(talk, tokenizer, PATCHES))
+    named = [("row 1", tmp_path / "a.png"), ("row 2", tmp_path / "a.png"), ("row 3", None)]
+    text = preview.memory_estimate(model, sft.SFTConfig(), [example], named, 4)
+    for part in (f"{total:,}, of which {trained:,} are trained",
+                 f"gradients    {trained * 4 / 1000:.3g} kB",
+                 f"optimizer    {trained * 8 / 1000:.3g} kB",
+                 f"row of {len(example.prompt) + len(example.responses[0].tokens)} tokens",
+                 f"{PATCHES * 16 * 4} bytes for 1 images, in memory"):
+        assert part in text
+
+
+def test_training_on_conversations(tiny_world, tokenizer, tmp_path, monkeypatch, run_train):
+    monkeypatch.chdir(tmp_path)
+    save_llava(tiny_world, tokenizer, IMAGES, Path("model"))
+    Image.new("RGB", (20, 10), "red").save("ok.jpg")
+    turns = lambda *texts: [{"from": ("human", "gpt")[i % 2], "value": text}
+                            for i, text in enumerate(texts)]
+    Path("rows.json").write_text(json.dumps([
+        {"image": "ok.jpg", "conversations": turns("<image> What?", "A car.", "And?", "A bus.")},
+        {"conversations": turns("Hello?", "Yes.")}]))
+    monkeypatch.setattr(features, "LIMIT", 100)
+    command = ("--algo", "sft", "--data", "rows.json", "--model", "model", "--batch_size", 2,
+               "--steps", 2, "--device", "cpu", "--out", "out")
+    shown = run_train(*command, "--dry_run")
+    assert "{USER: And? ASSISTANT:}" in shown.replace("{ ", "{") and "activations" in shown
+    run_train(*command)
+    assert Path("out/model/model.safetensors").exists()
+    assert not list(Path("out").glob("features.*"))  # gigabytes, of no more use
+
+
+# ================================================================ formats: rows, images, features
+
+PHOTO_SETTINGS = ImageSettings(size=12, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+GOOD = {"image": "ok.jpg", "question": "What?", "chosen": "A car.", "rejected": "A bus."}
+
+
+def image_bytes(seed, kind="PNG", size=(20, 10)):
+    """A picture that is different for every seed."""
+    Image.new("RGB", size, (seed * 67 % 256, seed * 31 % 256, 200 - seed)).save(
+        buffer := io.BytesIO(), kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    for seed, name in enumerate(("ok.jpg", "b.jpg")):
+        (tmp_path / name).write_bytes(image_bytes(seed, "JPEG"))
+    return tmp_path
+
+
+def json_file(folder, content, name="rows.json"):
+    files.write_atomic(folder / name, content)
+    return folder / name
+
+
+def jsonl_file(folder, *rows):
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    return json_file(folder, b"\n".join(lines), "rows.jsonl")
+
+
+def messages(*values, first="human"):
+    speakers = ("human", "gpt") if first == "human" else ("gpt", "human")
+    return [{"from": speakers[i % 2], "value": value} for i, value in enumerate(values)]
+
+
+def chat(*values, first="human", **changes):
+    return {"image": "ok.jpg", "conversations": messages(*values, first=first), **changes}
+
+
+def human_preference(*values, **changes):
+    values = values or ("Where is it?\n<image>", "At home.", "What is it?", "to be replaced")
+    return chat(*values, preference=2, output_1={"value": "A bus."},
+                output_2={"value": "A car."}) | changes
+
+
+GOOD_ROWS = {  # rows, and what becomes of the fields behind name and image
+    read_pairs: [
+        (GOOD, ("What?", "A car.", "A bus.", [])),
+        ({**GOOD, "question": None, "prompt": "W?\n<image>"}, ("W?", "A car.", "A bus.", [])),
+        (human_preference(), ("What is it?", "A car.", "A bus.", [("Where is it?", "At home.")])),
+        (human_preference("<image> A?", "", preference=1), ("A?", "A bus.", "A car.", [])),
+    ],
+    read_conversations: [
+        # the white space around <image> goes with it; all else stays, as in LLaVA's own code
+        (chat("<image>\nWhat is it? ", "A car.", " And now?", " Still. "),
+         ([("What is it?", "A car."), (" And now?", " Still. ")],)),
+        (chat("Hello.", "Good day.", image=None), ([("Hello.", "Good day.")],)),
+        (chat("Welcome!", "What?<image>", "A cat.", first="gpt"), ([("What?", "A cat.")],)),
+        (human_preference(), ([("Where is it?", "At home."), ("What is it?", "A car.")],)),
+        (GOOD, ([("What?", "A car.")],)),
+    ],
+    read_prompts: [
+        (chat("Is it red?\n<image>", "to be written", "And?", "No."), ("Is it red?", 1, 1.0)),
+        (chat("<image>?", caption_type=6, length_bonus=0.5), ("?", 6, 0.5)),
+        (chat("<image>\nA. car B. bus", caption_type=3), ("A. car B. bus", 3, 1.0)),
+        (GOOD, ("What?", 1, 1.0)),
+    ],
+}
+
+
+@pytest.mark.parametrize("read", GOOD_ROWS)
+def test_rows_in_lines_and_in_an_array(image_folder, read, tmp_path_factory):
+    given, expected = zip(*GOOD_ROWS[read])
+    lines = jsonl_file(image_folder, given[0], b"", *given[1:])
+    array = json_file(image_folder, given, "array.txt")  # content decides, not the name
+    array.write_bytes(b"\xef\xbb\xbf" + array.read_bytes())  # as some editors save it
+    for path, numbers in ((lines, [1, 3, 4, 5, 6]), (array, [1, 2, 3, 4, 5])):
+        found = read([path])
+        assert [r.name for r in found] == [f"{path} row {n}" for n in numbers[: len(given)]]
+        assert [tuple(vars(r).values())[2:] for r in found] == list(expected)
+        assert [r.picture for r in found] == [row["image"] or "" for row in given]
+    if read is read_prompts:
+        assert [prompt.truth for prompt in found] == [None, "no", "B", None]
+    elsewhere = json_file(tmp_path_factory.mktemp("elsewhere"), given)
+    with pytest.raises(DataError, match="row 1: no image 'ok.jpg' in .*point --images"):
+        read([elsewhere])
+    assert [r.image for r in read([elsewhere], image_folder)] == [r.image for r in found]
+
+
+def test_captions_are_found_by_file_name(tmp_path):
+    captions = {"ok.jpg": ["A car."], "x/b.jpg": ["B."]}
+    assert readers.read_captions(json_file(tmp_path, captions)) == captions
+    stored = ParquetImage(tmp_path / "a.parquet", 0, 0, "data/x/b.jpg")
+    for image, texts in ((tmp_path / "ok.jpg", ["A car."]), (stored, ["B."])):
+        assert readers.captions_of("row 1", image, captions) == texts
+    with pytest.raises(DataError, match="row 1: no captions for image .*c.jpg"):
+        readers.captions_of("row 1", tmp_path / "c.jpg", captions)
+    with pytest.raises(DataError, match="'ok.jpg' should have a list of captions"):
+        readers.read_captions(json_file(tmp_path, {"ok.jpg": "A car."}))
+
+
+BAD_ROWS = {
+    read_pairs: [
+        (b'{"image": "ok.jpg", "que', "not valid JSON"), (b'{"": "\xff"}', "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"), ([1, 2], "expected an object, found a list"),
+        *[(GOOD | {key: value}, phrase) for key, value, phrase in (
+            ("chosen", 7, "'chosen' is missing"), ("rejected", " ", "'rejected' is missing"),
+            ("rejected", "A <image>.", "contains <image>"), ("chosen", "A bus. ", "are the same"),
+            ("question", None, "'question' is missing"), ("question", "<image>", "be a text with"),
+            ("question", "<image> or <image>?", "'question' should be a text with at most one"),
+            ("history", [["Where?"]], "history should be a list of [question, answer]"),
+            ("image", None, "'image' is missing"), ("image", "no.jpg", "no image 'no.jpg'"),
+            ("image", ["ok.jpg"], "be the name of one"), ("image", "a\0b", "is no file name"),
+            ("image", "a" * 5000, "no file name"), ("image", "../rows.jsonl", "lies outside"),
+        )],
+        ({"image": "ok.jpg", "label": 1}, "no preference among its fields (image, label)"),
+        (chat("<image>?", "Yes."), "a conversation without two answers to compare"),
+        (human_preference("<image>?", "Yes.", "What?"), "the last turn should be from 'gpt'"),
+        *[(human_preference(**{key: value}), phrase) for key, value, phrase in (
+            ("preference", "2", "preference is '2', not"), ("image", None, "'image' is missing"),
+            ("output_2", "A car.", "'output_2' is missing"), ("conversations", ["?"], "list turns"),
+        )],
+    ],
+    read_conversations: [
+        (chat("What?", "A car."), "0 <image> in the conversation, but 1 images"),
+        (chat("<image>?", "Yes.", image=None), "1 <image> in the conversation, but 0 images"),
+        (chat("What?", "A car.", "<image> What?", "A car."), "should stand in the first turn"),
+        (chat("<image>", "A car."), "turn 1, from 'human', is empty"),
+        (chat("<image> What?", ""), "turn 2, from 'gpt', is empty"),
+        (chat("<image> What?", "A car.", "And?"), "the last turn is a question"),
+        (chat(conversations=messages("<image>?") * 2), "turn 2 is from 'human', not 'gpt'"),
+        (chat("Hello", first="gpt"), "no question"), (chat(), "should list turns with 'from'"),
+    ],
+    read_prompts: [
+        *[(chat("<image>? A. B. D.", **{key: value}), phrase) for key, value, phrase in (
+            ("caption_type", 8, "is 8, not 1 to 7"), ("length_bonus", "x", "'x', not a number"),
+            ("image", "", "'image' is missing"), ("caption_type", 4, "lists no 'C' followed by"),
+        )],
+    ],
+}
+
+
+@pytest.mark.parametrize("read", BAD_ROWS)
+def test_bad_rows_are_named_or_skipped(image_folder, read, capsys):
+    path = jsonl_file(image_folder, GOOD, *(row for row, _ in BAD_ROWS[read]), GOOD)
+    skipped = []
+    assert len(read([path], None, skipped)) == 2 and len(skipped) == len(BAD_ROWS[read])
+    for number, (text, (row, phrase)) in enumerate(zip(skipped, BAD_ROWS[read]), 2):
+        assert text.startswith(f"{path} row {number}: ") and phrase in text
+        with pytest.raises(DataError, match=re.escape(phrase)):
+            read([jsonl_file(image_folder, GOOD, row)])
+    report_skipped(skipped)
+    lines, more = capsys.readouterr().err.splitlines(), len(skipped) - 20
+    assert lines[:2] == [f"{len(skipped)} rows left out:", f"  {skipped[0]}"]
+    assert lines[21:] == ([f"  and {more} more"] if more > 0 else [])
+
+
+def test_files_are_found_by_patterns_or_named_as_bad(image_folder):
+    for name in ("b.jsonl", "a.jsonl", "odd[1].jsonl"):
+        json_file(image_folder, GOOD, name)
+    found = find_files([image_folder / "odd[1].jsonl", image_folder / "[ab].jsonl"])
+    assert [path.name for path in found] == ["odd[1].jsonl", "a.jsonl", "b.jsonl"]
+    half = json_file(image_folder, json.dumps([GOOD, GOOD])[:100])
+    for path, skip, phrase in [
+        (half, None, "rows.json: not valid JSON .*is the file complete"),
+        (image_folder / "*.nothing", None, "nothing: no such file"),
+        (image_folder, None, "a folder; name its files"),
+        (jsonl_file(image_folder), None, "no usable row in .*rows.jsonl"),
+        (json_file(image_folder, [1], "1.json"), [], "no usable row.*first one: .*row 1: expected"),
+    ]:
+        with pytest.raises(DataError, match=phrase):
+            read_pairs([path], None, skip)
+
+
+def write_parquet(path, *records):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.Table.from_pylist(list(records)), path, row_group_size=2)
+    return path
+
+
+def rlhf_v(seed, nested=True, **changes):
+    """A row of RLHF-V-Dataset, its texts as JSON, or of RLAIF-V-Dataset, with a column for each."""
+    texts = {"question": f"What {seed}?", "chosen": "A tree.", "rejected": "A house."}
+    texts = {"text": json.dumps(texts)} if nested else texts
+    return {"image": {"bytes": image_bytes(seed), "path": f"{seed}.png"}, **texts, **changes}
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_parquet_rows_leave_their_images_on_disk(tmp_path, monkeypatch, nested):
+    path = write_parquet(tmp_path / "a.parquet", *(rlhf_v(i, nested) for i in range(5)))
+    parquet = pytest.importorskip("pyarrow.parquet")
+    read, calls = parquet.ParquetFile.read_row_group, []
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", lambda self, group, columns: (
+        calls.append((group, bool({"image", "image.bytes"} & set(columns))))
+        or read(self, group, columns)))
+    pairs = read_pairs([str(tmp_path / "*.parquet")])
+    assert calls == [(0, False), (1, False), (2, False)]  # texts only, group by group
+    assert [(p.name, p.question, p.chosen, p.rejected) for p in pairs] == [
+        (f"{path} row {i + 1}", f"What {i}?", "A tree.", "A house.") for i in range(5)]
+    assert pairs[3].image == ParquetImage(path, 1, 1, "3.png") and pairs[3].picture == "3.png"
+    calls.clear()
+    assert [p.image.read() for p in pairs] == [image_bytes(i) for i in range(5)]
+    assert calls == [(0, True), (1, True), (2, True)]  # each group of images once, in order
+
+
+def test_other_parquet_files(image_folder):
+    """Images as plain bytes, with or without other columns, or as names; errors name the row."""
+    path = write_parquet(image_folder / "a.parquet", GOOD | {"image": image_bytes(3)})
+    assert read_pairs([path])[0].image.read() == image_bytes(3)
+    assert read_pairs([write_parquet(path, GOOD)])[0].image == image_folder.resolve() / "ok.jpg"
+    write_parquet(path, {"image": image_bytes(3)})
+    assert [name for name, _ in whole_rows(path)] == [f"{path} row 1"]
+    write_parquet(path, rlhf_v(0), rlhf_v(1, text='{"question": "What'))
+    with pytest.raises(DataError, match="a.parquet row 2: text is not valid JSON"):
+        read_pairs([path])
+    assert len(read_pairs([path], None, skip := [])) == len(skip) == 1
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="a.parquet: not a complete parquet file"):
+        read_pairs([path])
+
+
+def test_images_are_upright_with_transparency_on_white_or_named_as_bad(tmp_path, monkeypatch):
+    turned, clear = Image.new("RGB", (30, 10), "red"), Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    turned.getexif()[0x0112] = 6  # lies on its side
+    turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
+    clear.save(tmp_path / "clear.png")
+    assert open_image("x", tmp_path / "turned.jpg").size == (10, 30)
+    assert open_image("x", tmp_path / "clear.png").getcolors() == [(64 * 64, (255, 255, 255))]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 64 x 64 is now a bomb
+    half = (tmp_path / "turned.jpg").read_bytes()[:400]
+    for source in (half, b"no image at all", image_bytes(1, "BMP"), tmp_path / "clear.png", b""):
+        with pytest.raises(DataError, match="^row 5: (cannot read image |the image holds no)"):
+            open_image("row 5", source)
+
+
+def test_every_image_is_encoded_once_in_memory_and_on_disk(tiny_world, image_folder, monkeypatch):
+    batches, encode = [], tiny_world.image_features
+    monkeypatch.setattr(tiny_world, "image_features", lambda x: batches.append(len(x)) or encode(x))
+    monkeypatch.setattr(features, "BATCH", 2)
+    (image_folder / "bad.jpg").write_bytes(b"no image")
+    stored = write_parquet(image_folder / "a", rlhf_v(0), rlhf_v(1), rlhf_v(0),
+                           rlhf_v(2, image={"bytes": b"", "path": "x"}))
+    names = ("ok.jpg", "bad.jpg", None, "b.jpg", "ok.jpg", "bad.jpg")
+    images = [(f"row {i}", name and image_folder / name) for i, name in enumerate(names, 1)]
+    images += [(f"row {i}", pair.image) for i, pair in enumerate(read_pairs([stored]), 7)]
+    run = lambda stop=False: features.encode_images(
+        tiny_world, PHOTO_SETTINGS, images, image_folder, stop)
+    with pytest.raises(DataError, match="^row 2: cannot read image bad.jpg"):
+        run(stop=True)
+    before = sorted(image_folder.iterdir())
+    for limit in (10**9, 100):  # in memory, on disk
+        monkeypatch.setattr(features, "LIMIT", limit)
+        batches.clear()
+        found = run()
+        assert batches == [1, 1, 2] and found[2] is None
+        assert sorted(image_folder.iterdir()) == before  # the mapped file has no name
+        for i in (0, 3, 4, 6, 7, 8):  # equal bytes are one image
+            pixels = preprocess(open_image("x", images[i][1]), 12, (0.5,) * 3, (0.25,) * 3)
+            torch.testing.assert_close(found[i], encode(pixels[None])[0].detach())
+        for i, reason in ((1, "cannot read image bad.jpg"), (5, "cannot read"), (9, "the image h")):
+            with pytest.raises(DataError, match=f"^row {i + 1}: {reason}"):
+                found[i]
+    with pytest.raises(ValueError, match=r"bin: no 1000000000.0 GB for image features \("):
+        features.mapped(image_folder, (10**9, 10**9), torch.uint8)
+    assert sorted(image_folder.iterdir()) == before
+
+
+# ========================================================================= formats: models on disk
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-PIECES, CHECKPOINT_IMAGE, CHECKPOINT_PAD, ROWS = 800, 800, 801, 832
-VISION = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "image_size": 28, "patch_size": 14, "projection_dim": 32,
-}
-CHECKPOINT_TEXT = {
-    "vocab_size": ROWS, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": CHECKPOINT_PAD,
-}
+PIECES, PUBLIC_IMAGE, PUBLIC_PAD, PUBLIC_ROWS = 800, 800, 801, 832
+PUBLIC_VISION = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    image_size=28, patch_size=14, projection_dim=32)
+PUBLIC_TEXT = dict(
+    vocab_size=PUBLIC_ROWS, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+    num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, rms_norm_eps=1e-5,
+    bos_token_id=1, eos_token_id=2, pad_token_id=PUBLIC_PAD)
 WORDS = (
-    "A photo shows two red cars near the old bridge, and a small dog sleeps on green grass. "
-    "What is in this image? Describe it in detail, please! USER: ASSISTANT: The people are "
-    "walking 12345 67890 meters; it's 9:30 o'clock (maybe). café naïve über 日本 emoji 😀 "
-)
+    "A photo shows two red cars near the old bridge, and a small dog sleeps on green grass. What "
+    "is in this image? Describe it in detail, please! USER: ASSISTANT: The people are walking "
+    "12345 67890 meters; it's 9:30 o'clock (maybe). café naïve über 日本 emoji 😀 ")
+# Prefixes of tensors in transformers >= 5, and what older releases and the original code write.
+LAYOUTS = {
+    "modules": {},
+    "modules of 4.52": {"model.vision_tower.": "model.vision_tower.vision_model."},
+    "hub": {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
+            "model.vision_tower.": "vision_tower.vision_model.",
+            "model.multi_modal_projector.": "multi_modal_projector."},
+    "original": {"model.language_model.": "model.",
+                 "model.vision_tower.": "model.vision_tower.vision_tower.vision_model.",
+                 "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
+                 "model.multi_modal_projector.linear_2.": "model.mm_projector.2."},
+}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tokenizer_model(tmp_path_factory) -> Path:
     """A sentencepiece model trained with LLaMA's settings."""
-    rng, out = random.Random(0), io.BytesIO()
-    words = WORDS.split()
-    lines = [" ".join(rng.choices(words, k=12)) for _ in range(400)] + [WORDS]
+    rng, path = random.Random(0), tmp_path_factory.mktemp("public") / "tokenizer.model"
+    lines = [" ".join(rng.choices(WORDS.split(), k=12)) for _ in range(400)] + [WORDS]
     lines += ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=60)) for _ in range(400)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=out, vocab_size=PIECES, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True, split_digits=True, num_threads=1, minloglevel=2,
-        character_coverage=0.995, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-    )
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    path.write_bytes(out.getvalue())
+        sentence_iterator=iter(lines), model_prefix=str(path.with_suffix("")), vocab_size=PIECES,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True,
+        character_coverage=0.995, num_threads=1, minloglevel=2, unk_id=0, bos_id=1, eos_id=2)
     return path
 
 
-def public_model(seed=0, text=(), vision=(), **top):
+@torch.no_grad()
+def public_model(text=(), vision=(), **top):
     """A tiny random LlavaForConditionalGeneration whose logits are of order 1."""
-    torch.manual_seed(seed)
-    config = transformers.LlavaConfig(
-        text_config=transformers.LlamaConfig(**CHECKPOINT_TEXT | dict(text)),
-        vision_config=transformers.CLIPVisionConfig(**VISION | dict(vision)),
-        image_token_index=CHECKPOINT_IMAGE, pad_token_id=CHECKPOINT_PAD, **top,
-    )
-    config.pad_token_id = CHECKPOINT_PAD
-    model = transformers.LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.normal_(0, weight[0].numel() ** -0.5)
-            else:
-                weight.add_(torch.randn_like(weight) * 0.1)
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**PUBLIC_TEXT | dict(text)),
+        vision_config=transformers.CLIPVisionConfig(**PUBLIC_VISION | dict(vision)),
+        image_token_index=PUBLIC_IMAGE, pad_token_id=PUBLIC_PAD, **top)).eval()
+    model.config.pad_token_id = PUBLIC_PAD
+    for weight in model.parameters():
+        noise, matrix = torch.randn_like(weight), weight.ndim > 1
+        weight.copy_(noise * weight[0].numel() ** -0.5 if matrix else weight + noise * 0.1)
     return model
 
 
-@pytest.fixture(scope="module")
-def public():
-    return public_model()
+open_public = transformers.LlavaForConditionalGeneration.from_pretrained
 
 
-@pytest.fixture(scope="module")
-def folder_checkpoint(public, tokenizer_model, tmp_path_factory) -> Path:
-    """The public model as a folder in the layout of the hub; not to be changed by a test."""
-    return write_folder(tmp_path_factory.mktemp("hub") / "model", public, tokenizer_model, "hub")
+def damage(file: Path, change):
+    """Delete (None), cut short (int) or replace (bytes) a file, or edit its JSON or its weights."""
+    if change is None:
+        file.unlink()
+    elif isinstance(change, int):
+        os.truncate(file, change)
+    elif isinstance(change, bytes):
+        file.write_bytes(change)
+    elif isinstance(change, dict):
+        values = json.loads(file.read_text())
+        new = {k: values[k] | v if isinstance(v, dict) else v for k, v in change.items()}
+        json_file(file.parent, values | new, file.name)
+    else:
+        save_file(change(load_file(file)), file)
 
 
-def write_folder(path: Path, public, tokenizer_model: Path, layout: str) -> Path:
+def write_model(path: Path, public, tokenizer_model: Path, layout: str = "hub") -> Path:
     """A model's folder, its tensors named as in one of the public layouts."""
     path.mkdir()
     shutil.copy(tokenizer_model, path)
     public.config.save_pretrained(path)
-    weights = {rename(name, layout): w.clone() for name, w in public.state_dict().items()}
+    weights = {}
+    for name, weight in public.state_dict().items():
+        new = next((new for new in LAYOUTS[layout] if name.startswith(new)), "")
+        weights[LAYOUTS[layout].get(new, "") + name.removeprefix(new)] = weight.clone()
     save_file(weights, path / "model.safetensors")
     return path
 
 
-def rename(name: str, layout: str) -> str:
-    """A tensor's name in transformers >= 5 as an older release, or the original code, has it."""
-    if layout == "modules":
-        return name
-    name = name.replace("model.vision_tower.", "model.vision_tower.vision_model.")
-    if layout == "modules of 4.52":
-        return name
-    for new, old in RENAMES[layout]:
-        if name.startswith(new):
-            return old + name.removeprefix(new)
-    raise AssertionError(name)
+@pytest.fixture(scope="session")
+def public():
+    return public_model()
 
 
-RENAMES = {
-    "hub": [
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-        ("model.vision_tower.", "vision_tower."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-    ],
-    "original": [
-        ("model.language_model.", "model."), ("lm_head.", "lm_head."),
-        ("model.vision_tower.", "model.vision_tower.vision_tower."),
-        ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
-        ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."),
-    ],
-}
+@pytest.fixture(scope="session")
+def hub_folder(public, tokenizer_model, tmp_path_factory) -> Path:
+    """The public model as a folder in the layout of the hub; no test may change it."""
+    return write_model(tmp_path_factory.mktemp("hub") / "model", public, tokenizer_model)
 
 
-def rows_of(seed=0, images=2, length=14):
-    """(pixels, tokens, mask): rows of different length, the last without an image."""
-    rng = torch.Generator().manual_seed(seed)
-    pixels = torch.randn(images, 3, 28, 28, generator=rng)
-    tokens = torch.randint(3, PIECES, (images + 1, length), generator=rng)
-    tokens[:images, 2:6] = CHECKPOINT_IMAGE
-    mask = torch.ones_like(tokens)
-    for i in range(images + 1):
-        mask[i, length - 3 * i :] = 0
-    return pixels, tokens.masked_fill(mask == 0, CHECKPOINT_PAD), mask
+@pytest.fixture
+def hub_model(hub_folder):
+    return load_llava(hub_folder)[0]
 
 
-def assert_equal_logits(ours, public, rows=ROWS, bound=1e-5):
+def random_rows():
+    """(pixels, tokens, mask): three rows of different length, the last without an image."""
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, 28, 28, generator=rng)
+    tokens = torch.randint(3, PIECES, (3, 14), generator=rng)
+    tokens[:2, 2:6] = PUBLIC_IMAGE
+    mask = (torch.arange(14) < torch.tensor([[14], [11], [8]])).long()
+    return pixels, tokens.masked_fill(mask == 0, PUBLIC_PAD), mask
+
+
+@torch.no_grad()
+def assert_equal_logits(ours, public, rows=PUBLIC_ROWS, bound=1e-5):
     """The same fp32 logits: right-padded rows, with and without image, and a single text row."""
-    pixels, tokens, mask = rows_of()
-    with torch.no_grad():
-        theirs = public(input_ids=tokens, pixel_values=pixels, attention_mask=mask).logits
-        mine = ours.head(ours(pixels, tokens, branch=torch.where(mask == 1, 0, -1)))
-        text = public(input_ids=tokens[-1:, :5]).logits - ours.logits(None, tokens[-1:, :5])
+    pixels, tokens, mask = random_rows()
+    theirs = public(input_ids=tokens, pixel_values=pixels, attention_mask=mask).logits
+    mine = ours.head(ours(pixels, tokens, branch=torch.where(mask == 1, 0, -1)))
+    text = public(input_ids=tokens[-1:, :5]).logits - ours.logits(None, tokens[-1:, :5])
     assert theirs.std() > 0.1
     assert ((mine - theirs)[mask == 1][:, :rows]).abs().max() <= bound
     assert text[..., :rows].abs().max() <= bound
 
 
-# ------------------------------------------------------------------------------------------ layouts
-
-
-@pytest.mark.parametrize("layout", ["hub", "modules", "modules of 4.52"])
-def test_llava_hf_layouts_give_equal_logits(public, tokenizer_model, tmp_path, layout):
-    ours, *_ = checkpoint.load_llava(
-        write_folder(tmp_path / "model", public, tokenizer_model, layout)
-    )
-    assert_equal_logits(ours, public)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"text": {"num_key_value_heads": 2, "rope_theta": 5000.0}},
-        {"text": {"num_key_value_heads": 1}, "vision_feature_layer": -1},
-        {"vision": {"hidden_act": "gelu", "layer_norm_eps": 1e-3}, "vision_feature_layer": 1},
-        {"projector_hidden_act": "linear"},
-    ],
-    ids=["grouped-query", "multi-query", "another tower", "linear projector"],
-)
-def test_shapes_are_configuration(tokenizer_model, tmp_path, changes):
+@pytest.mark.parametrize("layout,changes", [
+    ("hub", {}), ("modules", {}), ("modules of 4.52", {}),
+    ("installed", {"text": {"num_key_value_heads": 2, "rope_theta": 5000.0}}),
+    ("installed", {"text": {"num_key_value_heads": 1}, "vision_feature_layer": -1}),
+    ("installed", {"vision": {"hidden_act": "gelu", "layer_norm_eps": 1e-3},
+                   "vision_feature_layer": 1, "projector_hidden_act": "linear"}),
+])
+def test_llava_hf_layouts_and_shapes_give_equal_logits(tokenizer_model, tmp_path, layout, changes):
     public = public_model(**changes)
-    public.save_pretrained(tmp_path / "model")  # whatever layout this release of theirs writes
-    shutil.copy(tokenizer_model, tmp_path / "model")
-    assert_equal_logits(checkpoint.load_llava(tmp_path / "model")[0], public)
+    write_model(tmp_path / "model", public, tokenizer_model, layout.replace("installed", "hub"))
+    if layout == "installed":  # whatever the installed transformers writes
+        public.save_pretrained(tmp_path / "model")
+    assert_equal_logits(load_llava(tmp_path / "model")[0], public)
 
 
-def write_original(path: Path, public, tokenizer_model: Path, projector="mlp2x_gelu") -> Path:
-    """The public model as the original LLaVA code would have saved it, tower inside."""
-    write_folder(path, public, tokenizer_model, "original")
-    values = CHECKPOINT_TEXT | {
-        "model_type": "llava_llama", "vocab_size": PIECES, "mm_vision_tower": "tiny-clip",
-        "mm_projector_type": projector, "image_aspect_ratio": "pad", "rope_scaling": None,
-        "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "pad_token_id": 0,
-    }
-    (path / "config.json").write_text(json.dumps(values))
-    weights = load_file(path / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        weights[name] = weights[name][:PIECES].clone()
-    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
-    if projector == "linear":
-        weights = {name: w for name, w in weights.items() if "mm_projector.2" not in name}
-        for leaf in ("weight", "bias"):
-            weights[f"model.mm_projector.{leaf}"] = weights.pop(f"model.mm_projector.0.{leaf}")
-    save_file(weights, path / "model.safetensors")
-    return path
+@pytest.mark.parametrize("linear,inside", [(False, True), (False, False), (True, True)])
+def test_original_layout(tokenizer_model, tmp_path, linear, inside):
+    """As the original LLaVA code saves: no rows for <image> and <pad>, the tower inside or not.
 
+    `linear`: LLaVA v1's projector of one layer, which we load as two.
+    """
+    public = public_model(projector_hidden_act="linear" if linear else "gelu")
+    if linear:
+        torch.nn.init.eye_(public.model.multi_modal_projector.linear_2.weight)
+        torch.nn.init.zeros_(public.model.multi_modal_projector.linear_2.bias)
+    path = write_model(tmp_path / "model", public, tokenizer_model, "original")
+    json_file(path, PUBLIC_TEXT | {
+        "model_type": "llava_llama", "vocab_size": PIECES, "pad_token_id": 0, "rope_scaling": None,
+        "mm_vision_tower": "tiny-clip", "mm_projector_type": "linear" if linear else "mlp2x_gelu",
+        "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+        "image_aspect_ratio": "pad"}, "config.json")
 
-def write_tower(path: Path, public) -> Path:
-    """The vision tower as a whole CLIP in a folder of its own."""
-    config = transformers.CLIPConfig(
+    def as_original(weights):
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            weights[name] = weights[name][:PIECES].clone()
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
+        dropped = ["mm_projector.2"] * linear + ["vision_tower"] * (not inside)
+        return {name.replace("projector.0.", "projector.") if linear else name: weight
+                for name, weight in weights.items() if not any(part in name for part in dropped)}
+
+    damage(path / "model.safetensors", as_original)
+    clip = transformers.CLIPModel(transformers.CLIPConfig(
         text_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
-        vision_config=public.config.vision_config.to_dict(), projection_dim=32,
-    )
-    clip = transformers.CLIPModel(config)
-    clip.save_pretrained(path)
-    weights = load_file(path / "model.safetensors")
-    assert any(name.startswith("text_model.") for name in weights)
-    for name, weight in public.model.vision_tower.state_dict().items():
-        assert f"vision_model.{name}" in weights
-        weights[f"vision_model.{name}"] = weight.clone()
-    weights["vision_model.embeddings.position_ids"] = torch.arange(5)
-    save_file(weights, path / "model.safetensors")
-    return path
-
-
-@pytest.mark.parametrize("included", [True, False])
-def test_original_layout(public, tokenizer_model, tmp_path, included):
-    path = write_original(tmp_path / "model", public, tokenizer_model)
-    tower = write_tower(tmp_path / "tower", public)
-    if included:
-        (tower / "model.safetensors").unlink()
-    else:
-        weights = load_file(path / "model.safetensors")
-        weights = {name: w for name, w in weights.items() if "vision_tower" not in name}
-        save_file(weights, path / "model.safetensors")
-    ours, tokenizer, settings = checkpoint.load_llava(path, tower=tower)
-    assert (tokenizer.image_token, tokenizer.pad_token, settings.mode) == (CHECKPOINT_IMAGE, CHECKPOINT_PAD, "pad")
-    assert ours.config.text.vocab_size == ROWS
+        vision_config=public.config.vision_config.to_dict(), projection_dim=32))
+    clip.vision_model.load_state_dict(public.model.vision_tower.state_dict())
+    clip.save_pretrained(tmp_path / "tower")
+    ids = {"vision_model.embeddings.position_ids": torch.arange(5)}  # in old files
+    damage(tmp_path / "tower/model.safetensors", None if inside else lambda w: w | ids)
+    ours, tokenizer, settings = load_llava(path, tower=tmp_path / "tower")
+    assert (tokenizer.image_token, tokenizer.pad_token) == (PUBLIC_IMAGE, PUBLIC_PAD)
+    assert (settings.mode, ours.config.text.vocab_size) == ("pad", PUBLIC_ROWS)
     assert_equal_logits(ours, public, rows=PIECES)
-    assert_saved_equal(ours, tokenizer, settings, tmp_path / "saved")
+    torch.testing.assert_close(ours.head.weight[-1], ours.head.weight[:PIECES].mean(0))
+    save_llava(ours, tokenizer, settings, tmp_path / "saved")
+    assert_equal_logits(ours, open_public(tmp_path / "saved"))
 
 
-def test_original_layout_with_one_linear_projector(tokenizer_model, tmp_path):
-    public = public_model(projector_hidden_act="linear")
-    second = public.model.multi_modal_projector.linear_2
-    with torch.no_grad():
-        second.weight.copy_(torch.eye(len(second.weight)))
-        second.bias.zero_()
-    path = write_original(tmp_path / "model", public, tokenizer_model, "linear")
-    loaded = checkpoint.load_llava(path, tower=write_tower(tmp_path / "tower", public))
-    assert_equal_logits(loaded[0], public, rows=PIECES)
-    assert_saved_equal(*loaded, tmp_path / "saved")
-
-
-# ------------------------------------------------------------------------------------------- saving
-
-
-def assert_saved_equal(ours, tokenizer, settings, path: Path, **options):
-    """What we save opens in transformers without a word about keys, and says the same."""
-    checkpoint.save_llava(ours, tokenizer, settings, path, **options)
-    theirs, keys = transformers.LlavaForConditionalGeneration.from_pretrained(
-        path, output_loading_info=True
-    )
+def test_saving_and_loading_again_changes_nothing(hub_folder, tmp_path):
+    ours, tokenizer, settings = load_llava(hub_folder)
+    save_llava(ours, tokenizer, settings, tmp_path / "a", shard_bytes=60_000)
+    theirs, keys = open_public(tmp_path / "a", output_loading_info=True)
     assert not any(keys.values()), keys
-    assert_equal_logits(ours, theirs.eval())
-
-
-def test_saving_and_loading_again_changes_nothing(folder_checkpoint, tmp_path):
-    ours, tokenizer, settings = checkpoint.load_llava(folder_checkpoint)
-    assert_saved_equal(ours, tokenizer, settings, tmp_path / "a", shard_bytes=60_000)
-    assert len(list((tmp_path / "a").glob("model-*.safetensors"))) > 3
-    again, tokenizer, same = checkpoint.load_llava(tmp_path / "a")
+    assert_equal_logits(ours, theirs)
+    again, tokenizer, same = load_llava(tmp_path / "a")
     assert again.config == ours.config and same == settings
-    checkpoint.save_llava(again, tokenizer, same, tmp_path / "a")  # over the file it is mapped from
+    shards = sorted((tmp_path / "a").glob("model-*.safetensors"))
+    shards[3].unlink()
+    with pytest.raises(ValueError, match=f"{shards[3].name}: not a complete safetensors file"):
+        load_llava(tmp_path / "a")
+    save_llava(again, tokenizer, same, tmp_path / "a")  # over the files it is mapped from
     assert not list((tmp_path / "a").glob("model-*"))  # no shard of the earlier model stays
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
-    third, *_ = checkpoint.load_llava(tmp_path / "a")
-    for name, weight in checkpoint.base_weights(ours).items():
-        assert torch.equal(weight, third.state_dict()[name]), name
+    assert same_weights(tmp_path / "a", hub_folder)
     assert (tmp_path / "a/tokenizer.model").read_bytes() == tokenizer.model_proto
+    with pytest.raises(ValueError, match="not empty, and not a model"):
+        save_llava(again, tokenizer, same, tmp_path)
 
 
-def test_dtype_is_the_stored_one_or_the_one_asked_for(folder_checkpoint, tmp_path):
-    ours, tokenizer, settings = checkpoint.load_llava(folder_checkpoint, dtype=torch.bfloat16)
-    assert {w.dtype for w in ours.parameters()} == {torch.bfloat16}
-    checkpoint.save_llava(ours, tokenizer, settings, tmp_path / "a")
-    stored, *_ = checkpoint.load_llava(tmp_path / "a")
-    assert {w.dtype for w in stored.parameters()} == {torch.bfloat16}
-    kind = transformers.LlavaForConditionalGeneration
-    theirs = kind.from_pretrained(tmp_path / "a", dtype="auto")
-    assert theirs.dtype == torch.bfloat16
-
-
-def test_a_mapped_model_can_be_trained_and_its_file_stays_as_it_is(folder_checkpoint):
-    before = (folder_checkpoint / "model.safetensors").read_bytes()
-    ours, *_ = checkpoint.load_llava(folder_checkpoint)
+def test_loaded_weights_keep_their_dtype_and_their_file(hub_folder, hub_model, tmp_path):
     with torch.no_grad():
-        for weight in models.select_trainable(ours, tower=True):
+        for weight in hub_model.parameters():  # mapped from the file, and copied when written to
             weight.add_(1)
-    assert (folder_checkpoint / "model.safetensors").read_bytes() == before
+    again, *others = load_llava(hub_folder)
+    assert torch.equal(again.head.weight + 1, hub_model.head.weight)
+    save_llava(again.bfloat16(), *others, tmp_path / "a")
+    for model in (load_llava(hub_folder, dtype=torch.bfloat16)[0], load_llava(tmp_path / "a")[0],
+                  open_public(tmp_path / "a", dtype="auto")):
+        assert {w.dtype for w in model.parameters()} == {torch.bfloat16}
 
 
 def test_public_model_shapes_of_7b_and_13b():
     """The real shapes, on the meta device, from the sparse config.json of the hub."""
-    for text, count in (
-        ({}, 7_063_427_072),
-        ({"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
-          "num_attention_heads": 40}, 13_351_494_656),
-    ):  # fmt: skip
-        text = {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096,
-                "rms_norm_eps": 1e-5} | text  # fmt: skip
-        values = {"model_type": "llava", "pad_token_id": 32001, "text_config": text}
+    large = dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+                 num_attention_heads=40)
+    for text, count in (({}, 7_063_427_072), (large, 13_351_494_656)):  # as transformers counts
+        text |= {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096}
         with torch.device("meta"):
-            ours = models.LLaVA(layouts.llava_hf_config(Path("config.json"), values))
-            theirs = transformers.LlavaForConditionalGeneration(
-                transformers.LlavaConfig(text_config=transformers.LlamaConfig(**text))
-            )
-        assert sum(w.numel() for w in ours.parameters()) == count
-        assert sum(w.numel() for w in theirs.parameters()) == count
+            model = LLaVA(layouts.llava_hf_config(Path("config.json"), {"text_config": text}))
+        assert sum(weight.numel() for weight in model.parameters()) == count
 
 
-# --------------------------------------------------------------------------------------- generation
-
-
-def test_greedy_answers_are_those_of_transformers(folder_checkpoint, public):
-    ours, *_ = checkpoint.load_llava(folder_checkpoint)
+def test_greedy_answers_are_those_of_transformers(hub_model, public):
     rng = random.Random(0)
-    lengths = [rng.randrange(2, 12) for _ in range(20)]
-    prompts = [[1] + [rng.randrange(3, PIECES) for _ in range(length)] for length in lengths]
-    for prompt in prompts[::2]:  # every other one has an image
-        prompt[1:1] = [CHECKPOINT_IMAGE] * 4
+    prompts = [[1] + [PUBLIC_IMAGE] * 4 * (length % 2)  # every other one has an image
+               + [rng.randrange(3, PIECES) for _ in range(length)] for length in range(1, 21)]
     pixels = torch.randn(10, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    mine = models.generate(ours, pixels, [torch.tensor(p) for p in prompts], max_new_tokens=24)
-    steps = set()
+    mine = generate(hub_model, pixels, [torch.tensor(p) for p in prompts], max_new_tokens=24)
     for i, prompt in enumerate(prompts):
         image = {"pixel_values": pixels[i // 2 : i // 2 + 1]} if i % 2 == 0 else {}
         theirs = public.generate(
             input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **image,
-            do_sample=False, max_new_tokens=24, suppress_tokens=[CHECKPOINT_IMAGE, CHECKPOINT_PAD],
-        )[0, len(prompt) :]
-        assert mine[i].tolist() == theirs.tolist()
-        steps.add(len(theirs))
-    assert 24 in steps
+            do_sample=False, max_new_tokens=24, suppress_tokens=[PUBLIC_IMAGE, PUBLIC_PAD])
+        assert mine[i].tolist() == theirs[0, len(prompt) :].tolist()
+    assert max(map(len, mine)) == 24
 
 
-# ----------------------------------------------------------------------------------------- adapters
+HEAD = "language_model.lm_head.weight"
+BAD_MODELS = {
+    "model.safetensors": [
+        (9000, r"model\.safetensors: not a complete"), (None, "no model.safetensors"),
+        (lambda w: {k: w[k] for k in w if k != HEAD}, f"1 missing .{HEAD}"),
+        (lambda w: w | {"x": torch.ones(1)}, "1 unexpected .x"),
+        (lambda w: w | {"lm_head.weight": w[HEAD].clone()}, "1 stored twice"),
+        (lambda w: w | {HEAD: w[HEAD].char()}, f"not floating point .{HEAD} torch.int8"),
+    ],
+    "config.json": [
+        (b'{"text_config": ', "config.json: not valid JSON"), (None, "config.json: no such file"),
+        (b'{"model_type": "llama"}', "neither a llava-hf"),
+        (b'{"mm_vision_tower": "x"}', "'x' is not known; give the tower's folder"),
+        *[({key: value}, phrase) for key, value, phrase in (
+            ("vision_feature_select_strategy", "full", "only 'default' is supported"),
+            ("vision_feature_layer", -9, "vision_feature_layer is -9, not one of -4 to 3"),
+            ("image_token_index", 900, "image_token is 900, not one of 0 to 831"),
+            ("image_token_index", 790, "belongs to another model"),
+            ("image_token_index", 810, "has 800 pieces.*places <image> at 810"),
+        )],
+        *[({"text_config": {key: value}}, phrase) for key, value, phrase in (
+            ("intermediate_size", 81, r"9 misshapen .*gate_proj.weight \(80, 48\), not \(81, 48\)"),
+            ("num_hidden_layers", 4, "9 missing"), ("head_dim", 8, "head_dim is 8, but only 12"),
+            ("rope_scaling", {"type": "linear"}, "scaling is"), ("attention_bias", True, "is True"),
+            ("num_attention_heads", 0, "is 0, not"), ("num_attention_heads", 5, "multiple of its"),
+        )],
+    ],
+    "tokenizer.model": [(None, "not a sentencepiece .*No such"), (b"v", "not a sentencepiece")],
+    "preprocessor_config.json": [
+        (b'{"crop_size": {"height": 224, "width": 28}}', "'height': 224.*but the tower takes 28")],
+}
 
 
+def assert_refused(good: Path, tmp_path, damages: dict, load):
+    """Every damage to a copy of a folder is an error in one sentence that names a file in it."""
+    for i, (file, (change, phrase)) in enumerate(
+            (file, case) for file in damages for case in damages[file]):
+        path = Path(shutil.copytree(good, tmp_path / f"damaged-{i}"))
+        damage(path / file, change)
+        with pytest.raises((ValueError, FileNotFoundError), match=phrase) as caught:
+            load(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_bad_model_is_one_sentence(hub_folder, tmp_path):
+    assert_refused(hub_folder, tmp_path, BAD_MODELS, load_llava)
+
+
+def test_files_in_which_public_models_differ(hub_folder, public, tmp_path):
+    path = Path(shutil.copytree(hub_folder, tmp_path / "model"))
+    assert load_llava(path)[2].mode == "crop"
+    weights = list(load_file(path / "model.safetensors").items())
+    (path / "model.safetensors").unlink()
+    torch.save({"x": torch.ones(1)}, path / "training_args.bin")
+    with pytest.raises(FileNotFoundError, match=r"no model.safetensors, .* or \*.bin"):
+        load_llava(path)
+    for i, part in enumerate((weights[:40], weights[40:])):
+        torch.save(dict(part), path / f"pytorch_model-{i}.bin")
+    assert_equal_logits(load_llava(path)[0], public)
+    values = files.read_json(path / "config.json")
+    values.pop("image_token_index", None)
+    json_file(path, values | {"image_token_id": 802, "pad_token_id": 2}, "config.json")
+    json_file(path, {"<a>": 800, "<b>": 801}, "added_tokens.json")
+    tokenizer = load_llava(path)[1]
+    assert (tokenizer.image_token, tokenizer.pad_token) == (802, 803)  # 2 ends answers
+    torch.save({"x": Path("x")}, path / "pytorch_model-1.bin")  # would run code
+    with pytest.raises(ValueError, match="model-1.bin: not a complete file of plain values"):
+        load_llava(path)
+
+
+# ---------------------------------------------------------------------------------------- adapters
+
+
+@torch.no_grad()
 def randomise(weights, seed=0):
     rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in weights:
-            weight.copy_(torch.randn(weight.shape, generator=rng) * 0.1)
+    for weight in weights:
+        weight.copy_(torch.randn(weight.shape, generator=rng) * 0.1)
 
 
-def test_our_adapter_in_peft(folder_checkpoint, public, tmp_path):
-    ours, tokenizer, settings = checkpoint.load_llava(folder_checkpoint)
-    models.add_adapter(ours, "policy", rank=4, alpha=6, seed=1)
-    models.add_adapter(ours, "critic", rank=2, alpha=2, targets=("q_proj", "v_proj"), seed=2)
-    assert_equal_logits(ours, public)
+def test_our_adapter_in_peft(hub_folder, public, tmp_path):
+    ours, tokenizer, settings = load_llava(hub_folder)
+    add_adapter(ours, "policy", rank=4, alpha=6, seed=1)
+    add_adapter(ours, "critic", rank=2, alpha=2, targets=("q_proj", "v_proj"), seed=2)
     for name in ("policy", "critic"):
-        with models.use_adapter(ours, name):
+        with use_adapter(ours, name):
             assert_equal_logits(ours, public)  # B is zero as yet
-        randomise(models.select_trainable(ours, name))
-        checkpoint.save_adapter(ours, name, tmp_path / name, base=folder_checkpoint)
+        randomise(select_trainable(ours, name))
+        save_adapter(ours, name, tmp_path / name, base=hub_folder)
     assert_equal_logits(ours, public)
     for name in ("policy", "critic"):
         theirs = peft.PeftModel.from_pretrained(public_model(), tmp_path / name)
-        with models.use_adapter(ours, name):
+        with use_adapter(ours, name):
             assert_equal_logits(ours, theirs)
             with pytest.raises(AssertionError):
                 assert_equal_logits(ours, public)
-    checkpoint.save_llava(ours, tokenizer, settings, tmp_path / "merged", adapter="critic")
-    merged, *_ = checkpoint.load_llava(tmp_path / "merged")
-    assert_equal_logits(merged, theirs.merge_and_unload(), bound=2e-5)
-    models.merge_adapter(ours, "critic")
-    assert_equal_logits(ours, theirs, bound=2e-5)
-    assert models.carriers(ours, "policy")
-    with pytest.raises(ValueError, match="there are: policy$"):
-        models.carriers(ours, "critic")
+    save_llava(ours, tokenizer, settings, tmp_path / "merged", adapter="critic")
+    assert_equal_logits(load_llava(tmp_path / "merged")[0], theirs.merge_and_unload(), bound=2e-5)
 
 
 @pytest.mark.parametrize("targets", ["(q_proj|k_proj|down_proj)", "1.*up_proj"])
-def test_their_adapter_here(folder_checkpoint, tmp_path, targets):
+def test_their_adapter_here(hub_model, tmp_path, targets):
     # Bare names would match the tower's projections too, which carry no adapters here.
-    pattern = rf".*language_model.*\.{targets}"
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=pattern)
-    theirs = peft.get_peft_model(public_model(), config)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=rf".*language_model.*\.{targets}")
+    theirs = peft.get_peft_model(public_model(), config).eval()
     randomise(w for w in theirs.parameters() if w.requires_grad)
     theirs.save_pretrained(tmp_path / "adapter")
-    ours, *_ = checkpoint.load_llava(folder_checkpoint)
-    checkpoint.load_adapter(ours, tmp_path / "adapter", "sft")
-    with models.use_adapter(ours, "sft"):
-        assert_equal_logits(ours, theirs.eval())
-    checkpoint.save_adapter(ours, "sft", tmp_path / "again")
-    again = peft.PeftModel.from_pretrained(public_model(), tmp_path / "again")
-    with models.use_adapter(ours, "sft"):
-        assert_equal_logits(ours, again.eval())
-    before = load_file(tmp_path / "adapter/adapter_model.safetensors")
-    after = load_file(tmp_path / "again/adapter_model.safetensors")
+    load_adapter(hub_model, tmp_path / "adapter", "sft")
+    save_adapter(hub_model, "sft", tmp_path / "again")
+    with use_adapter(hub_model, "sft"):
+        assert_equal_logits(hub_model, theirs)
+    before, after = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_lora_from_public_layout_to_public_layout(photos, tokenizer_model, tmp_path, capsys):
-    """`--algo ddpo --lora`, as somebody with llava-hf weights and corrections would start it."""
-    long = {"text": {"max_position_embeddings": 512}}
-    base = write_folder(tmp_path / "base", public_model(**long), tokenizer_model, "hub")
-    parquet = tmp_path / "rows-0.parquet"
-    assert convert.main(["convert", str(photos / "rows.jsonl"), str(parquet)]) == 0
-    for out, rows_ in (("lines", photos / "*.jsonl"), ("parquet", tmp_path / "rows-*.parquet")):
-        assert train.main(["--algo", "ddpo", "--lora", "4", "--model", str(base), "--steps", "3",
-                           "--data", str(rows_), "--images", str(photos), "--learning_rate", "1e-2",
-                           "--device", "cpu", "--out", str(tmp_path / out)]) == 0
-    run = tmp_path / "lines"
-    assert same_weights(run / "model", tmp_path / "parquet" / "model")
-
-    theirs, told = transformers.LlavaForConditionalGeneration.from_pretrained(
-        run / "model", output_loading_info=True)
-    assert not any(told.values())
-    processor = transformers.AutoProcessor.from_pretrained(run / "model")
-    start = transformers.LlavaForConditionalGeneration.from_pretrained(base)
-    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(start), run / "adapter")
-    ours, tokenizer, settings = checkpoint.load_llava(run / "model")
-    pair = read_pairs([photos / "rows.jsonl"])[1]
-    picture, text = open_image("row", pair.image), data.prompt_text(pair.question)
-    inputs = processor(images=picture, text=text, return_tensors="pt")
-    prompt = data.prompt_tokens(tokenizer, text, ours.config.vision.patches)
-    assert inputs["input_ids"][0].tolist() == prompt
-    with torch.no_grad():
-        mine = ours.logits(ask.pixels_of([picture], settings), torch.tensor([prompt]))
-        merged, apart, before = (each.eval()(**inputs).logits for each in (theirs, adapted, start))
-    assert (mine - merged)[..., :ROWS].abs().max() <= 1e-4
-    assert (mine - apart)[..., :ROWS].abs().max() <= 1e-4
-    assert (mine - before)[..., :ROWS].abs().max() > 0.1  # something was learnt
+B = "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_B.weight"
+BAD_ADAPTERS = {
+    "adapter_model.safetensors": [
+        (lambda w: {k: w[k] for k in w if k != B}, "for another model .my-llava.: 1 missing"),
+        (lambda w: w | {"x": torch.ones(1)}, "1 unexpected .x"), (lambda w: {}, "it is empty"),
+        (None, "adapter_model.safetensors: not a complete safetensors file")],
+    "adapter_config.json": [
+        ({"r": 3}, "misshapen"), ({"use_dora": True}, "True, but only False is supported")],
+}
 
 
-def test_adapters_are_drawn_from_their_seed_alone(folder_checkpoint):
-    drawn = []
-    for seed in (3, 3, 4):
-        torch.rand(1)
-        ours, *_ = checkpoint.load_llava(folder_checkpoint)
-        models.add_adapter(ours, "a", rank=4, alpha=4, seed=seed)
-        drawn.append(torch.cat([w.flatten() for w in models.select_trainable(ours, "a")]))
+def test_adapters_come_from_their_seed_and_bad_ones_are_refused(hub_folder, hub_model, tmp_path):
+    for name, seed in (("a", 3), ("same", 3), ("other", 4)):
+        add_adapter(hub_model, name, rank=2, alpha=2, seed=seed)
+    drawn = [lora_layers(hub_model, name)[0].adapters[name].A for name in ("a", "same", "other")]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    save_adapter(hub_model, "a", tmp_path / "a", base="my-llava")
+    half, *_ = load_llava(hub_folder, dtype=torch.bfloat16)
+    load_adapter(half, tmp_path / "a", "a")  # rounding does not make another base
+    assert_refused(tmp_path / "a", tmp_path, BAD_ADAPTERS,
+                   lambda path: load_adapter(hub_model, path, "b"))
+    with torch.no_grad():
+        half.head.weight.add_(1)
+    with pytest.raises(ValueError, match="other base weights than these, those of my-llava"):
+        load_adapter(half, tmp_path / "a", "b")
+    for targets, name, phrase in ((["qproj"], "b", "called qproj"), (["q_proj"], "a", "already")):
+        with pytest.raises(ValueError, match=phrase):
+            add_adapter(hub_model, name, rank=2, alpha=2, targets=targets)
+    with pytest.raises(ValueError, match="no adapter named 'polcy'; there are: a, other, same$"):
+        save_adapter(hub_model, "polcy", tmp_path / "c")
 
 
-def test_gradients_with_checkpointing_are_those_of_the_adapter_in_use(folder_checkpoint):
-    """Backward runs after the `with` block and recomputes: it must still see the same adapter."""
-    grads = []
-    for checkpointing in (False, True):
-        ours, *_ = checkpoint.load_llava(folder_checkpoint)
-        ours.decoder.gradient_checkpointing = checkpointing
-        for seed, name in enumerate(("policy", "critic")):
-            models.add_adapter(ours, name, rank=2, alpha=2, seed=seed)
-            randomise(models.select_trainable(ours, name), seed)
-        weights = models.select_trainable(ours, "policy")
-        pixels, tokens, _ = rows_of()
-        with models.use_adapter(ours, "policy"):
-            loss = ours.logits(pixels, tokens).square().mean()
-        with models.use_adapter(ours, "critic"):
-            loss.backward()
-        grads.append(torch.cat([w.grad.flatten() for w in weights]))
-        assert all(w.grad is None for n, w in ours.named_parameters() if ".policy." not in n)
-    assert grads[0].abs().max() > 0
+def test_lora_from_public_layout_to_public_layout(photos, tokenizer_model, tmp_path):
+    start = public_model(text={"max_position_embeddings": 512})
+    base, out = write_model(tmp_path / "base", start, tokenizer_model), tmp_path / "out"
+    assert train.main(list(map(str, own_data(
+        photos, out, "--lora", 4, "--model", base, "--steps", 3, "--learning_rate", 1e-2,
+        "--device", "cpu")))) == 0
+    ours, *_ = load_llava(out / "model")
+    assert_equal_logits(ours, open_public(out / "model"), bound=1e-4)
+    with pytest.raises(AssertionError):
+        assert_equal_logits(ours, start, bound=0.1)  # something was learnt
+    adapted = peft.PeftModel.from_pretrained(start, out / "adapter").eval()
+    assert_equal_logits(ours, adapted, bound=1e-4)
+
+
+def test_gradients_with_checkpointing_are_those_of_the_adapter_in_use(hub_model):
+    """Backward runs after the `with` block and recomputes with the same adapter."""
+    for seed, name in enumerate(("policy", "critic")):
+        add_adapter(hub_model, name, rank=2, alpha=2, seed=seed)
+        randomise(select_trainable(hub_model, name), seed)
+    weights, grads = select_trainable(hub_model, "policy"), []
+    pixels, tokens, _ = random_rows()
+    for hub_model.decoder.gradient_checkpointing in (False, True):
+        with use_adapter(hub_model, "policy"):
+            loss = hub_model.logits(pixels, tokens).square().mean()
+        with use_adapter(hub_model, "critic"):
+            grads.append(torch.autograd.grad(loss, weights))
+    assert max(gradient.abs().max() for gradient in grads[0]) > 0
     torch.testing.assert_close(grads[0], grads[1])
 
 
-# -------------------------------------------------------------------------------- tokens and pixels
-
-
-@pytest.fixture(scope="module")
-def saved(folder_checkpoint, tmp_path_factory):
-    """(folder that we saved, our tokenizer, AutoTokenizer and AutoProcessor of that folder)."""
-    path = tmp_path_factory.mktemp("saved") / "model"
-    ours, tokenizer, settings = checkpoint.load_llava(folder_checkpoint)
-    checkpoint.save_llava(ours, tokenizer, ImageSettings(28, mode="pad"), path)
-    theirs = transformers.AutoTokenizer.from_pretrained(path)
-    processor = transformers.AutoProcessor.from_pretrained(path, backend="pil")
-    return SimpleNamespace(path=path, tokenizer=tokenizer, theirs=theirs, processor=processor)
-
+# ------------------------------------------------------------------------------- tokens and pixels
 
 TEXTS = [
     "", " ", "  ", " leading", "trailing ", "two  spaces", "\n", "\n\n x", "a\nb\r\n\tc", "😀",
@@ -4035,313 +3889,108 @@ TEXTS = [
 ]
 
 
-def test_token_ids_are_those_of_transformers(saved):
-    rng = random.Random(0)
-    alphabet = " \n\tabcdeé日😀.,!?<>'\"0123"
+def test_tokens_are_those_of_transformers(hub_folder, tmp_path):
+    ours, tokenizer, _ = load_llava(hub_folder)
+    save_llava(ours, tokenizer, ImageSettings(28, mode="pad"), tmp_path / "a")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    rng, alphabet = random.Random(0), " \n\tabcdeé日😀.,!?<>'\"0123"
     drawn = ["".join(rng.choices(alphabet, k=rng.randrange(30))) for _ in range(500)]
-    pieces = [rng.choices([*WORDS.split(), "<image>", " ", "\n"], k=8) for _ in range(200)]
-    for text in TEXTS + drawn + ["".join(words) for words in pieces]:
-        ids = saved.tokenizer.encode(text, bos=True)
-        assert ids == saved.theirs(text).input_ids, repr(text)
-        assert saved.tokenizer.decode(ids) == text
+    drawn += ["".join(rng.choices([*WORDS.split(), "<image>", " ", "\n"], k=8)) for _ in range(200)]
+    for text in TEXTS + drawn:
+        ids = tokenizer.encode(text, bos=True)
+        assert ids == theirs(text).input_ids, repr(text)
+        assert tokenizer.decode(ids) == text
+    for text in ("a</s>b", "<s>", "<pad>", "<unk>"):  # where we differ: they are plain characters
+        ids = tokenizer.encode(text)
+        assert not {0, 1, 2, PUBLIC_PAD} & set(ids) and tokenizer.decode(ids) == text
+    padded = tokenizer_file.Tokenizer(hub_folder / "tokenizer.model", pad_token=0)  # as some pad
+    assert padded.decode([0, *padded.encode("a b"), 0]) == "a b"
 
-
-def test_marks_written_in_a_text_are_ordinary_characters(saved):
-    """Where we differ from transformers: a text cannot end an answer or pass for padding."""
-    for text in ("a</s>b", "<s>", "<pad>", "<unk>"):
-        ids = saved.tokenizer.encode(text)
-        assert not {0, 1, 2, CHECKPOINT_PAD} & set(ids) and saved.tokenizer.decode(ids) == text
-
-
-def test_the_labels_are_the_answer_as_transformers_tokenizes_the_conversation(saved):
-    """Prompt and answer tokenized apart must be the whole tokenized at once, or labels shift."""
+    picture, text = pictures()["photo"], data.prompt_text("What is in this image?")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "a", backend="pil")
+    inputs = processor(images=picture, text=text, return_tensors="pt")
+    assert inputs.input_ids[0].tolist() == data.prompt_tokens(tokenizer, text, patches=4)
+    assert (inputs.pixel_values[0] - preprocess(picture, 28, mode="pad")).abs().max() < 1e-5
+    # Prompt and answer tokenized apart must be the whole tokenized at once, or labels shift.
+    prompt = data.prompt_tokens(tokenizer, text, patches=1)
     for answer in ("Two red cars.", "The bridge is old, and 日本 😀.", "No"):
-        text = data.prompt_text("What is in this image?")
-        whole = saved.theirs(f"{text} {answer}</s>").input_ids
-        prompt = data.prompt_tokens(saved.tokenizer, text, patches=1)
-        tokens = saved.tokenizer.encode(answer, eos=True)
-        assert prompt + tokens == whole
-        example = data.Example("row", None, prompt, [data.Response(tokens, [1.0] * len(tokens))])
-        batch = data.collate([example], CHECKPOINT_PAD, 1000)
-        assert batch.target.tolist() == whole[-len(tokens) :] and batch.target[-1] == 2
+        whole = theirs(f"{text} {answer}</s>").input_ids
+        assert prompt + tokenizer.encode(answer, eos=True) == whole
 
 
 def pictures() -> dict[str, Image.Image]:
     rng = torch.Generator().manual_seed(0)
-    noise = lambda h, w: torch.randint(0, 256, (h, w, 3), generator=rng, dtype=torch.uint8).numpy()
-    photo = Image.fromarray(noise(9, 13)).resize((331, 217), Image.Resampling.BICUBIC)
-    turned = photo.copy()
-    turned.getexif()[0x0112] = 6
-    file = io.BytesIO()
-    turned.save(file, "JPEG", exif=turned.getexif(), quality=95)
-    jpeg = Image.open(file)
-    palette = photo.convert("P")
+    noise = lambda h, w: Image.fromarray(
+        torch.randint(0, 256, (h, w, 3), generator=rng, dtype=torch.uint8).numpy())
+    photo, file = noise(9, 13).resize((331, 217), Image.Resampling.BICUBIC), io.BytesIO()
+    exif = photo.getexif()
+    exif[0x0112] = 6
+    photo.save(file, "JPEG", exif=exif, quality=95)
+    palette, alpha = photo.convert("P"), photo.convert("RGBA")
     palette.info["transparency"] = 3
-    alpha = photo.convert("RGBA")
     alpha.putalpha(photo.convert("L"))
-    return {
-        "landscape": photo, "portrait": photo.transpose(Image.Transpose.ROTATE_90),
-        "square": photo.resize((97, 97)), "small": Image.fromarray(noise(5, 7)),
-        "noise": Image.fromarray(noise(101, 67)), "grey": photo.convert("L"),
-        "grey with alpha": photo.convert("LA"), "alpha": alpha, "cmyk": photo.convert("CMYK"),
-        "palette": photo.convert("P"), "palette with alpha": palette, "one bit": photo.convert("1"),
-        "exif, as stored": jpeg, "exif, upright": ImageOps.exif_transpose(jpeg),
-        "one wide": Image.fromarray(noise(90, 1)), "one high": Image.fromarray(noise(1, 50)),
-        "one pixel": Image.fromarray(noise(1, 1)), "exact": Image.fromarray(noise(28, 28)),
-    }
+    modes = {mode: photo.convert(mode) for mode in ("L", "LA", "CMYK", "P", "1")}
+    sizes = {size: noise(*size) for size in ((5, 7), (101, 67), (90, 1), (1, 50), (1, 1), (28, 28))}
+    return {"photo": photo, "alpha": alpha, "palette with alpha": palette,
+            "exif": Image.open(file), **modes, **sizes}
 
 
 @pytest.mark.parametrize("mode", ["pad", "crop"])
 @pytest.mark.parametrize("size", [28, 336])
-def test_pixels_are_those_of_the_public_processors(folder_checkpoint, tmp_path, mode, size):
+def test_pixels_are_those_of_the_public_processors(tmp_path, mode, size):
     values = layouts.image_processor(ImageSettings(size, mode=mode))
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    json_file(tmp_path, values, "preprocessor_config.json")
     theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     for name, picture in pictures().items():
-        wanted = theirs(picture, return_tensors="pt").pixel_values[0]
-        mine = preprocess(picture, size, mode=mode)
-        assert mine.shape == (3, size, size)
-        assert (mine - wanted).abs().max() < 1e-5, name
+        expected, mine = theirs(picture).pixel_values[0], preprocess(picture, size, mode=mode)
+        assert mine.shape == (3, size, size) and np.abs(mine.numpy() - expected).max() < 1e-5, name
 
 
 def test_a_picture_too_long_to_scale_whole_is_scaled_by_its_middle(monkeypatch):
-    for picture in (Image.new("RGB", (1, 30_000), "red"), Image.new("RGB", (30_000, 1), "red")):
-        assert preprocess(picture, 336, mode="crop").shape == (3, 336, 336)
-    photo = pictures()["landscape"]
+    for shape in ((1, 30_000), (30_000, 1)):
+        assert preprocess(Image.new("RGB", shape), 336, mode="crop").shape == (3, 336, 336)
+    photo = pictures()["photo"]
     whole = preprocess(photo, 112, mode="crop")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
     assert (whole - preprocess(photo, 112, mode="crop")).abs().max() < 0.02  # one level of 255
 
 
-def test_the_processor_makes_the_inputs_that_we_make(saved):
-    picture = pictures()["landscape"]
-    text = data.prompt_text("What is in this image?")
-    theirs = saved.processor(images=picture, text=text, return_tensors="pt")
-    assert theirs.input_ids[0].tolist() == data.prompt_tokens(saved.tokenizer, text, patches=4)
-    assert (theirs.pixel_values[0] - preprocess(picture, 28, mode="pad")).abs().max() < 1e-5
+# ------------------------------------------------------------------------------------ resume state
 
 
-# ---------------------------------------------------------------------------------------- bad input
-
-
-def edit_json(path: Path, **changes):
-    values = json.loads(path.read_text())
-    for key, value in changes.items():
-        *sections, last = key.split("__")
-        inner = values
-        for section in sections:
-            inner = inner[section]
-        inner[last] = value
-    path.write_text(json.dumps(values))
-
-
-def edit_weights(path: Path, change):
-    weights = load_file(path)
-    change(weights)
-    save_file(weights, path)
-
-
-LM = "language_model.lm_head.weight"
-BAD_FOLDERS = {
-    "truncated": (
-        lambda f: os.truncate(f / "model.safetensors", 9000),
-        r"model\.safetensors: not a whole safetensors file",
-    ),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
-    "missing": (
-        lambda f: edit_weights(f / "model.safetensors", lambda w: w.pop(LM)), f"1 missing .{LM}"
-    ),
-    "unexpected": (
-        lambda f: edit_weights(f / "model.safetensors", lambda w: w.update(x=torch.ones(1))),
-        r"1 unexpected .x",
-    ),
-    "two layouts": (
-        lambda f: edit_weights(
-            f / "model.safetensors", lambda w: w.update({"lm_head.weight": w[LM].clone()})
-        ),
-        "1 stored twice",
-    ),
-    "integers": (
-        lambda f: edit_weights(f / "model.safetensors", lambda w: w.update({LM: w[LM].char()})),
-        f"no float .{LM} I8",
-    ),
-    "config of another model": (
-        lambda f: edit_json(f / "config.json", text_config__intermediate_size=81),
-        r"9 mis-shaped .*gate_proj.weight \(80, 48\), not \(81, 48\)",
-    ),
-    "more layers": (
-        lambda f: edit_json(f / "config.json", text_config__num_hidden_layers=4), "9 missing"
-    ),
-    "half a config": (
-        lambda f: (f / "config.json").write_text('{"text_config": '), "config.json: not valid JSON"
-    ),
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
-    "not a LLaVA": (
-        lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "neither a llava-hf"
-    ),
-    "scaled rope": (
-        lambda f: edit_json(f / "config.json", text_config__rope_scaling={"type": "linear"}),
-        "config.json: rope_scaling is",
-    ),
-    "biases": (
-        lambda f: edit_json(f / "config.json", text_config__attention_bias=True),
-        "config.json: attention_bias is True",
-    ),
-    "whole-sequence features": (
-        lambda f: edit_json(f / "config.json", vision_feature_select_strategy="full"), "'full'"
-    ),
-    "no such layer": (
-        lambda f: edit_json(f / "config.json", vision_feature_layer=-9), "3 layers"
-    ),
-    "no heads": (
-        lambda f: edit_json(f / "config.json", text_config__num_attention_heads=0),
-        "num_attention_heads is 0",
-    ),
-    "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model: no such file"),
-    "broken tokenizer": (
-        lambda f: (f / "tokenizer.model").write_bytes(b"version https://git-lfs"),
-        "tokenizer.model: not a sentencepiece model",
-    ),
-    "another tokenizer": (
-        lambda f: edit_json(f / "config.json", image_token_index=790), "belongs to another model"
-    ),
-    "image size": (
-        lambda f: (f / "preprocessor_config.json").write_text('{"crop_size": 224}'),
-        "crop_size is 224, but the tower takes 28",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FOLDERS)
-def test_a_bad_folder_is_one_sentence(folder_checkpoint, tmp_path, name):
-    spoil, message = BAD_FOLDERS[name]
-    shutil.copytree(folder_checkpoint, tmp_path / "model")
-    spoil(tmp_path / "model")
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        checkpoint.load_llava(tmp_path / "model")
-    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_an_index_that_names_a_missing_shard(folder_checkpoint, tmp_path):
-    checkpoint.save_llava(*checkpoint.load_llava(folder_checkpoint), tmp_path / "m", shard_bytes=60_000)
-    shard = sorted((tmp_path / "m").glob("model-*.safetensors"))[1]
-    shard.unlink()
-    with pytest.raises(FileNotFoundError, match=f"names {shard.name}"):
-        checkpoint.load_llava(tmp_path / "m")
-
-
-def test_pickles_are_refused_with_the_command_that_converts_them(folder_checkpoint, public, tmp_path):
-    shutil.copytree(folder_checkpoint, tmp_path / "m")
-    weights = load_file(tmp_path / "m/model.safetensors")
-    (tmp_path / "m/model.safetensors").unlink()
-    names = sorted(weights)
-    for i, part in enumerate((names[:40], names[40:]), 1):
-        tensors = {name: weights[name] for name in part}
-        torch.save(tensors, tmp_path / f"m/pytorch_model-0000{i}-of-00002.bin")
-    with pytest.raises(ValueError, match="python checkpoint.py") as caught:
-        checkpoint.load_llava(tmp_path / "m")
-    command = str(caught.value).partition("python ")[2].split()
-    where = Path(checkpoint.__file__).parent
-    subprocess.run([sys.executable, *command], check=True, cwd=where, capture_output=True)
-    assert_equal_logits(checkpoint.load_llava(tmp_path / "m")[0], public)
-
-
-def test_converting_runs_no_code_from_a_pickle(tmp_path):
-    torch.save({"weight": Path("x")}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="not a plain file of weights"):
-        files.convert_pickles(tmp_path)
-
-
-def test_adapters_for_another_base_are_refused(folder_checkpoint, tmp_path, tokenizer_model):
-    ours, tokenizer, settings = checkpoint.load_llava(folder_checkpoint)
-    models.add_adapter(ours, "a", rank=2, alpha=2)
-    checkpoint.save_adapter(ours, "a", tmp_path / "a", base="my-llava")
-    half, *_ = checkpoint.load_llava(folder_checkpoint, dtype=torch.bfloat16)
-    checkpoint.load_adapter(half, tmp_path / "a", "a")  # rounding does not make another base
-    with torch.no_grad():
-        ours.head.weight.add_(1)
-    with pytest.raises(ValueError, match="other base weights than these, those of my-llava"):
-        checkpoint.load_adapter(ours, tmp_path / "a", "b")
-    for changes in ({"intermediate_size": 64}, {"num_hidden_layers": 4}):
-        config = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.up_proj")
-        peft.get_peft_model(public_model(text=changes), config).save_pretrained(tmp_path / "b")
-        with pytest.raises(ValueError, match="an adapter for another model"):
-            checkpoint.load_adapter(ours, tmp_path / "b", "b")
-    edit_json(tmp_path / "a/adapter_config.json", use_dora=True)
-    with pytest.raises(ValueError, match="use_dora is True"):
-        checkpoint.load_adapter(ours, tmp_path / "a", "b")
-
-
-def test_unknown_adapter_names_are_told_apart(folder_checkpoint):
-    ours, *_ = checkpoint.load_llava(folder_checkpoint)
-    models.add_adapter(ours, "policy", rank=2, alpha=2)
-    with pytest.raises(ValueError, match="no adapter named 'polcy'; there are: policy"):
-        with models.use_adapter(ours, "polcy"):
-            pass
-    with pytest.raises(ValueError, match="already"):
-        models.add_adapter(ours, "policy", rank=2, alpha=2)
-    with pytest.raises(ValueError, match="called qproj"):
-        models.add_adapter(ours, "b", rank=2, alpha=2, targets=["qproj"])
-
-
-# ------------------------------------------------------------------------------------- resume state
-
-
-def test_state_comes_back_as_it_was(tmp_path):
-    weight = torch.nn.Parameter(torch.randn(5))
-    optimizer = torch.optim.AdamW([weight])
-    weight.sum().backward()
-    optimizer.step()
-    state = {
-        "step": 7, "weights": {"w": weight.detach()}, "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(), "python": random.getstate(), "none": None,
-    }
+def test_state_comes_back_as_it_was_or_is_refused(tmp_path):
+    state = {"weights": {"w": torch.randn(5)}, "groups": [{"lr": 0.1, "betas": (0.9, 0.99)}],
+             "rng": torch.get_rng_state(), "python": random.getstate(), "none": None}
     for step in (7, 12, 100):
-        checkpoint.save_state(tmp_path / f"checkpoint-{step}", state | {"step": step})
+        save_state(tmp_path / f"checkpoint-{step}", state | {"step": step})
     (tmp_path / "checkpoint-best").mkdir()
-    assert checkpoint.latest_state(tmp_path) == tmp_path / "checkpoint-100"
-    again = checkpoint.load_state(checkpoint.latest_state(tmp_path))
-    assert again["step"] == 100 and again["python"] == random.getstate()
-    assert torch.equal(again["weights"]["w"], weight) and torch.equal(again["rng"], state["rng"])
-    optimizer.load_state_dict(again["optimizer"])
-    assert checkpoint.latest_state(tmp_path / "nothing") is None
+    assert latest_state(tmp_path) == tmp_path / "checkpoint-100"
+    assert latest_state(tmp_path / "nothing") is None
+    again = load_state(tmp_path / "checkpoint-100")
+    assert torch.equal(again.pop("weights")["w"], state.pop("weights")["w"])
+    assert torch.equal(again.pop("rng"), state.pop("rng")) and again == state | {"step": 100}
+    os.truncate(tmp_path / "checkpoint-7/state.pt", 4000)
+    for refused in (lambda: save_state(tmp_path / "checkpoint-1", {"config": Path("x")}),
+                    lambda: load_state(tmp_path / "checkpoint-1"),  # so it is not there
+                    lambda: load_state(tmp_path / "checkpoint-7")):
+        with pytest.raises(ValueError, match="state.pt: not a complete file of plain values"):
+            refused()
 
 
-def test_a_save_that_is_cut_short_leaves_the_old_state_or_none(tmp_path, monkeypatch):
-    target = tmp_path / "checkpoint-1"
-    checkpoint.save_state(target, {"step": 1})
-    save = torch.save
-    for error in (OSError, KeyboardInterrupt):
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_save_that_is_cut_short_leaves_the_old_state_or_none(tmp_path, monkeypatch, error):
+    save_state(tmp_path / "checkpoint-1", {"step": 1})
 
-        def broken(state, file):
-            save(state, file)
-            raise error
+    def broken(state, file, save=torch.save):
+        save(state, file)
+        raise error
 
-        monkeypatch.setattr(torch, "save", broken)
-        for name in ("checkpoint-1", "checkpoint-2"):
-            with pytest.raises(error):
-                checkpoint.save_state(tmp_path / name, {"step": 2})
+    monkeypatch.setattr(torch, "save", broken)
+    for name in ("checkpoint-1", "checkpoint-2"):
+        with pytest.raises(error):
+            save_state(tmp_path / name, {"step": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert checkpoint.load_state(target) == {"step": 1}
-
-
-def test_a_state_that_cannot_be_read_back(tmp_path):
-    with pytest.raises(TypeError, match=r"state\['config'\] is a PosixPath"):
-        checkpoint.save_state(tmp_path / "checkpoint-1", {"config": Path("x")})
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        checkpoint.load_state(tmp_path / "checkpoint-1")
-    checkpoint.save_state(tmp_path / "checkpoint-1", {"w": torch.ones(1000)})
-    file = tmp_path / "checkpoint-1/state.pt"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cannot be resumed from"):
-        checkpoint.load_state(tmp_path / "checkpoint-1")
-
-
-def test_a_folder_of_something_else_is_not_overwritten(folder_checkpoint, tmp_path):
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="not empty"):
-        checkpoint.save_llava(*checkpoint.load_llava(folder_checkpoint), tmp_path)
-    assert (tmp_path / "thesis.tex").exists()
+    assert load_state(tmp_path / "checkpoint-1") == {"step": 1}
 
 
 # ======================================================================================= kernels/
@@ -4352,115 +4001,95 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # On a GPU the Triton kernels run here. On a CPU they run in a process of their own with
 # TRITON_INTERPRET=1, which makes their compilation (tested here too) impossible.
 backends = pytest.mark.parametrize(
-    "backend",
-    [
-        pytest.param("torch", id="backend_torch"),
-        pytest.param(
-            "triton",
-            id="backend_triton",
-            marks=pytest.mark.skipif(
-                DEVICE == "cpu" and not INTERPRETED, reason="run by test_kernels_interpreted"
-            ),
-        ),
-    ],
-)
+    "backend", ["torch", "triton"] if DEVICE == "cuda" or INTERPRETED else ["torch"],
+    ids="backend_{}".format)
 methods = pytest.mark.parametrize("method", kernels.METHODS)
 
 SHAPES = [  # R, V, D: ragged against tiles of 128 x 256 x 64, blocks of 4096 and rows of 64
-    (1, 1, 1),
-    (3, 2, 5),
-    (130, 257, 64),
-    (127, 300, 33),
-    (40, 4099, 16),
-    (4, 32000, 32),
-    (4, 32064, 32),
-    (6, 300, 4096),
-    (6, 70, 5120),
-]
+    (1, 1, 1), (3, 2, 5), (130, 257, 64), (127, 300, 33), (40, 4099, 16), (4, 32000, 32),
+    (4, 32064, 32), (6, 300, 4096), (6, 70, 5120)]
 
 
 @pytest.fixture(params=["whole", "pieces"])
 def pieces(request, monkeypatch):
-    """Once as shipped, once cut so that small inputs take several chunks and slices."""
+    """Run once as shipped, once cut so that small inputs take several chunks and slices."""
     if request.param == "pieces":
         monkeypatch.setattr(fused, "chunk_rows", lambda weight: 7)
         monkeypatch.setattr(fused, "slice_columns", lambda hidden: 200)
     return request.param
 
 
-def dtypes_of(backend, shape, pieces):
-    """All three, but for Triton's interpreter: tl.dot gives garbage on bfloat16 there (3.9), and
-    a large vocabulary takes it seconds."""
-    if backend == "torch" or not INTERPRETED:
-        return (torch.float32, torch.float16, torch.bfloat16)
-    if shape[1] < 1000:
-        return (torch.float32, torch.float16)
-    return (torch.float16,) if pieces == "whole" else ()
+def dtypes_of(shape, pieces):
+    """All three, but for Triton's interpreter: its tl.dot gives garbage on bfloat16 (3.9)."""
+    if not INTERPRETED:
+        return torch.float32, torch.float16, torch.bfloat16
+    if pieces == "pieces" and shape[1] > 1000:
+        pytest.skip("the interpreter takes seconds for a large vocabulary; run whole")
+    return (torch.float32, torch.float16) if shape[1] < 1000 else (torch.float16,)
 
 
-def make_head(R, V, D, dtype, seed=0):
+def make_head(R, V, D, dtype=torch.float32):
     """Hidden states, a vocabulary matrix that gives logits of size 3, targets."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(R, D, generator=generator)
-    weight = torch.randn(V, D, generator=generator) * 3 / math.sqrt(D)
-    target = torch.randint(V, (R,), generator=generator)
-    hidden, weight = (x.to(DEVICE, dtype).requires_grad_() for x in (hidden, weight))
-    return hidden, weight, target.to(DEVICE)
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(R, D, generator=draw), torch.randn(V, D, generator=draw)
+    hidden, weight = (
+        x.to(DEVICE, dtype).requires_grad_() for x in (hidden, weight * 3 / math.sqrt(D)))
+    return hidden, weight, torch.randint(V, (R,), generator=draw).to(DEVICE)
 
 
-def make_pairs(R, pairs, seed=0):
+def make_groups(R, pairs):
     """Segment weights, groups of uneven length, reference scores."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.where(torch.rand(R, generator=generator) < 0.3, 5.0, 1.0)
-    extra = torch.randint(2 * pairs, (R - 2 * pairs,), generator=generator)
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.where(torch.rand(R, generator=draw) < 0.3, 5.0, 1.0)
+    extra = torch.randint(2 * pairs, (R - 2 * pairs,), generator=draw)
     group = torch.cat([torch.arange(2 * pairs), extra]).sort().values
-    scores = torch.randn(2 * pairs, generator=generator) - 5
+    scores = torch.randn(2 * pairs, generator=draw) - 5
     return weight.to(DEVICE), group.to(DEVICE), scores.to(DEVICE)
 
 
-def exact(*tensors):
+def as_float64(*tensors):
     return [x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
 
 
 def assert_within(ours, plain, truth, dtype, what):
     """ours is no further from the truth than plain is, but for chance: another order of the same
     sum may round a logit the other way. One rounding (float32: 1e-6) more is allowed."""
-
-    def error(x):
-        return (x.detach().double() - truth).norm().item()
-
+    errors = [(x.detach().double() - truth).norm().item() for x in (ours, plain)]
     slack = max(torch.finfo(dtype).eps / 2, 1e-6) * truth.norm().item() + 1e-12
-    assert error(ours) <= error(plain) + slack, f"{what}, {dtype}: {error(ours)} > {error(plain)}"
-
-
-# token_logp ----------------------------------------------------------------------------------
+    assert ours.shape == truth.shape and errors[0] <= errors[1] + slack, f"{what}: {errors}"
 
 
 @backends
 @methods
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernels_token_logp_ragged(shape, method, backend, pieces):
-    for dtype in dtypes_of(backend, shape, pieces):
+@pytest.mark.parametrize("job, shape", [
+    *(("token_logp", shape) for shape in SHAPES), *(("ddpo_loss", shape) for shape in SHAPES[1:])],
+    ids=str)
+def test_kernels_values_and_gradients(job, shape, method, backend, pieces):
+    """Both directions are as close to float64 as the plain version of the same precision."""
+    upstream, pairs = torch.linspace(-1, 1, shape[0], device=DEVICE), ()
+    if job == "ddpo_loss":
+        weights, group, scores = make_groups(shape[0], min(4, shape[0] // 2))
+        pairs = weights.double(), group, scores.double(), 0.5
+        upstream = 1024  # keeps plain float16 clear of its smallest numbers, as a loss scale would
+    for dtype in dtypes_of(shape, pieces):
         hidden, weight, target = make_head(*shape, dtype)
-        upstream = torch.linspace(-1, 1, shape[0], device=DEVICE)
-        wide = exact(hidden, weight)
-
-        ours = kernels.token_logp(hidden, weight, target, method, backend)
-        plain, truth = (reference.token_logp(*x, target) for x in ((hidden, weight), wide))
-        assert ours.dtype == torch.float32 and ours.shape == target.shape
-        assert_within(ours, plain, truth, dtype, "log p")
-        gradients = [
-            torch.autograd.grad((logp * upstream).sum(), inputs)
-            for logp, inputs in ((ours, (hidden, weight)), (plain, (hidden, weight)), (truth, wide))
-        ]
-        for name, *three in zip(("dH", "dW"), *gradients):
-            assert three[0].dtype == dtype
-            assert_within(*three, dtype, name)
+        results, gradients = [], []
+        for module, tensors, options in (
+            (kernels, (hidden, weight), {"method": method, "backend": backend}),
+            (reference, (hidden, weight), {}), (reference, as_float64(hidden, weight), {}),
+        ):
+            found = getattr(module, job)(*tensors, target, *pairs, **options)
+            results.append(found if isinstance(found, tuple) else (found,))
+            gradients.append(torch.autograd.grad((results[-1][0] * upstream).sum(), tensors))
+        assert all(x.dtype == torch.float32 for x in results[0])
+        assert all(x.dtype == dtype for x in gradients[0])
+        for place, three in enumerate([*zip(*results), *zip(*gradients)]):
+            assert_within(*three, dtype, f"result {place}, {dtype}")
 
 
 @backends
-def test_kernels_token_logp_large_logits(backend):
-    """The online softmax subtracts the peak: logits of 10,000 are no matter, nor are equal ones."""
+def test_kernels_large_logits(backend):
+    """The online softmax subtracts the peak: logits of 10,000 and equal logits are no problem."""
     hidden = torch.tensor([[100.0, 0.0], [-100.0, 0.0], [0.0, 0.0]], device=DEVICE)
     weight = torch.tensor([[100.0, 0.0], [99.0, 0.0], [-100.0, 0.0]], device=DEVICE)
     logp = kernels.token_logp(hidden, weight, torch.tensor([1, 2, 0], device=DEVICE), None, backend)
@@ -4468,232 +4097,145 @@ def test_kernels_token_logp_large_logits(backend):
 
 
 @backends
-def test_kernels_many_tiles(backend):
-    """More than one group of 8 row tiles, in the order that tl.swizzle2d gives them."""
-    hidden, weight, target = make_head(11 * 64 + 3, 150, 8, torch.float32)
-    with torch.no_grad():
-        ours = kernels.token_logp(hidden, weight, target, None, backend)
-    assert torch.allclose(ours, reference.token_logp(hidden, weight, target), atol=1e-5)
-
-
-@backends
 @methods
 def test_kernels_without_rows_or_gradient(method, backend):
-    hidden, weight, target = make_head(20, 30, 8, torch.float32)
+    """The rows of the second part need two groups of 8 row tiles, in tl.swizzle2d's order."""
+    hidden, weight, target = make_head(11 * 64 + 3, 150, 8)
     empty = kernels.token_logp(hidden[:0], weight, target[:0], method, backend)
-    assert empty.shape == (0,)
     empty.sum().backward()
-    assert not weight.grad.any()
-    with torch.no_grad():
-        silent = kernels.token_logp(hidden, weight, target, method, backend)
-    assert not silent.requires_grad
-    graded = kernels.token_logp(hidden, weight, target, method, backend)
-    assert graded.requires_grad and torch.allclose(silent, graded, rtol=1e-5, atol=1e-5)
-
-
-# ddpo_loss -----------------------------------------------------------------------------------
-
-
-def by_hand(logp, weights, group, scores_ref, beta, normalize):
-    """Eq. 5 and Eq. 3 of RLHF-V, token by token in Python floats."""
-    sums, totals = [0.0] * len(scores_ref), [0.0] * len(scores_ref)
-    for value, weight, k in zip(logp.tolist(), weights.tolist(), group.tolist()):
-        sums[k] += weight * value
-        totals[k] += weight
-    scores = [s / n if normalize else s for s, n in zip(sums, totals)]
-    rewards = [beta * (s - r) for s, r in zip(scores, scores_ref.tolist())]
-    chosen, rejected = rewards[0::2], rewards[1::2]
-    losses = [math.log1p(math.exp(r - c)) for c, r in zip(chosen, rejected)]
-    return sum(losses) / len(losses), chosen, rejected, scores
+    assert empty.shape == (0,) and not weight.grad.any()
+    expected = reference.token_logp(hidden, weight, target)
+    for graded in (True, False):
+        with torch.set_grad_enabled(graded):
+            found = kernels.token_logp(hidden, weight, target, method, backend)
+        assert found.requires_grad == graded and torch.allclose(found, expected, atol=1e-5)
 
 
 @backends
 @methods
-@pytest.mark.parametrize("normalize", [True, False])
-def test_kernels_ddpo_by_hand(normalize, method, backend, pieces):
-    hidden, weight, target = make_head(61, 40, 8, torch.float32)
-    weights, group, scores_ref = make_pairs(61, 4)
-    scores_ref = scores_ref if normalize else 20 * scores_ref
-    wide_hidden, wide_weight = exact(hidden.detach(), weight.detach())
-    logits = wide_hidden @ wide_weight.T
-    logp = [row[t] - row.exp().sum().log() for row, t in zip(logits, target)]
-
-    expected = by_hand(torch.stack(logp), weights, group, scores_ref, 0.2, normalize)
-    result = kernels.ddpo_loss(
-        hidden, weight, target, weights, group, scores_ref, 0.2, normalize, method, backend
-    )
-    for ours, truth in zip(result, expected):
-        assert ours.dtype == torch.float32
-        assert ours.tolist() == pytest.approx(truth, rel=1e-5, abs=1e-5)
-    assert [x.requires_grad for x in result] == [True, False, False, False]
-
-
-@backends
-@methods
-@pytest.mark.parametrize("shape", SHAPES[3:], ids=str)
-def test_kernels_ddpo_gradients(shape, method, backend, pieces):
-    weights, group, scores_ref = make_pairs(shape[0], min(4, shape[0] // 2))
-    for dtype in dtypes_of(backend, shape, pieces):
-        hidden, weight, target = make_head(*shape, dtype)
-        wide = exact(hidden, weight)
-        results, gradients = [], []
-        for function, inputs, more in (
-            (kernels.ddpo_loss, (hidden, weight), dict(method=method, backend=backend)),
-            (reference.ddpo_loss, (hidden, weight), {}),
-            (reference.ddpo_loss, wide, {}),
-        ):
-            numbers = (weights, scores_ref) if inputs is not wide else exact(weights, scores_ref)
-            results.append(function(*inputs, target, numbers[0], group, numbers[1], 0.5, **more))
-            # 1024 keeps plain float16 clear of its smallest numbers, as a loss scale would.
-            gradients.append(torch.autograd.grad(1024 * results[-1][0], inputs))
-        for name, *three in zip(("loss", "chosen", "rejected", "scores"), *results):
-            assert_within(*three, dtype, name)
-        for name, *three in zip(("dH", "dW"), *gradients):
-            assert three[0].dtype == dtype
-            assert_within(*three, dtype, name)
+@pytest.mark.parametrize("normalize", [True, False], ids=["mean", "sum"])
+def test_kernels_ddpo_equals_the_loss_in_ddpo_py(normalize, method, backend, pieces):
+    hidden, weight, target = make_head(61, 40, 8)
+    weights, group, ref = make_groups(61, 4)
+    ref = ref if normalize else 20 * ref
+    ours = kernels.ddpo_loss(
+        hidden, weight, target, weights, group, ref, 0.2, normalize, method, backend)
+    logp = (hidden @ weight.T).log_softmax(1).gather(1, target[:, None])[:, 0]
+    scores = ddpo.response_scores(logp, weights, group, 8, normalize)
+    losses, *rewards = ddpo.preference_loss(scores[0::2], scores[1::2], ref[0::2], ref[1::2], 0.2)
+    plain = losses.mean(), *rewards, scores
+    assert [x.requires_grad for x in ours] == [True, False, False, False]
+    gradients = (torch.autograd.grad(x[0], (hidden, weight)) for x in (ours, plain))
+    for found, expected in [*zip(ours, plain), *zip(*gradients)]:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @methods
-def test_kernels_ddpo_small_coefficients_survive_float16(method):
+def test_kernels_small_coefficients_survive_float16(method):
     """beta / (P N) here is far below what float16 can hold; a loss scale brings it back exactly."""
-    weights, group, scores_ref = make_pairs(60, 4)
+    weights, group, ref = make_groups(60, 4)
+    pairs = weights.double(), group, ref.double(), 1e-6
     hidden, weight, target = make_head(60, 50, 16, torch.float16)
-    wide = exact(hidden, weight)
-    pairs = (weights, group, scores_ref, 1e-6)
-    loss = kernels.ddpo_loss(hidden, weight, target, *pairs, method=method)
-    truth = reference.ddpo_loss(*wide, target, *exact(weights), group, *exact(scores_ref), 1e-6)
-    scale = 2.0**24
-    ours = torch.autograd.grad(loss[0] * scale, (hidden, weight))
-    expected = torch.autograd.grad(truth[0] * scale, wide)
-    for a, b in zip(ours, expected):
-        assert float((a - b).norm() / b.norm()) < 3e-3
+    wide = as_float64(hidden, weight)
+    loss = kernels.ddpo_loss(hidden, weight, target, *pairs, method=method)[0]
+    truth = reference.ddpo_loss(*wide, target, *pairs)[0]
+    ours = torch.autograd.grad(loss * 2.0**24, (hidden, weight))
+    for a, b in zip(ours, torch.autograd.grad(truth * 2.0**24, wide)):
+        assert (a - b).norm() < 3e-3 * b.norm()
 
 
 @backends
 @methods
-def test_kernels_frozen_parts(method, backend, pieces):
-    """No dW for a frozen head, no dH for frozen hidden states; the other one does not change."""
-    weights, group, scores_ref = make_pairs(50, 3)
-    args = (weights, group, scores_ref, 0.5, True, method, backend)
-    hidden, weight, target = make_head(50, 200, 8, torch.float32)
+def test_kernels_frozen_parts_and_determinism(method, backend, pieces):
+    """No dW for a frozen head, no dH for frozen hidden states. Nothing else changes by a bit."""
+    *tensors, target = make_head(90, 300, 16, torch.float16)
 
-    def gradients(*trained):
-        for tensor in (hidden, weight):
-            tensor.grad = None
-            tensor.requires_grad_(any(tensor is t for t in trained))
-        kernels.ddpo_loss(hidden, weight, target, *args)[0].backward()
-        kernels.token_logp(hidden, weight, target, method, backend).sum().backward()
-        return hidden.grad, weight.grad
+    def run(*trained):
+        hidden, weight = (x.detach().requires_grad_(how) for x, how in zip(tensors, trained))
+        results = kernels.ddpo_loss(
+            hidden, weight, target, *make_groups(90, 5), 0.5, True, method, backend)
+        results += (kernels.token_logp(hidden, weight, target, method, backend),)
+        (results[0] + results[-1].sum()).backward()
+        return *results, hidden.grad, weight.grad
 
-    d_hidden, d_weight = gradients(hidden, weight)
-    head_frozen, rest_frozen = gradients(hidden), gradients(weight)
-    assert head_frozen[1] is None and torch.equal(head_frozen[0], d_hidden)
-    assert rest_frozen[0] is None and torch.equal(rest_frozen[1], d_weight)
-
-
-@backends
-@methods
-def test_kernels_deterministic(method, backend, pieces):
-    weights, group, scores_ref = make_pairs(90, 5)
-    runs = []
-    for _ in range(2):
-        hidden, weight, target = make_head(90, 300, 16, torch.float16)
-        result = kernels.ddpo_loss(
-            hidden, weight, target, weights, group, scores_ref, 0.5, True, method, backend
-        )
-        result[0].backward()
-        logp = kernels.token_logp(hidden, weight, target, method, backend)
-        logp.sum().backward()
-        runs.append([*result, logp, hidden.grad, weight.grad])
-    assert all(torch.equal(a, b) for a, b in zip(*runs))
+    first = run(True, True)
+    for trained in ((True, True), (True, False), (False, True)):
+        for wanted, found, expected in zip((True,) * 5 + trained, run(*trained), first):
+            assert torch.equal(found, expected) if wanted else found is None
 
 
 @backends
 def test_kernels_equal_policy_and_reference_score_alike(backend):
     """The reference pass (A) and the training pass (B) round alike: rewards start at zero."""
-    hidden, weight, target = make_head(64, 500, 32, torch.float16)
-    weights, group, zeros = make_pairs(64, 4)
-    args = (hidden, weight, target, weights, group)
+    args = (*make_head(64, 500, 32, torch.float16), *make_groups(64, 4)[:2])
     with torch.no_grad():
-        scores = kernels.ddpo_loss(*args, 0 * zeros, 0.5, backend=backend)[3]
-    loss, chosen, rejected, _ = kernels.ddpo_loss(*args, scores, 0.5, backend=backend)
-    assert torch.cat([chosen, rejected]).abs().max() < 1e-3
-    assert loss.item() == pytest.approx(math.log(2), abs=1e-3)
+        scores = kernels.ddpo_loss(*args, torch.zeros(8).to(DEVICE), 0.5, backend=backend)[3]
+    _, *rewards, _ = kernels.ddpo_loss(*args, scores, 0.5, backend=backend)
+    assert torch.cat(rewards).abs().max() < 1e-3
 
 
-def test_kernels_backward_once():
-    hidden, weight, target = make_head(10, 20, 4, torch.float32)
-    loss = kernels.ddpo_loss(hidden, weight, target, *make_pairs(10, 2), 0.5)[0]
-    loss.backward(retain_graph=True)
+def test_kernels_autocast_and_second_backward():
+    """Autocast changes nothing; a second backward is refused."""
+    args = (*make_head(30, 40, 8), *make_groups(30, 3), 0.5)
+    expected = kernels.ddpo_loss(*args)[3]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss, *_, scores = kernels.ddpo_loss(*args)
+        loss.backward(retain_graph=True)
+    assert torch.equal(scores, expected) and args[0].grad.dtype == torch.float32
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU kernels/bench.py measures this")
 @methods
-@pytest.mark.parametrize("job", ["log p", "log p, gradients", "ddpo"])
+@pytest.mark.parametrize("job", [bench_head.FORWARD, bench_head.GRADIENTS, bench_head.DDPO])
 def test_kernels_never_hold_the_logits(job, method, monkeypatch):
-    """Peak memory beside inputs and gradients is below a quarter of the (R, V) logits."""
-    monkeypatch.setattr(fused, "CHUNK_ELEMENTS", {"cpu": 2**16})
-    monkeypatch.setattr(fused, "SLICE_ELEMENTS", {"cpu": 2**16})
+    """Peak memory besides inputs and gradients is below a quarter of the (R, V) logits."""
+    for name in ("CHUNK_ELEMENTS", "SLICE_ELEMENTS"):
+        monkeypatch.setattr(fused, name, {"cpu": 2**16})
     monkeypatch.setattr(fused, "SLICE_LEAST", 64)
-    hidden, weight, target = make_head(1024, 2048, 16, torch.float32)
-    pairs = make_pairs(1024, 64)
-
-    def run():
-        if job == "ddpo":
-            kernels.ddpo_loss(hidden, weight, target, *pairs, 0.5, method=method)[0].backward()
-        elif job == "log p":
-            with torch.no_grad():
-                kernels.token_logp(hidden, weight, target, method)
-        else:
-            kernels.token_logp(hidden, weight, target, method).sum().backward()
-
-    assert bench.peak_cpu_memory(run) < 1024 * 2048 * 4 / 4
+    inputs = bench_head.Inputs(
+        *make_head(1024, 2048, 16), torch.ones(1024), (*make_groups(1024, 64), 0.5))
+    ours = kernels.ddpo_loss if job == bench_head.DDPO else kernels.token_logp
+    run = lambda: bench_head.run_job(job, lambda *args: ours(*args, method=method), inputs)
+    assert 0 < bench_head.peak_memory(run, inputs) < 1024 * 2048 * 4 / 4
 
 
 def test_kernels_flops():
     """Matrix products at the size of a 7B model, counted on the meta device: B is at the floor."""
-    R, V, D, pairs = 6400, 32064, 4096, 32
-    hidden = torch.empty(R, D, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.empty(V, D, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    row, number = (torch.empty(R, device="meta", dtype=x) for x in (torch.float32, torch.long))
-    scores = torch.empty(2 * pairs, device="meta")
+    R, V, D = 6400, 32064, 4096
+    with torch.device("meta"):
+        hidden, weight = (torch.empty(n, D, dtype=torch.bfloat16).requires_grad_() for n in (R, V))
+        row, number, scores = torch.empty(R), torch.empty(R).long(), torch.empty(64)
 
-    def products(method, frozen=False):
-        weight.requires_grad_(not frozen)
+    def products(function):
         with FlopCounterMode(display=False) as counter:
-            args = (hidden, weight, number, row, number, scores, 0.5)
-            kernels.ddpo_loss(*args, method=method)[0].backward()
+            function()
         return counter.get_total_flops() / (2 * R * V * D)
 
-    assert products("chunks") == 3
-    assert products("chunks", frozen=True) == 2
-    assert products("slices") == 4
-    assert products("slices", frozen=True) == 3
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        kernels.token_logp(hidden, weight, number)
-    assert counter.get_total_flops() == 2 * R * V * D
-
-
-# Which path runs -----------------------------------------------------------------------------
+    for method, trained, expected in (
+        ("chunks", True, 3), ("chunks", False, 2), ("slices", True, 4), ("slices", False, 3),
+    ):
+        weight.requires_grad_(trained)
+        args = (hidden, weight, number, row, number, scores, 0.5, True, method)
+        assert products(lambda: kernels.ddpo_loss(*args)[0].backward()) == expected
+    with torch.no_grad():
+        assert products(lambda: kernels.token_logp(hidden, weight, number)) == 1
+        assert products(lambda: kernels.ddpo_loss(*args)) == 1
 
 
 def test_kernels_choice_of_backend(monkeypatch):
-    cpu = torch.zeros(1, 1)
-    monkeypatch.delenv("PLUMBLINE_KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert kernels.choose_backend(None, cpu).logp_rows is reference.logp_rows
-    with pytest.raises(ValueError, match="needs a GPU, hidden is on cpu: set TRITON_INTERPRET=1"):
-        kernels.choose_backend("triton", cpu)
-    monkeypatch.setenv("PLUMBLINE_KERNELS", "triton")
-    with pytest.raises(ValueError, match="needs a GPU"):
-        kernels.choose_backend(None, cpu)
+    cpu = torch.zeros(1, 1)
+    for variable, argument, phrase in (
+        ("", "triton", "needs a GPU, hidden is on cpu: set TRITON_INTERPRET=1"),
+        ("triton", None, "needs a GPU"), ("cuda", None, "must be one of .*, got 'cuda'")):
+        monkeypatch.setenv("PLUMBLINE_KERNELS", variable)
+        with pytest.raises(ValueError, match=phrase):
+            kernels.choose_backend(argument, cpu)
     assert kernels.choose_backend("torch", cpu).forward_logp is None  # the argument wins
-    monkeypatch.setenv("PLUMBLINE_KERNELS", "cuda")
-    with pytest.raises(ValueError, match="must be one of .*, got 'cuda'"):
-        kernels.choose_backend(None, cpu)
     monkeypatch.delenv("PLUMBLINE_KERNELS")
+    assert kernels.choose_backend(None, cpu).logp_rows is reference.logp_rows
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="triton is not installed"):
         kernels.choose_backend("triton", cpu)
@@ -4701,86 +4243,44 @@ def test_kernels_choice_of_backend(monkeypatch):
         kernels.choose_method("fast")
 
 
-# Bad input -----------------------------------------------------------------------------------
-
-
-def spoil(**changes):
-    """Arguments of ddpo_loss that are right but for `changes`: functions of the right value."""
-    hidden, weight, target = (x.detach() for x in make_head(12, 20, 4, torch.float32))
-    good = dict(
-        hidden=hidden,
-        weight=weight,
-        target=target,
-        segment_weight=torch.ones(12, device=DEVICE),
-        group=torch.arange(12, device=DEVICE) // 3,
-        reference=torch.zeros(4, device=DEVICE),
-        beta=0.5,
-    )
-    return good | {name: change(good[name]) for name, change in changes.items()}
-
-
 def put(place, value):
-    def change(tensor):
-        tensor = tensor.clone()
-        tensor[place] = value
-        return tensor
-
-    return change
+    return lambda tensor: tensor.index_put((torch.tensor(place),), torch.tensor(value).to(tensor))
 
 
-BAD = [
-    (dict(target=put(7, 20)), "target 20 in row 7 is outside the vocabulary of 20 tokens"),
-    (dict(target=put(3, -100)), "target -100 in row 3 is outside"),
-    (dict(target=lambda x: x.float()), "token ids as torch.long, got torch.float32"),
-    (dict(target=lambda x: x[:5]), r"target must have one entry per row of hidden, \(12,\)"),
-    (dict(hidden=lambda x: x[None]), "hidden must be"),
-    (dict(hidden=lambda x: x[:, :3]), r"same D, got \(12, 3\) and \(20, 4\)"),
-    (dict(hidden=put((2, 1), math.nan)), "hidden states of row 2 contain NaN or infinity"),
-    (dict(hidden=put((5, 0), math.inf)), "hidden states of row 5 contain NaN or infinity"),
-    (dict(weight=put((6, 3), math.nan)), "vocabulary matrix .* row of token 6"),
-    (dict(weight=lambda x: x.half()), "share one dtype .* got torch.float32 and torch.float16"),
-    (dict(weight=lambda x: x.to("meta")), "one device, got hidden on .*, weight on meta"),
-    (dict(weight=lambda x: x[:0]), "V and D at least 1"),
-    (
-        dict(hidden=lambda x: x.half() * 3e4, weight=lambda x: x.half() * 100),
-        "logits of row 0 overflow torch.float16",
-    ),
-    (dict(group=put(slice(6, 9), 1)), "response 2 is empty"),
-    (dict(group=put(4, 3)), "group falls from 3 to 1 after row 4"),
-    (dict(group=put(11, 4)), "group 4 in row 11 is not one of the 4 responses"),
-    (dict(group=lambda x: x.int()), "group must hold response numbers as torch.long"),
-    (dict(segment_weight=put(slice(3, 6), 0.0)), "segment weights of response 1 sum to zero"),
-    (dict(segment_weight=put(8, -1.0)), "segment weight -1.0 in row 8"),
-    (dict(segment_weight=put(8, math.nan)), "segment weight nan in row 8"),
-    (dict(segment_weight=lambda x: x[1:]), "segment_weight must have one entry per row"),
-    (dict(segment_weight=lambda x: x.long()), "must be floating point"),
-    (dict(reference=lambda x: x[:3]), r"G is even and at least 2; got shape \(3,\)"),
-    (dict(reference=lambda x: x[:0]), "G is even and at least 2"),
-    (dict(reference=lambda x: x[:2]), "group 2 in row 6 is not one of the 2 responses"),
-    (dict(reference=put(1, math.inf)), "reference score inf of response 1 is not finite"),
-    (dict(beta=lambda x: 0.0), "beta must be a finite number above 0"),
+BAD_KERNEL_INPUTS = [  # argument, what happens to its right value, message
+    ("target", put(7, 20), "target 20 in row 7 is outside the vocabulary of 20 tokens"),
+    ("target", put(3, -100), "target -100 in row 3 is outside"),
+    ("target", lambda x: x[:5], r"target must have one entry per row of hidden, \(12,\), got \(5,"),
+    ("hidden", lambda x: x[:, :3], r"same D, got \(12, 3\) and \(20, 4\)"),
+    ("hidden", put(5, math.inf), "hidden states of row 5 contain NaN or infinity"),
+    ("hidden", lambda x: x * 1e38, "logits of row 0 overflow torch.float32"),
+    ("weight", put(6, math.nan), "vocabulary matrix .* first for token 6"),
+    ("weight", lambda x: x.half(), "share one dtype .* got torch.float32 and torch.float16"),
+    ("weight", lambda x: x.to("meta"), "must be on one device, got .*, meta"),
+    ("reference", lambda x: x[:3], r"reference must be \(2P,\), a score per response: \(3,\)"),
+    ("reference", lambda x: x[:2], "group 2 in row 6 is not one of the 2 responses"),
+    ("group", put([6, 7, 8], 1), "response 2 is empty"),
+    ("group", put(4, 3), "group 1 in row 5 is smaller than the group before it: sort the rows"),
+    ("group", put(0, -1), "group -1 in row 0 is not one of the 4 responses"),
+    ("group", lambda x: x.int(), "group must be torch.long"),
+    ("segment_weight", lambda x: x[1:], "segment_weight must have one entry per row"),
+    ("beta", lambda x: 0.0, "beta must be above 0"),
 ]
 
 
 @methods
-@pytest.mark.parametrize("changes, message", BAD, ids=[message for _, message in BAD])
-def test_kernels_bad_input(changes, message, method):
-    args = spoil(**changes)
+@pytest.mark.parametrize("name, change, message", BAD_KERNEL_INPUTS)
+def test_kernels_bad_input(name, change, message, method):
+    hidden, weight, target = (x.detach() for x in make_head(12, 20, 4))
+    args = dict(
+        hidden=hidden, weight=weight, target=target, segment_weight=torch.ones(12, device=DEVICE),
+        group=torch.arange(12, device=DEVICE) // 3, reference=torch.zeros(4).to(DEVICE), beta=0.5)
+    args[name] = change(args[name])
     with pytest.raises(ValueError, match=message):
         kernels.ddpo_loss(**args, method=method)
-    if changes.keys() <= {"hidden", "weight", "target"}:
+    if name in ("hidden", "weight", "target"):
         with pytest.raises(ValueError, match=message):
             kernels.token_logp(args["hidden"], args["weight"], args["target"], method)
-
-
-def test_kernels_ignore_autocast():
-    hidden, weight, target = make_head(30, 40, 8, torch.float32)
-    pairs = make_pairs(30, 3)
-    expected = kernels.ddpo_loss(hidden, weight, target, *pairs, 0.5)[3]
-    with torch.autocast(DEVICE, torch.bfloat16):
-        loss, *_, scores = kernels.ddpo_loss(hidden, weight, target, *pairs, 0.5)
-        loss.backward()
-    assert torch.equal(scores, expected) and hidden.grad.dtype == torch.float32
 
 
 # Triton without a GPU ------------------------------------------------------------------------
@@ -4791,118 +4291,83 @@ def test_kernels_interpreted():
     pytest.importorskip("triton")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "backend_triton"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout
-    assert re.search(r"\d\d passed", run.stdout), run.stdout
-
-
-def compile_kernel(kernel, types, constants, arch, warps, stages):
-    """A kernel as its first launch would compile it for sm_<arch>, on any machine.
-
-    types: Triton's names of the arguments' types; all but R are known to be multiples of 16.
-    """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    names = [name for name in kernel.arg_names if name not in constants]
-    signature = dict.fromkeys(kernel.arg_names, "constexpr") | dict(zip(names, types.split()))
-    aligned = {
-        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names if name != "R"
-    }
-    return compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", arch, 32),
-        options=dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True),
-    )
-
-
-def stack_and_local_bytes(compiled):
-    """What the binary keeps outside registers: zero unless registers are spilled.
-
-    Read from the cubin itself: Triton ships two ptxas (one of them for sm_90 and newer), and only
-    the one it used knows the PTX.
-    """
-    import triton
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [int(number) for number in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)]
+        env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0 and re.search(r"\d\d passed", run.stdout), run.stdout
 
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-without_interpreter = pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-@without_interpreter
-@pytest.mark.parametrize("D", [4096, 80])  # a whole number of steps, and not
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("name, D", [
+    ("tile_logp", 4096), ("tile_logp", 80), ("logp_rows", 0), ("gradient_rows", 0)])
+@pytest.mark.parametrize("dtype", TRITON_TYPES, ids=str)
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
-def test_kernels_compile_ahead_of_time_a(arch, dtype, D):
-    pytest.importorskip("triton")
-    from kernels import triton_forward
+def test_kernels_compile_ahead_of_time(arch, dtype, name, D, tmp_path):
+    """Compile for sm_<arch> as a first launch would: within shared memory, no register spilled.
 
-    tile = triton_forward.choose_tile(dtype, divmod(arch, 10), D)
-    shape = dict(TILE_R=tile.rows, TILE_V=tile.vocab, TILE_D=tile.width)
-    kind = TYPES[dtype]
-    compiled = compile_kernel(
-        triton_forward.tile_logp_kernel,
-        f"*{kind} *{kind} *i64 *fp32 *fp32 i32 i32 i32",
-        shape | dict(WHOLE_D=D % tile.width == 0, PRECISION="ieee"),
-        arch,
-        tile.warps,
-        tile.stages,
-    )
-    assert stack_and_local_bytes(compiled) == [0, 0]
-    assert compiled.metadata.shared <= SHARED_LIMIT[arch]
-    if arch == 90 and dtype != torch.float32:
+    D = 4096 is a whole number of steps, D = 80 is not.
+    """
+    triton = pytest.importorskip("triton")
+    from kernels import triton_forward, triton_rows
+
+    kernel = getattr(triton_forward if D else triton_rows, f"{name}_kernel")
+    types = {"tile_logp": "*{0} *{0} *i64 *fp32 *fp32 i32 i32 i32",
+             "logp_rows": "*{0} *i64 *fp32 *fp32 i32 i32",
+             "gradient_rows": "*{0} *fp32 *i64 *fp32 i32 i32"}[name]
+    constants, options = dict(BLOCK=triton_rows.BLOCK), triton_rows.OPTIONS
+    if D:
+        tile = triton_forward.choose_tile(dtype, divmod(arch, 10), D)
+        constants = dict(TILE_R=tile.rows, TILE_V=tile.vocab, TILE_D=tile.width,
+                         WHOLE_D=D % tile.width == 0, PRECISION="ieee")
+        options = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+    names = [name for name in kernel.arg_names if name not in constants]
+    kinds = dict(zip(names, types.format(TRITON_TYPES[dtype]).split()))
+    places = [kernel.arg_names.index(name) for name in names if name != "R"]  # multiples of 16
+    compiled = triton.compile(
+        triton.compiler.ASTSource(
+            kernel, dict.fromkeys(kernel.arg_names, "constexpr") | kinds, constants,
+            {(place,): [["tt.divisibility", 16]] for place in places}),
+        target=triton.backends.compiler.GPUTarget("cuda", arch, 32), options=options)
+    if D and arch == 90 and dtype != torch.float32:
         assert "wgmma" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= SHARED_LIMIT[arch]
+    # Read from the cubin, as only the one of Triton's two ptxas that made it knows the PTX.
+    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run(
+        [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", tmp_path / "kernel.cubin"],
+        capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"]
 
 
-@without_interpreter
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("arch", SHARED_LIMIT)
-def test_kernels_compile_ahead_of_time_rows(arch, dtype):
-    pytest.importorskip("triton")
-    from kernels import triton_rows
-
-    for kernel, types in (
-        (triton_rows.logp_rows_kernel, "*i64 *fp32 *fp32 i32 i32"),
-        (triton_rows.gradient_rows_kernel, "*fp32 *i64 *fp32 i32 i32"),
-    ):
-        types = f"*{TYPES[dtype]} {types}"
-        compiled = compile_kernel(kernel, types, dict(BLOCK=triton_rows.BLOCK), arch, 8, 3)
-        assert stack_and_local_bytes(compiled) == [0, 0]
-        assert compiled.metadata.shared <= SHARED_LIMIT[arch]
+# The benchmarks ------------------------------------------------------------------------------
 
 
-# The benchmark -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("flags", [[], ["--frozen"]], ids=str)
+@pytest.mark.parametrize("flags", ["", "--frozen"])
 def test_kernels_bench(flags, capsys, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)  # half a minute for nothing
-    sizes = "--pairs 2 --response 5 --width 8 --vocab 30 --repeats 1".split()
-    bench.table(bench.parse([*sizes, *flags]))
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # takes half a minute
+    bench.main(f"--pairs 2 --response 5 --width 8 --vocab 30 --repeats 1 {flags}".split())
     lines = capsys.readouterr().out.splitlines()
-    ours = [line.split() for line in lines if "ours" in line]
-    assert len(ours) == 5 and "R = 20 response tokens" in lines[1]
-    limit = 1e-5 if "float32" in lines[1] else 0.05
-    assert all(float(row[-1]) < limit for row in ours), lines
+    errors = [float(line.split()[-1]) for line in lines if "ours" in line]
+    assert len(errors) == 5 and "R = 20 response tokens" in lines[1]
+    assert max(errors) < (1e-5 if "float32" in lines[1] else 0.05), lines
 
 
-def test_generation_is_compared_with_transformers(capsys):
+def test_kernels_bench_generate(capsys):
     bench.main("--generate --random --batch 4 --tokens 3 --repeats 1".split())
     shown = capsys.readouterr().out
     assert "0.3 M parameters" in shown
-    for counts in ("4 prompts of 58 tokens x 1, 3 new each", "1 prompts of 58 tokens x 4, 3 new each"):
-        rows = shown.split(counts)[1].splitlines()[2:4]
-        (peer, _, one, _), (name, rate, ratio, _) = (row.split() for row in rows)
-        assert (peer, one, name) == ("transformers", "1.00", "ours")
-        assert float(rate) > 0 and float(ratio) > 0
+    for counts in ("4 prompts of 58 tokens x 1, 3 new", "1 prompts of 58 tokens x 4, 3 new"):
+        peer, ours = (row.split() for row in shown.split(counts)[1].splitlines()[2:4])
+        assert (peer[0], peer[2], ours[0]) == ("transformers", "1.00", "ours")
+        assert float(ours[1]) > 0 and float(ours[2]) > 0
+
+
+def test_kernels_bench_step(capsys):
+    """On a small model; TRL need not be installed."""
+    bench.main("--step --pairs 2 --repeats 1 --width 64".split())
+    shown = capsys.readouterr().out
+    assert "M parameters; trunk 298 tokens" in shown
+    for row in ("ours", "ours, + once / 3", "ours, recomputing", "ours, recomputing, + once / 3"):
+        assert float(re.search(rf"^{re.escape(row)} +([\d.]+) ", shown, re.M)[1]) > 0

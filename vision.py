@@ -1,7 +1,7 @@
-"""The eye: a vision transformer in CLIP's layout, and how an image becomes its input.
+"""The vision tower: a transformer in CLIP's layout, and how an image becomes its input.
 
-LLaVA-1.5 looks through CLIP ViT-L/14 at 336 pixels (Radford et al. 2021, arXiv 2103.00020) and
-reads the patch features of the second-to-last layer. Everything that differs between that tower
+LLaVA-1.5 uses CLIP ViT-L/14 at 336 pixels (Radford et al. 2021, arXiv 2103.00020) and takes the
+patch features of the second-to-last layer. Everything that differs between that tower
 and the small one of the built-in world is a number in `VisionConfig`.
 """
 
@@ -37,7 +37,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How pictures become pixels: the arguments of `preprocess`, as read from a model's folder."""
+    """How images become pixels: the arguments of `preprocess`, as read from a model's folder."""
 
     size: int = 336
     mean: tuple[float, float, float] = CLIP_MEAN
@@ -54,7 +54,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm transformer block with biases, as in CLIP; every patch sees every patch."""
+    """Pre-norm transformer block with biases, as in CLIP; every patch attends to every patch."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -126,8 +126,8 @@ class ViT(nn.Module):
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB, with whatever is transparent on white, as transformers 5 does it.
 
-    (Its older releases and the original LLaVA drop the alpha channel, and with it show colours that
-    no viewer of the picture has ever seen.)
+    (Older releases and the original LLaVA drop the alpha channel, which reveals colours that no
+    viewer of the picture ever shows.)
     """
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
@@ -143,8 +143,8 @@ def scale_and_crop(image: Image.Image, size: int) -> Image.Image:
     if width * height <= 2 * Image.MAX_IMAGE_PIXELS:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         return image.crop((left, top, left + size, top + size))
-    # A picture a few pixels wide would take gigabytes. Its middle alone costs nothing, but Pillow
-    # rounds the box, so that single values may come out one level (of 255) off.
+    # Scaling an image a few pixels wide would take gigabytes. Its middle alone costs nothing, but
+    # Pillow rounds the box, so that single values may differ by one level (of 255).
     across, down = image.width / width, image.height / height
     box = (left * across, top * down, (left + size) * across, (top + size) * down)
     box = (*box[:2], min(box[2], image.width), min(box[3], image.height))

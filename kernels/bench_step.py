@@ -1,167 +1,112 @@
-"""A whole DDPO step against TRL's DPOTrainer: the same LLaVA weights, the same pairs, one machine.
+"""Compare a whole DDPO step with TRL's DPOTrainer: the same LLaVA weights and pairs, on a CPU.
 
-    python kernels/bench.py --step                  on a CPU, a random LLaVA of 29 M parameters
-    python kernels/bench.py --step --pairs 8 --repeats 9
+The pairs are descriptions of drawn scenes and their corrections. A trunk is about six times as long
+as a response, as with photos, and the vocabulary is small, so that the head alone does not decide.
+Both train decoder, head and projector in float32 with AdamW and freeze the vision tower.
 
-The pairs are descriptions of drawn scenes and their corrections, a trunk about six times a response
-as with real photos; the vocabulary is small against the width, so that the head alone does not
-decide. Both train decoder, head and projector in float32 with AdamW; the tower is frozen in both.
-
-Each side is a process of its own, and the two take turns, so that a machine that is busy for a
-while slows both. A step begins with the rows and ends with the new weights. Memory is the process's
-highest resident size, less what it held after its imports. What ours computes once before the first
-step (features of the images, the reference's scores) is timed apart, and added a third at a time:
-over three epochs. TRL has no such part: it refuses precomputed reference scores for images.
+Each side is a process of its own, and the two take turns. A step begins with the rows and ends with
+the new weights. Memory is the process's highest resident size, less its size after the imports. The
+work that ours does once (features of the images, the reference's scores) is timed apart; the table
+adds a third of it to each step, for three epochs. TRL has no such part: it refuses precomputed
+reference scores for images.
 """
 
-import argparse
-import hashlib
 import json
+import multiprocessing
+import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+import torch._dynamo  # noqa: F401  (an optimizer's first step imports it: 100 MB of libraries)
+from PIL import Image
 
-import torch  # noqa: E402
-import torch._dynamo  # noqa: E402, F401  (an optimizer's first step imports it: 100 MB of libraries)
+import data
+import ddpo
+import recipes
+import train
+import world
+from algorithm import Data
+from config import Run, option
+from kernels.bench_tools import (
+    machine, ratio, read_options, save_random_llava, take_turns, version,
+)
+from vision import VisionConfig
 
-MARK = "bench: "  # begins the lines by which a worker talks to the table
 EPOCHS = 3
 RATE, BETA = 1e-6, 0.5
 
 
-# What is compared ----------------------------------------------------------------------------
-
-
-def make_model(folder: Path, args) -> None:
-    """A random LLaVA in the llava-hf layout, which both sides read."""
-    import checkpoint
-    import data
-    import sft
-    from model import LLaVA, LLaVAConfig, TextConfig, init_weights
-    from vision import ImageSettings, VisionConfig
-
-    path = folder / "tokenizer.model"
-    data.train_tokenizer(sft.world_texts(100), path, args.vocab - 2)
-    tokenizer = data.Tokenizer(path, args.vocab - 2, args.vocab - 1)
-    heads, tower_heads = args.width // 64, max(1, args.tower_width // 64)
-    model = LLaVA(LLaVAConfig(
-        VisionConfig(args.tower_width, 4 * args.tower_width, args.tower_layers, tower_heads,
-                     args.image, patch_size=14),
-        TextConfig(args.vocab, args.width, args.width * 43 // 16, args.layers, heads, heads, 1024),
-        tokenizer.image_token, tokenizer.pad_token, tokenizer.eos_token,
-    ))
-    init_weights(model, 0)
-    checkpoint.save_llava(model, tokenizer, ImageSettings(size=args.image), folder / "model")
+@dataclass
+class Options:
+    pairs: int = option(4, "per step", least=1)
+    width: int = option(512, "of the decoder, a multiple of 64", least=64)
+    vocab: int = option(640, "size of the vocabulary")
+    repeats: int = option(5, "measured turns", least=1)
 
 
 def make_pairs(folder: Path, count: int) -> None:
-    """Drawn scenes, what a noisy annotator says of them, and the corrections."""
-    import drawing
-    import world
-
+    """Draw scenes; write a noisy annotator's descriptions and their corrections."""
     rows, number = [], 0
     while len(rows) < count:
         scene = world.make_scene(f"bench {number}")
-        said = world.annotate(scene, Random(f"bench {number}"))
-        corrected = world.correct(scene, said)
+        rejected = world.annotate(scene, Random(f"bench {number}"))
+        chosen = world.correct(scene, rejected)
         number += 1
-        if corrected.strip() and corrected != said:
+        if chosen.strip() and chosen != rejected:
             image = f"{len(rows)}.png"
-            drawing.draw(scene, 336).save(folder / image)
+            world.draw(scene, 336).save(folder / image)
             rows.append({"image": image, "question": world.DESCRIBE_PROMPTS_TRAIN[0],
-                         "chosen": corrected, "rejected": said})
+                         "chosen": chosen, "rejected": rejected})
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def digest(sequences) -> str:
-    """Of prompts with their responses as token ids: both sides must say the same."""
-    return hashlib.sha256(repr(sorted(map(tuple, sequences))).encode()).hexdigest()
-
-
-# The workers ---------------------------------------------------------------------------------
-
-
 def resident(kind: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at the most (a process's own, unlike ru_maxrss)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(kind):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {kind}")
+    """Return this process's size in bytes: VmRSS now, VmHWM at its highest."""
+    return 1024 * int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def say(**message) -> None:
-    print(MARK + json.dumps(message), flush=True)
+# `ours` and `trl` are the two processes. Each sends a dict of facts when it is ready, makes a step
+# and sends True for every True that it receives, and after False sends its highest memory in bytes.
 
 
-class Turns:
-    """A worker's side of taking turns: one step for every line on its standard input."""
-
-    def __init__(self):
-        self.started = None
-
-    def next(self) -> bool:
-        """Tell how long the step took that has just ended; wait for the word to begin another."""
-        if self.started is not None:
-            say(seconds=time.perf_counter() - self.started)
-        go = bool(sys.stdin.readline().strip())
-        self.started = time.perf_counter()
-        return go
-
-
-def ours(folder: Path, pairs: int, checkpointing: bool) -> None:
-    import checkpoint
-    import config
-    import data
-    import ddpo
-    import features
-    import readers
-    import train
-    from model import select_trainable
-
+def ours(link: Connection, folder: Path, pairs: int, checkpointing: bool) -> None:
     before = resident("VmRSS")
-    model, tokenizer, settings = checkpoint.load_llava(folder / "model")
-    model.decoder.gradient_checkpointing = checkpointing
-    settings_of_ddpo = ddpo.DDPOConfig(
-        learning_rate=RATE, beta=BETA, batch_size=pairs, micro_batch=pairs, steps=10**6
-    )
+    run = Run(model=str(folder / "model"), data=[str(folder / "pairs.jsonl")], images=str(folder),
+              dtype="float32", gradient_checkpointing=checkpointing)
+    config = ddpo.DDPOConfig(
+        learning_rate=RATE, beta=BETA, batch_size=pairs, micro_batch=pairs, steps=10**6)
+    own = Path(tempfile.mkdtemp(dir=folder))  # keeps the reference's scores
+    start = recipes.load_start(run, config, ddpo.DDPO, torch.device("cpu"), own)
+    recipes.select_weights(start, ddpo.DDPO)
     started = time.perf_counter()
-    rows = readers.read_pairs([str(folder / "pairs.jsonl")], str(folder))
-    seen = features.look(model, settings, [(row.name, row.image) for row in rows])
-    patches = model.config.vision.patches
-    examples = [
-        data.pair_example(row, seen[i], tokenizer, patches, gamma=5) for i, row in enumerate(rows)
-    ]
-    scores = ddpo.reference_scores(model, examples, settings_of_ddpo, "cpu")
-    for example, score in zip(examples, scores):
-        example.reference = score
-    once = time.perf_counter() - started
-    select_trainable(model)
-    algorithm = ddpo.DDPO(model, settings_of_ddpo, 0, examples)
-    loop = train.Loop(algorithm, folder, config.Run(dtype="float32"), torch.device("cpu"))
-    whole = [e.prompt + r.tokens for e in examples for r in e.responses]
-    say(digest=digest(whole), once=once, trunk=statistics.mean(len(e.prompt) for e in examples),
-        response=statistics.mean(len(r.tokens) for e in examples for r in e.responses),
-        shared=statistics.mean(data.common_prefix(e.responses) for e in examples),
-        parameters=sum(weight.numel() for weight in model.parameters()))
-    turns = Turns()
-    while turns.next():
+    _, examples = recipes.read_examples(start, config, ddpo.DDPO, run.data, run.images, None)
+    loop = train.Loop(ddpo.DDPO(start, config, Data(examples)), start)
+    link.send({
+        "once": time.perf_counter() - started,
+        "tokens": sorted(e.prompt + r.tokens for e in examples for r in e.responses),
+        "trunk": statistics.mean(len(e.prompt) for e in examples),
+        "response": statistics.mean(len(r.tokens) for e in examples for r in e.responses),
+        "parameters": sum(weight.numel() for weight in start.model.parameters()) / 1e6,
+    })
+    while link.recv():
         loop.one_step()
         loop.step += 1
-    say(peak=resident("VmHWM") - before)
+        link.send(True)
+    link.send(resident("VmHWM") - before)
 
 
-def trl(folder: Path, pairs: int, checkpointing: bool) -> None:
-    from data import IMAGE, prompt_text
+def trl(link: Connection, folder: Path, pairs: int, checkpointing: bool) -> None:
     from datasets import Dataset
-    from PIL import Image
     from transformers import AutoProcessor, LlavaForConditionalGeneration, TrainerCallback
+    from transformers.trainer_callback import PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
     before = resident("VmRSS")
@@ -170,17 +115,17 @@ def trl(folder: Path, pairs: int, checkpointing: bool) -> None:
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     dataset = Dataset.from_list([{
         "images": [Image.open(folder / row["image"])],
-        "prompt": "<s>" + prompt_text(row["question"]),
+        "prompt": "<s>" + data.prompt_text(row["question"]),
         "chosen": row["chosen"] + "</s>", "rejected": row["rejected"] + "</s>",
     } for row in rows])
-    turns = Turns()
 
     class InTurn(TrainerCallback):
         def on_train_begin(self, args, state, control, **_):
-            control.should_training_stop = not turns.next()
+            control.should_training_stop = not link.recv()
 
         def on_step_end(self, args, state, control, **_):
-            control.should_training_stop = not turns.next()
+            link.send(True)
+            self.on_train_begin(args, state, control)
 
     trainer = DPOTrainer(
         model, processing_class=AutoProcessor.from_pretrained(folder / "model"),
@@ -192,130 +137,62 @@ def trl(folder: Path, pairs: int, checkpointing: bool) -> None:
             logging_strategy="no", disable_tqdm=True,
         ),
     )
+    trainer.remove_callback(PrinterCallback)  # leave standard output to the table
     batch = trainer.data_collator([dataset[i] for i in range(len(dataset))])
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-    say(digest=digest(row[here].tolist() for row, here in zip(ids, mask)))
-    assert IMAGE in dataset[0]["prompt"]
+    link.send({"tokens": sorted(row[kept].tolist() for row, kept in zip(ids, mask))})
     trainer.train()
-    say(peak=resident("VmHWM") - before)
+    link.send(resident("VmHWM") - before)
 
 
-WORKERS = {"ours": ours, "TRL": trl}
+def start_process(side: Callable, *arguments) -> Connection:
+    spawn = multiprocessing.get_context("spawn")  # a fresh process, with memory of its own
+    link, other_end = spawn.Pipe()
+    spawn.Process(target=side, args=(other_end, *arguments), daemon=True).start()
+    other_end.close()
+    return link
 
 
-# The table -----------------------------------------------------------------------------------
+def ask(link: Connection, step: bool) -> bool | int:
+    link.send(step)
+    return link.recv()
 
 
-class Worker:
-    """The table's end of a worker."""
-
-    def __init__(self, name: str, folder: Path, args, checkpointing: bool):
-        command = [sys.executable, __file__, "--worker", name, "--folder", str(folder),
-                   "--pairs", str(args.pairs), *["--checkpointing"] * checkpointing]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            stderr=(folder / f"{name}.log").open("w"),
-        )
-        self.name, self.log = name, folder / f"{name}.log"
-        self.facts = self.hear()
-
-    def hear(self) -> dict:
-        for line in self.process.stdout:
-            if line.startswith(MARK):
-                return json.loads(line.removeprefix(MARK))
-        lines = self.log.read_text().strip().splitlines() or ["no message"]
-        raise RuntimeError(f"{self.name} ended: {lines[-1]}")
-
-    def step(self) -> float:
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        return self.hear()["seconds"]
-
-    def end(self) -> int:
-        """Its highest memory in bytes."""
-        self.process.stdin.close()
-        peak = self.hear()["peak"]
-        self.process.stdout.read()
-        self.process.wait()
-        return peak
-
-
-def compare(folder: Path, args, checkpointing: bool, show: Callable[[str], None]) -> None:
-    """Both sides in turns, with or without recomputed activations."""
-    workers = {}
-    for name in ("TRL", "ours"):
-        try:
-            workers[name] = Worker(name, folder, args, checkpointing)
-        except RuntimeError as error:  # a peer that is absent must not end the table
-            if name == "ours":
-                raise
-            show(f"{name:<26}  not run: {error}")
-    facts = workers["ours"].facts
-    if not checkpointing:
-        show(f"{facts['parameters'] / 1e6:.1f} M parameters; trunk {facts['trunk']:.0f} tokens, "
-             f"responses {facts['response']:.0f}, the first {facts['shared']:.0f} of them shared")
-        show(f"\n{'a step by':<26} {'s':>7} {'x TRL':>7} {'MB':>7} {'x TRL':>7}")
-    if len({worker.facts["digest"] for worker in workers.values()}) > 1:
+def compare(folder: Path, options: Options, checkpointing: bool) -> None:
+    """Run both sides in turns, with or without recomputed activations."""
+    peer, own = (f"{name}, recomputing" if checkpointing else name for name in ("TRL", "ours"))
+    sides = {peer: trl, own: ours} if version("trl") != "absent" else {own: ours}
+    links, facts = {}, {}
+    for name, side in sides.items():  # one after the other, as ours times its preparation
+        links[name] = start_process(side, folder, options.pairs, checkpointing)
+        facts[name] = links[name].recv()
+    if any(fact["tokens"] != facts[own]["tokens"] for fact in facts.values()):
         raise RuntimeError("the two sides were given different tokens")
-    steps = [{name: worker.step() for name, worker in workers.items()}
-             for _ in range(args.repeats + 2)][2:]  # the first two warm up
-    peaks = {name: worker.end() for name, worker in workers.items()}
-    suffix = ", recomputing" if checkpointing else ""
-    for name in workers:
-        row(show, name + suffix, steps, lambda turn: turn[name], peaks[name], peaks)
-    share = facts["once"] / EPOCHS
-    row(show, f"ours{suffix}, + once / {EPOCHS}", steps, lambda turn: turn["ours"] + share,
-        peaks["ours"], peaks)
-    show(f"{'  once: ' + format(facts['once'], '.2f') + ' s':<26}")
+    if not checkpointing:
+        print("{parameters:.1f} M parameters; trunk {trunk:.0f} tokens, responses {response:.0f}"
+              .format_map(facts[own]))
+        print(f"\n{'a step by':<30} {'s':>7} {'x TRL':>7} {'MB':>7} {'x TRL':>7}")
+    steps = {name: partial(ask, link, True) for name, link in links.items()}
+    times = take_turns(steps, options.repeats, "cpu")
+    peaks = {name: [ask(link, False) / 1e6] for name, link in links.items()}
+    once, with_once = facts[own]["once"], f"{own}, + once / {EPOCHS}"
+    times[with_once] = [time + once / EPOCHS for time in times[own]]
+    peaks[with_once] = peaks[own]
+    for name in times:
+        slower, larger = ratio(times[name], times.get(peer)), ratio(peaks[name], peaks.get(peer))
+        print(f"{name:<30} {statistics.median(times[name]):7.2f} {slower:>7} "
+              f"{peaks[name][0]:7.0f} {larger:>7}")
+    print(f"  once: {once:.2f} s")
 
 
-def row(show, name: str, steps: list[dict], seconds: Callable, peak: int, peaks: dict) -> None:
-    """Median time, median of the turns' ratios, peak memory and its ratio."""
-    faster = smaller = ""
-    if "TRL" in peaks:
-        faster = f"{statistics.median(seconds(turn) / turn['TRL'] for turn in steps):.2f}"
-        smaller = f"{peak / peaks['TRL']:.2f}"
-    show(f"{name:<26} {statistics.median(map(seconds, steps)):7.2f} {faster:>7} "
-         f"{peak / 1e6:7.0f} {smaller:>7}")
-
-
-def table(args, show: Callable[[str], None] = print) -> None:
-    from kernels import bench
-
-    versions = ", ".join(f"{p} {bench.version(p)}" for p in ("torch", "transformers", "trl"))
-    show(f"{time.strftime('%Y-%m-%d')} | {bench.device_name('cpu')} | {versions}")
-    show(f"{args.pairs} pairs a step, float32, median of {args.repeats}")
+def main(argv: list[str]) -> None:
+    options = read_options(Options, "bench.py --step", __doc__, argv)
+    print(machine("cpu", "torch", "transformers", "trl"))
+    print(f"{options.pairs} pairs a step, float32, median of {options.repeats}")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_model(folder, args)
-        make_pairs(folder, args.pairs)
+        folder, width = Path(name), options.width * 3 // 8  # of the tower
+        tower = VisionConfig(width, 4 * width, 6, max(1, width // 64), image_size=224)
+        save_random_llava(folder, options.vocab, options.width, 8, tower)
+        make_pairs(folder, options.pairs)
         for checkpointing in (False, True):
-            compare(folder, args, checkpointing, show)
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pairs", type=int, default=4, help="per step")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--width", type=int, default=512, help="of the decoder, a multiple of 64")
-    parser.add_argument("--layers", type=int, default=8, help="of the decoder")
-    parser.add_argument("--tower_width", type=int, default=192, help="a multiple of 64")
-    parser.add_argument("--tower_layers", type=int, default=6)
-    parser.add_argument("--image", type=int, default=224, help="pixels, a multiple of 14")
-    parser.add_argument("--vocab", type=int, default=640)
-    parser.add_argument("--worker", choices=tuple(WORKERS), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None) -> None:
-    args = parse(argv)
-    if args.worker:
-        WORKERS[args.worker](args.folder, args.pairs, args.checkpointing)
-    else:
-        table(args)
-
-
-if __name__ == "__main__":
-    main(None)
+            compare(folder, options, checkpointing)

@@ -1,8 +1,8 @@
 """B and C: gradients through the vocabulary matrix, a piece of the logits at a time.
 
-Both end with exact gradients and never hold the (R, V) logits; they cut them the other way round.
-`reference.py` derives the formulas. One product costs 2 R V D FLOPs; the least a training step
-can do is three (z = H W^T, dH = dz W, dW = dz^T H), which `bench.py` calls the matmul floor.
+Both compute exact gradients (`reference.py` derives them) and never hold the (R, V) logits. One
+product costs 2 R V D FLOPs; a training step needs at least three (z = H W^T, dH = dz W,
+dW = dz^T H), which `bench.py` calls the matmul floor.
 
     B "chunks": across rows                      C "slices": across the vocabulary
 
@@ -15,30 +15,30 @@ can do is three (z = H W^T, dH = dz W, dW = dz^T H), which `bench.py` calls the 
         |  pairs 19..31         | chunk 2
         +-----------------------+
 
-B holds one chunk of logits, turns it into dz in place, writes dH of those rows and adds to dW,
-which is summed in float32 over the chunks. For the DDPO loss a chunk holds whole pairs: both
-scores of a pair, and with them every row's coefficient, are known before the chunk is left. So
-the gradients are computed in the forward, at the floor's 3 products (`token_logp` learns its
-coefficients in the backward only and computes the chunk again: 4).
+B turns a chunk of logits into dz in place, writes dH of those rows and adds to dW. For the DDPO
+loss a chunk holds whole pairs: their scores, and so every row's coefficient, are known while the
+logits are in memory, and the forward computes the gradients at the floor's 3 products.
+(`token_logp` gets its coefficients in the backward and computes the chunk again: 4 products.)
 
 C takes lse from a first pass that keeps no logits (kernel A), computes each slice of logits again,
-writes that slice of dW once, in its final precision, and adds to dH in float32: 4 products, no
-(V, D) accumulator. Memory beside inputs and gradients, at R = 6400, V = 32064, D = 4096, bfloat16:
+writes that slice of dW once, in its final precision, and adds to dH: 4 products. Memory besides
+inputs and gradients, at R = 6400, V = 32064, D = 4096, bfloat16:
 
                 B                                          C
     logits      ~2090 rows x V           134 MB            R x 2560            33 MB
     sums        dW, float32              525 MB            dH, float32        105 MB
-                (none if the head is frozen or one
-                chunk holds all rows)
+                (none if the head is frozen or one chunk holds all rows)
 
-Logits are rounded to the precision of the hidden states before the softmax, as a model's own head
-does, and in A, B and C alike: a policy equal to its reference scores the same, and lse fits the
-logits that the backward computes again (where p is near 1, onehot - p is the difference of two
-roundings) - but for the rare logit whose rounding turns on the order of a sum. Softmax, scores,
-coefficients and all sums over chunks are float32.
+A, B and C round logits to the precision of the hidden states before the softmax, as a model's own
+head does. So a policy equal to its reference scores the same, and lse matches the logits that the
+backward computes again (where p is near 1, onehot - p is the difference of two roundings), except
+for the rare logit whose rounding depends on the order of a sum. Softmax, scores, coefficients and
+all sums over pieces are float32.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,29 +46,41 @@ from torch.autograd.function import once_differentiable
 
 from .reference import preference
 
-# Logits held at a time. On a GPU large enough for full-speed products; on a CPU (16 MB in float32)
-# larger ones are no faster.
+# Logits held at a time. On a GPU enough for full-speed products; on a CPU (16 MB in float32) more
+# are no faster.
 CHUNK_ELEMENTS = {"cuda": 2**26, "cpu": 2**22}  # B
 SLICE_ELEMENTS = {"cuda": 2**24, "cpu": 2**22}  # C
 SLICE_LEAST = 1024  # C: a narrower slice leaves the matmul too little work per row of W
 
+Gradients = tuple[Tensor | None, Tensor | None]  # dH (R, D) and dW (V, D), where needed
+Results = tuple[Tensor, ...]  # loss, rewards (G,), scores (G,), log-probs (R,)
+
 
 class Backend(NamedTuple):
-    """Who does the softmax; see `reference.py` for what each function returns."""
+    """The functions that compute the softmax; `reference.py` documents their results."""
 
     logp_rows: Callable
     gradient_rows_: Callable
-    forward_logp: Callable | None = None  # kernel A; without one, chunks of logits do its work
+    forward_logp: Callable | None = None  # kernel A; None: chunks of logits in its place
+
+
+class Inputs(NamedTuple):
+    backend: Backend
+    hidden: Tensor  # (R, D), contiguous, as the next two
+    weight: Tensor  # (V, D)
+    target: Tensor  # (R,)
+    needs: tuple[bool, ...]  # whether hidden and weight need a gradient
 
 
 class TokenLogp(torch.autograd.Function):
-    """log p(target) (R,) float32, whose gradient computes the logits again piece by piece."""
+    """log p(target) (R,) float32; its backward computes the logits again piece by piece."""
 
     @staticmethod
-    def forward(ctx, backend, method, hidden, weight, target, needs):
-        # B computes the very logits that its backward will meet again, to the last bit.
-        compute = logp_by_chunks if method == "chunks" and any(needs) else logp_without_logits
-        logp, lse = compute(backend, hidden, weight, target)
+    def forward(ctx, backend, method, hidden, weight, target):
+        inputs = Inputs(backend, hidden, weight, target, ctx.needs_input_grad[2:4])
+        # B computes the same logits as its backward will, to the last bit.
+        chunks = method == "chunks" and any(inputs.needs)
+        logp, lse = logp_by_chunks(inputs) if chunks else logp_without_logits(inputs)
         ctx.save_for_backward(hidden, weight, target, lse)
         ctx.backend, ctx.method = backend, method
         return logp
@@ -76,33 +88,46 @@ class TokenLogp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, scale):
-        backward = by_chunks if ctx.method == "chunks" else by_slices
-        gradients = backward(
-            ctx.backend, *ctx.saved_tensors, scale.float().contiguous(), ctx.needs_input_grad[2:4]
-        )
-        return None, None, *gradients, None, None
+        *tensors, lse = ctx.saved_tensors
+        inputs = Inputs(ctx.backend, *tensors, ctx.needs_input_grad[2:4])
+        scale = scale.float().contiguous()
+        if ctx.method == "slices":
+            gradients = by_slices(inputs, lse, scale)
+        else:
+            coefficients = lambda rows, logits: (lse[rows], scale[rows])
+            gradients = by_chunks(inputs, row_chunks(inputs), coefficients)
+        return None, None, *gradients, None
 
 
 class Pairs(NamedTuple):
-    """What a batch of preference pairs knows beside its tokens; pair p is groups 2p and 2p + 1."""
+    """Preference pairs without their tokens; pair p is groups 2p and 2p + 1."""
 
     row_weight: Tensor  # (R,) float32, w_i / N_k of Eq. 5
     reference: Tensor  # (G,) float32, the frozen model's scores
     edges: Tensor  # (G + 1,) long: group k holds rows edges[k] to edges[k + 1]
-    bounds: list[int]  # edges, known to the host
+    bounds: list[int]  # edges, on the host
     beta: float
+    count: int  # pairs of the whole batch, over which the loss is a mean
+
+    def part(self, rows: slice) -> "Pairs":
+        """Return the pairs whose rows these are."""
+        first, last = self.bounds.index(rows.start), self.bounds.index(rows.stop)
+        edges = self.edges[first : last + 1] - rows.start
+        bounds = [bound - rows.start for bound in self.bounds[first : last + 1]]
+        reference = self.reference[first:last]
+        return Pairs(self.row_weight[rows], reference, edges, bounds, self.beta, self.count)
 
 
 class DDPOLoss(torch.autograd.Function):
-    """DDPO loss, rewards (G,), scores (G,) and log-probs (R,); gradients made in the forward."""
+    """DDPO loss, rewards (G,), scores (G,), log-probs (R,); the forward computes the gradients."""
 
     @staticmethod
-    def forward(ctx, backend, method, hidden, weight, target, pairs, needs):
-        unit = gradient_unit(pairs)
-        # Without gradients there is no second use for the logits: the pass of C keeps none.
-        compute = ddpo_by_chunks if method == "chunks" and any(needs) else ddpo_by_slices
-        results, ctx.gradients = compute(backend, hidden, weight, target, pairs, unit, needs)
-        ctx.unit, ctx.dtype = unit, weight.dtype
+    def forward(ctx, backend, method, hidden, weight, target, pairs):
+        inputs = Inputs(backend, hidden, weight, target, ctx.needs_input_grad[2:4])
+        ctx.unit = gradient_unit(pairs)
+        # Without gradients the logits have no second use: C's first pass keeps none.
+        compute = ddpo_by_chunks if method == "chunks" and any(inputs.needs) else ddpo_by_slices
+        results, ctx.gradients = compute(inputs, pairs, ctx.unit)
         ctx.mark_non_differentiable(*results[1:])
         return results
 
@@ -111,130 +136,117 @@ class DDPOLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         if ctx.gradients is None:
             raise RuntimeError(
-                "backward through ddpo_loss a second time: the first one used up its gradients, "
-                "which are scaled in place to save memory; call ddpo_loss again"
-            )
-        (d_hidden, d_weight), ctx.gradients = ctx.gradients, None
-        for gradient in (d_hidden, d_weight):
+                "backward through ddpo_loss a second time: the first one scaled the gradients in "
+                "place to save memory; call ddpo_loss again")
+        gradients, ctx.gradients = ctx.gradients, None
+        for gradient in gradients:
             if gradient is not None:
                 scale_(gradient, grad_loss * ctx.unit)
-        if d_weight is not None:
-            d_weight = d_weight.to(ctx.dtype)
-        return None, None, d_hidden, d_weight, None, None, None
+        return None, None, *gradients, None, None
+
+
+def preference_of(logp: Tensor, pairs: Pairs, unit: Tensor) -> tuple[Results, Tensor]:
+    """Return the pairs' results, and dL/dlogp / unit, (R,)."""
+    scores = segment_sum(logp * pairs.row_weight, pairs.edges)
+    loss, rewards, slope = preference(scores, pairs.reference, pairs.beta, pairs.count)
+    scale = spread(slope / unit, pairs.edges, len(logp)) * pairs.row_weight
+    return (loss, rewards, scores, logp), scale
 
 
 # B ------------------------------------------------------------------------------------------
 
 
-def ddpo_by_chunks(backend, hidden, weight, target, pairs, unit, needs):
-    """(loss, rewards, scores, log-probs), and (dH, dW) of loss / unit, in one pass."""
-    bounds = pairs.bounds
-    chunks = pair_chunks(bounds, chunk_rows(weight))
-    d_hidden = torch.empty_like(hidden) if needs[0] else None
-    d_weight = new_weight_gradient(weight, len(chunks)) if needs[1] else None
-    longest = max(bounds[last] - bounds[first] for first, last in chunks)
-    buffer = logits_buffer(longest, len(weight), hidden)
+def ddpo_by_chunks(inputs: Inputs, pairs: Pairs, unit: Tensor) -> tuple[Results, Gradients]:
+    """Return the results, and the gradients of loss / unit, in one pass."""
     parts = []
-    for first, last in chunks:
-        rows, edges = slice(bounds[first], bounds[last]), pairs.edges[first : last + 1]
-        logits = torch.mm(hidden[rows], weight.T, out=buffer[: rows.stop - rows.start])
-        logp, lse = backend.logp_rows(logits, target[rows])
-        row_weight = pairs.row_weight[rows]
-        scores = segment_sum(logp * row_weight, edges - rows.start)
-        loss, rewards, slope = preference(
-            scores, pairs.reference[first:last], pairs.beta, len(pairs.reference) // 2
-        )
-        parts.append((loss[None], rewards, scores, logp))
-        scale = spread(slope / unit, edges, len(logp)) * row_weight
-        backend.gradient_rows_(logits, lse, target[rows], scale)
-        accumulate(logits, hidden, weight, rows, d_hidden, d_weight)
-    losses, *rest = (torch.cat(column) for column in zip(*parts))
-    return (losses.sum(), *rest), (d_hidden, d_weight)
+
+    def coefficients(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        logp, lse = inputs.backend.logp_rows(logits, inputs.target[rows])
+        results, scale = preference_of(logp, pairs.part(rows), unit)
+        parts.append(results)
+        return lse, scale
+
+    chunks = pair_chunks(pairs.bounds, chunk_rows(inputs.weight))
+    gradients = by_chunks(inputs, chunks, coefficients)
+    losses, *rest = zip(*parts)
+    return (torch.stack(losses).sum(), *map(torch.cat, rest)), gradients
 
 
-def logp_by_chunks(backend, hidden, weight, target):
-    """log p(target) and lse, both (R,) float32."""
-    logp = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
+def logp_by_chunks(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Return log p(target) and lse, both (R,) float32."""
+    logp = torch.empty_like(inputs.target, dtype=torch.float32)
     lse = torch.empty_like(logp)
-    for rows, logits in row_chunks(hidden, weight):
-        logp[rows], lse[rows] = backend.logp_rows(logits, target[rows])
+    for rows, logits in chunk_logits(inputs, row_chunks(inputs)):
+        logp[rows], lse[rows] = inputs.backend.logp_rows(logits, inputs.target[rows])
     return logp, lse
 
 
-def by_chunks(backend, hidden, weight, target, lse, scale, needs):
-    """dH and dW for given row coefficients `scale`, computing the logits again."""
-    chunks = -(-len(target) // chunk_rows(weight))
+def by_chunks(inputs: Inputs, chunks: list[slice], coefficients: Callable) -> Gradients:
+    """Return dH and dW, where needed; coefficients(rows, logits) gives lse and scale of a chunk.
+
+    A dW summed over several chunks is float32, which autograd rounds to the weight's dtype.
+    """
+    backend, hidden, weight, target, needs = inputs
+    sum_dtype = torch.float32 if len(chunks) > 1 else weight.dtype
     d_hidden = torch.empty_like(hidden) if needs[0] else None
-    d_weight = new_weight_gradient(weight, chunks) if needs[1] else None
-    for rows, logits in row_chunks(hidden, weight):
-        backend.gradient_rows_(logits, lse[rows], target[rows], scale[rows])
-        accumulate(logits, hidden, weight, rows, d_hidden, d_weight)
-    return d_hidden, None if d_weight is None else d_weight.to(weight.dtype)
+    d_weight = torch.empty_like(weight, dtype=sum_dtype) if needs[1] else None
+    for rows, logits in chunk_logits(inputs, chunks):
+        lse, scale = coefficients(rows, logits)
+        backend.gradient_rows_(logits, lse, target[rows], scale)
+        if d_hidden is not None:
+            torch.mm(logits, weight, out=d_hidden[rows])
+        if d_weight is not None:
+            add_product_(d_weight, logits.T, hidden[rows], first=rows.start == 0)
+    return d_hidden, d_weight
 
 
-def row_chunks(hidden, weight):
-    """Yields (rows, their logits), each in the memory of the one before."""
-    R, step = len(hidden), chunk_rows(weight)
-    buffer = logits_buffer(min(step, R), len(weight), hidden)
-    for start in range(0, R, step):
-        rows = slice(start, min(start + step, R))
-        yield rows, torch.mm(hidden[rows], weight.T, out=buffer[: rows.stop - start])
-
-
-def accumulate(gradient, hidden, weight, rows, d_hidden, d_weight):
-    """dH of these rows; their part of dW. gradient: dz (r, V). Either result may be None."""
-    if d_hidden is not None:
-        torch.mm(gradient, weight, out=d_hidden[rows])
-    if d_weight is not None:
-        add_product_(d_weight, gradient.T, hidden[rows], first=rows.start == 0)
+def chunk_logits(inputs: Inputs, chunks: list[slice]) -> Iterator[tuple[slice, Tensor]]:
+    """Yield each chunk's rows and their logits, in the memory of the chunk before."""
+    longest = max(rows.stop - rows.start for rows in chunks)
+    buffer = logits_buffer(longest, len(inputs.weight), inputs.hidden)
+    for rows in chunks:
+        out = buffer[: rows.stop - rows.start]
+        yield rows, torch.mm(inputs.hidden[rows], inputs.weight.T, out=out)
 
 
 def chunk_rows(weight: Tensor) -> int:
-    """Rows of logits in a chunk."""
     return max(1, CHUNK_ELEMENTS["cuda" if weight.is_cuda else "cpu"] // len(weight))
 
 
-def pair_chunks(bounds: list[int], most_rows: int) -> list[tuple[int, int]]:
-    """Groups cut between pairs into (first, last) of at most `most_rows` rows, or one pair."""
-    chunks, first = [], 0
-    for pair in range(0, len(bounds) - 1, 2):
-        if pair > first and bounds[pair + 2] - bounds[first] > most_rows:
-            chunks.append((first, pair))
-            first = pair
-    return [*chunks, (first, len(bounds) - 1)]
+def row_chunks(inputs: Inputs) -> list[slice]:
+    R, step = len(inputs.hidden), chunk_rows(inputs.weight)
+    return [slice(start, min(start + step, R)) for start in range(0, max(R, 1), step)]
 
 
-def new_weight_gradient(weight: Tensor, chunks: int) -> Tensor:
-    """dW before the first chunk: summed over several in float32, written by a single one directly,
-    zero without any."""
-    new = torch.empty_like if chunks else torch.zeros_like
-    return new(weight, dtype=weight.dtype if chunks <= 1 else torch.float32)
+def pair_chunks(bounds: list[int], most_rows: int) -> list[slice]:
+    """Cut the rows between pairs into chunks of at most `most_rows`, or of one pair."""
+    cuts = [0]
+    for start, stop in zip(bounds[2::2], bounds[4::2]):
+        if stop - cuts[-1] > most_rows:
+            cuts.append(start)
+    return [slice(*ends) for ends in pairwise([*cuts, bounds[-1]])]
 
 
 # C ------------------------------------------------------------------------------------------
 
 
-def ddpo_by_slices(backend, hidden, weight, target, pairs, unit, needs):
-    """As ddpo_by_chunks: all scores first, from a pass that keeps no logits, then the gradients."""
-    logp, lse = logp_without_logits(backend, hidden, weight, target)
-    scores = segment_sum(logp * pairs.row_weight, pairs.edges)
-    loss, rewards, slope = preference(
-        scores, pairs.reference, pairs.beta, len(pairs.reference) // 2
-    )
-    scale = spread(slope / unit, pairs.edges, len(logp)) * pairs.row_weight
-    gradients = by_slices(backend, hidden, weight, target, lse, scale, needs)
-    return (loss, rewards, scores, logp), gradients
+def ddpo_by_slices(inputs: Inputs, pairs: Pairs, unit: Tensor) -> tuple[Results, Gradients]:
+    """Do as ddpo_by_chunks: first all scores, in a pass that keeps no logits, then gradients."""
+    logp, lse = logp_without_logits(inputs)
+    results, scale = preference_of(logp, pairs, unit)
+    return results, by_slices(inputs, lse, scale)
 
 
-def logp_without_logits(backend, hidden, weight, target):
-    """log p(target) and lse, both (R,) float32: kernel A, or chunks where there is none."""
-    if backend.forward_logp:
-        return backend.forward_logp(hidden, weight, target)
-    return logp_by_chunks(backend, hidden, weight, target)
+def logp_without_logits(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Return log p(target) and lse, both (R,) float32, by kernel A or, without it, by chunks."""
+    if inputs.backend.forward_logp:
+        return inputs.backend.forward_logp(inputs.hidden, inputs.weight, inputs.target)
+    return logp_by_chunks(inputs)
 
 
-def by_slices(backend, hidden, weight, target, lse, scale, needs):
-    """dH and dW for given row coefficients `scale`, a slice of the vocabulary at a time."""
+def by_slices(inputs: Inputs, lse: Tensor, scale: Tensor) -> Gradients:
+    """Return dH and dW for given row coefficients `scale`, a slice of the vocabulary at a time."""
+    backend, hidden, weight, target, needs = inputs
     V, step = len(weight), slice_columns(hidden)
     d_hidden = torch.empty_like(hidden, dtype=torch.float32) if needs[0] else None
     d_weight = torch.empty_like(weight) if needs[1] else None
@@ -252,7 +264,7 @@ def by_slices(backend, hidden, weight, target, lse, scale, needs):
 
 
 def slice_columns(hidden: Tensor) -> int:
-    """Columns of logits in a slice, a multiple of 256."""
+    """Return the number of columns in a slice, a multiple of 256."""
     budget = SLICE_ELEMENTS["cuda" if hidden.is_cuda else "cpu"]
     return max(SLICE_LEAST, budget // max(len(hidden), 1) // 256 * 256)
 
@@ -261,11 +273,11 @@ def slice_columns(hidden: Tensor) -> int:
 
 
 def logits_buffer(rows: int, columns: int, like: Tensor) -> Tensor:
-    """(rows, columns), unwritten. Rows start at multiples of 64 numbers: tensor cores and wide
-    loads want aligned rows, also where the vocabulary is 32,003.
+    """Allocate (rows, columns). Rows start at multiples of 64 numbers: tensor cores and wide loads
+    need aligned rows, even for a vocabulary of 32,003.
 
     The padding is zero because a matmul may read it: oneDNN's AMX kernels (torch 2.13, bfloat16
-    and float16) multiply what lies past the end of a row by zero, and NaN times zero is NaN."""
+    and float16) multiply the numbers past the end of a row by zero, and NaN times zero is NaN."""
     padded = -(-columns // 64) * 64
     buffer = torch.empty(rows, padded, dtype=like.dtype, device=like.device)
     buffer[:, columns:] = 0
@@ -273,7 +285,7 @@ def logits_buffer(rows: int, columns: int, like: Tensor) -> Tensor:
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a @ b, summed in float32 whatever a and b are; `first` overwrites instead.
+    """Add a @ b to total, summed in float32 whatever a and b are; `first` overwrites instead.
 
     On CUDA the library adds half-precision products to a float32 total (torch >= 2.10); elsewhere
     the operands are widened.
@@ -288,30 +300,30 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def segment_sum(values: Tensor, edges: Tensor) -> Tensor:
-    """Sums of values (R,) between consecutive edges (G + 1,), in a fixed order (index_add's is
-    not on a GPU)."""
+    """Sum values (R,) between consecutive edges (G + 1,), in a fixed order, unlike index_add on a
+    GPU."""
     return torch.segment_reduce(values, "sum", offsets=edges, initial=0.0, unsafe=True)
 
 
 def spread(per_group: Tensor, edges: Tensor, rows: int) -> Tensor:
-    """per_group (G,) repeated for every row between the group's edges -> (rows,)."""
+    """Repeat per_group (G,) for every row between the group's edges -> (rows,)."""
     return per_group.repeat_interleave(edges.diff(), output_size=rows)
 
 
 def gradient_unit(pairs: Pairs) -> Tensor:
-    """A power of two above 16 times the largest row coefficient, beta row_weight / (G / 2).
+    """Return a power of two above 16 times the largest row coefficient, beta row_weight / P.
 
-    The gradients are computed before the backward says by what they are multiplied (a loss scale,
-    1 / accumulation steps), and a coefficient near 1e-5 times probabilities near 1e-4 vanishes in
-    float16. So the forward differentiates loss / unit and the backward multiplies by unit, which
-    is exact in binary. The 16 leaves float16 room for the sums of dW.
+    The forward computes the gradients before it knows their factor (a loss scale, 1 / accumulation
+    steps), and a coefficient near 1e-5 times probabilities near 1e-4 vanishes in float16. So the
+    forward differentiates loss / unit and the backward multiplies by unit, which is exact in
+    binary. The 16 leaves float16 room for the sums of dW.
     """
-    largest = pairs.row_weight.max() * (pairs.beta / (len(pairs.reference) // 2))
+    largest = pairs.row_weight.max() * (pairs.beta / pairs.count)
     return torch.exp2(largest.log2().ceil() + 4)
 
 
 def scale_(matrix: Tensor, factor: Tensor) -> None:
-    """matrix *= factor in place, multiplied in float32: a factor rounded to the matrix's own
-    half precision would be off by 0.4 %, or zero."""
+    """Multiply matrix by factor in place, in float32: a factor rounded to the matrix's own half
+    precision would be off by 0.4 %, or zero."""
     for rows in matrix.split(4096):
         rows.copy_(rows.float() * factor)

@@ -41,9 +41,9 @@ and compares chosen with rejected against the frozen reference scores, as DPO do
 A token of response k therefore has g_i = dL/ds_k w_i / N_k: one number per row, known as soon as
 both responses of its pair are scored. This is why `fused.py` cuts the batch between pairs.
 
-The first two functions say this with autograd and full logits, in any precision: the yardstick of
-the tests. The last two do the same work on a piece of the logits, which is what `fused.py` asks of
-a backend; `triton_rows.py` has their twins on a GPU.
+The first two functions compute this with autograd and full logits, in any precision; the tests
+compare against them. The last two do the same work on a piece of the logits, as `fused.py` requires
+of a backend; `triton_rows.py` has their twins on a GPU.
 """
 
 import torch
@@ -52,15 +52,18 @@ from torch import Tensor
 
 
 def token_logp(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """log p(target) with all logits in memory: (R, D), (V, D), (R,) -> (R,)."""
+    """Return log p(target) with all logits in memory: (R, D), (V, D), (R,) -> (R,)."""
     logits = hidden @ weight.T  # (R, V)
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     return logits.log_softmax(dim=1).gather(1, target[:, None]).squeeze(1)
 
 
-def ddpo_loss(hidden, weight, target, segment_weight, group, reference, beta, normalize=True):
-    """The same arguments and results as `kernels.ddpo_loss`, by autograd over all logits."""
+def ddpo_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, segment_weight: Tensor, group: Tensor,
+    reference: Tensor, beta: float, normalize: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the same as `kernels.ddpo_loss`, by autograd over all logits."""
     logp = token_logp(hidden, weight, target)  # (R,)
     weight_sum = torch.zeros_like(reference).index_add(0, group, segment_weight)  # (G,)
     scores = torch.zeros_like(reference).index_add(0, group, segment_weight * logp)
@@ -70,8 +73,10 @@ def ddpo_loss(hidden, weight, target, segment_weight, group, reference, beta, no
     return loss, rewards[0::2], rewards[1::2], scores
 
 
-def preference(scores: Tensor, reference: Tensor, beta: float, pairs: int):
-    """Loss of the pairs in `scores`, as their part of the mean over `pairs` pairs.
+def preference(
+    scores: Tensor, reference: Tensor, beta: float, pairs: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss of the pairs in `scores`, as their part of the mean over `pairs` pairs.
 
     scores, reference: (G,), chosen at even and rejected at odd places.
     Returns the loss (a scalar), the rewards (G,) and dL/dscores (G,).
@@ -83,18 +88,18 @@ def preference(scores: Tensor, reference: Tensor, beta: float, pairs: int):
     return loss, rewards, torch.stack([-push, push], dim=1).flatten()
 
 
-# What fused.py asks of a backend ------------------------------------------------------------
+# The two functions of a backend -------------------------------------------------------------
 
 
 def logp_rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(target) and lse, both (r,) float32, of logits (r, V)."""
+    """Return log p(target) and lse, both (r,) float32, of logits (r, V)."""
     picked = logits.gather(1, target[:, None]).squeeze(1).float()
     lse = logits.float().logsumexp(dim=1)
     return picked - lse, lse
 
 
 def gradient_rows_(logits: Tensor, lse: Tensor, target: Tensor, scale: Tensor) -> Tensor:
-    """Overwrites logits (r, v) by (onehot(target) - softmax) * scale, computed in float32.
+    """Overwrite logits (r, v) by (onehot(target) - softmax) * scale, computed in float32.
 
     `logits` may be some of the vocabulary's columns; `target` counts from the first of them, and
     a target outside (negative, or >= v) has no onehot here. lse and scale: (r,) float32.

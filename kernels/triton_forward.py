@@ -1,8 +1,8 @@
 """A: log p(target) without logits, for passes that need no gradient (Triton).
 
-Reference scores, PPO's old log-probs and evaluation want one number per token. The logits live
-and die inside the multiprocessors: one program computes one tile of them in registers and leaves
-one number per row, the tile's own log-sum-exp (`reference.py` derives why these can be joined).
+Reference scores, PPO's old log-probs and evaluation need one number per token. The logits never
+leave the multiprocessors: one program computes one tile of them in registers and stores one
+number per row, the tile's own log-sum-exp (`reference.py` derives why these can be joined).
 
                     V, tiles of 256
            +------+------+------+- - -+--+        one program:
@@ -44,7 +44,7 @@ class Tile(NamedTuple):
 
 
 def choose_tile(dtype: torch.dtype, capability: tuple[int, int], D: int) -> Tile:
-    """The tile for a dtype, a GPU generation and a width; none of them spills registers.
+    """Choose the tile for a dtype, a GPU generation and a width; none of them spills registers.
 
     * Hopper and data-centre Blackwell (9.x, 10.x): three stages of (128 + 256) x 64 half-precision
       numbers are 147 KB of the 227 KB of shared memory. With 4 warps the accumulator would spill.
@@ -99,7 +99,7 @@ def tile_logp_kernel(
 
 
 def forward_logp(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(target) and lse, both (R,) float32. The twin of `reference.forward_logp`.
+    """Return log p(target) and lse, both (R,) float32, as `fused.logp_by_chunks` does.
 
     float32 products follow `torch.set_float32_matmul_precision`, as the library's matmuls do.
     """

@@ -1,8 +1,8 @@
 """The softmax half of B and C (Triton): logits to log-probs, and to their gradient in place.
 
-In training the logits are needed twice more, as dz in dH = dz W and dW = dz^T H. The matrix
-products are the library's, which no hand-written kernel beats; these two kernels are what stands
-between them, and they are bound by memory, so the logits are read twice and written once:
+Training uses the logits twice more, as dz in dH = dz W and dW = dz^T H. The library computes the
+matrix products, which no hand-written kernel beats. These two kernels do the work between the
+products. They are bound by memory, so they read the logits twice and write them once:
 
     logits (r, V)   +----------------------------------+
     row 0           |  block 0 | block 1 | ...  |  ////|  logp_rows: one program per row walks
@@ -56,7 +56,7 @@ def gradient_rows_kernel(logits, lse, target, scale, stride, V, BLOCK: tl.conste
 
 
 def logp_rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(target) and lse, both (r,) float32, of logits (r, V) with unit stride along V."""
+    """Return log p(target) and lse, (r,) float32 each, of logits (r, V) contiguous along V."""
     r, V = logits.shape
     logp = torch.empty(r, dtype=torch.float32, device=logits.device)
     lse = torch.empty_like(logp)
@@ -68,7 +68,7 @@ def logp_rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient_rows_(logits: Tensor, lse: Tensor, target: Tensor, scale: Tensor) -> Tensor:
-    """Overwrites logits by (onehot - softmax) * scale; see `reference.gradient_rows_`."""
+    """Overwrite logits by (onehot - softmax) * scale; see `reference.gradient_rows_`."""
     r, V = logits.shape
     with torch.cuda.device_of(logits):
         gradient_rows_kernel[(r, triton.cdiv(V, BLOCK))](

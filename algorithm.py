@@ -1,0 +1,106 @@
+"""What an algorithm is given, and what the training loop asks of it.
+
+A new algorithm is one file with a dataclass of hyperparameters and a class derived from
+`Algorithm`, and one line in `train.ALGORITHMS`. The README shows a whole one.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from config import Run, Training
+from data import Example, Response
+from formats.tokenizer import Tokenizer
+from model import LLaVA
+from vision import ImageSettings
+
+
+@dataclass
+class Start:
+    """What an algorithm starts from."""
+
+    run: Run
+    model: LLaVA  # on its device; the weights that will be trained require gradients
+    tokenizer: Tokenizer
+    images: ImageSettings
+    folder: Path  # of the run: for what an algorithm caches or writes beside its result
+    base: str = ""  # fingerprint of the model whose answers the data holds
+    reward_model: Path | None = None  # folder of the run that made it, for algorithms that use one
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.head.weight.device
+
+    @property
+    def bfloat16(self) -> bool:
+        return self.run.use_bfloat16(self.device.type)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Compute matrix products in bfloat16 if the run does; weights and sums stay in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+
+@dataclass
+class Data:
+    """What an algorithm learns from."""
+
+    train: list[Example]
+    held_out: list[Example] = field(default_factory=list)  # for an algorithm's own measure
+    # What is false in an answer to an example, where the truth is known; for logs only.
+    false_parts: Callable[[Example, str], list[str] | None] = lambda example, answer: None
+
+
+class Algorithm:
+    """Made as `Algorithm(start, config, data)`; sets `config`, `modules` and `steps`.
+
+    The first line of a subclass's docstring says in the report and in `--help` what a run does.
+    """
+
+    Config: type[Training] = Training  # its hyperparameters; command-line options follow from them
+    reads: str = "pairs"  # kind of rows: pairs, conversations, rankings or prompts; "": none
+    first: tuple[str, ...] = ("base",)  # built-in runs that it depends on (see recipes.plan)
+
+    config: Training
+    modules: nn.ModuleDict  # holds all weights that are trained
+    steps: int  # optimizer steps
+
+    @staticmethod
+    def tokens(row, tokenizer: Tokenizer, patches: int, config) -> tuple[list[int], list[Response]]:
+        """The prompt's tokens and the responses of a row, an image being `patches` tokens."""
+        raise NotImplementedError
+
+    def batches(self, step: int) -> list:
+        """The micro-batches of an optimizer step."""
+        raise NotImplementedError
+
+    def loss(self, batch) -> tuple[Tensor, dict[str, float]]:
+        """Mean loss of a micro-batch, and metrics to log."""
+        raise NotImplementedError
+
+    def size(self, batch) -> float:
+        """The number of things that the loss averages: the weight of a micro-batch in its step."""
+        return len(batch.names)
+
+    def measure(self, world: Callable, means: Callable) -> tuple[dict, list[dict]] | None:
+        """(metrics, records) of the model as it is; None measures nothing.
+
+        Args:
+            world: () measures the answers on the built-in world's held-out scenes, where there is
+                something to measure.
+            means: ({name: (N,) numbers}) gives metrics: means with 95 % bootstrap intervals.
+        """
+        return world()
+
+    def state(self) -> dict:
+        """What resuming needs beside weights and optimizer."""
+        return {}
+
+    def load_state(self, state: dict) -> None:
+        """Restore what `state` returned."""
+
+    def save(self, folder: Path) -> None:
+        """Write what belongs to the result beside the model."""

@@ -1,0 +1,1 @@
+"""The correction page: its server, the file of corrections, agreement between annotators."""

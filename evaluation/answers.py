@@ -1,0 +1,141 @@
+"""Files of questions about images, and answers files that an interrupted command can resume."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from glob import escape
+from pathlib import Path
+
+from PIL import Image
+
+from formats.files import jsonl, write_atomic
+from formats.readers import image_of, read_records
+from formats.rows import DataError, Source, open_image, whole_rows
+from formats.tokenizer import IMAGE
+from generation import progress_bar
+
+Respond = Callable[[list[Image.Image], list[str], int], list[str]]  # images, questions, seed
+OWN = ("text", "by", "answer", "error")  # fields of a row that do not go into the answers file
+
+
+@dataclass(frozen=True)
+class ImageQuestion:
+    """A question about an image, from a row of a file."""
+
+    name: str  # for error messages: file and row
+    image: Source
+    question: str
+    fields: dict  # fields of the row that the answers file repeats
+
+
+def read_questions(
+    path: Path, images: str | None, prompt: str | None = None, skip: list[str] | None = None
+) -> list[ImageQuestion]:
+    """Read rows with an image and a question (or prompt, or text, as POPE's files call it).
+
+    Args:
+        images: folder that the image names are relative to; a name must not lead outside it.
+        prompt: the question of rows that have none.
+        skip: collects messages about unusable rows; None: the first one is raised as a DataError.
+    """
+    make = partial(make_question, prompt=prompt)
+    return read_records(make, [escape(str(path))], images or ".", skip)
+
+
+def make_question(name: str, row: dict, images: str, prompt: str | None) -> ImageQuestion:
+    image = image_of(name, row, images)
+    question = row.get("question") or row.get("prompt") or row.get("text") or prompt
+    if not image or not question:
+        missing = "question" if image else "image"
+        raise DataError(f"{name}: field {missing!r} is missing or empty")
+    question = str(question).replace(IMAGE, "").strip()
+    fields = {k: v for k, v in row.items() if isinstance(v, str | int | float) and k not in OWN}
+    fields["question"] = question
+    fields.setdefault("image", image.name or name)  # of an image inside a parquet file
+    return ImageQuestion(name, image, question, fields)
+
+
+def read_answers(path: Path) -> list[dict]:
+    """Read answers that were made elsewhere: rows with "answer", the text, and "name", the row.
+
+    The text may also be called caption or text; a row without is a DataError.
+    """
+    rows = []
+    for name, row in whole_rows(path):
+        texts = [row[k] for k in ("answer", "caption", "text") if isinstance(row.get(k), str)]
+        if not texts:
+            raise DataError(f"{name}: no answer, caption or text")
+        rows.append({**row, "answer": texts[0], "name": name})
+    return rows
+
+
+# ------------------------------------------------------------------------------------ answers files
+
+
+def whole_lines(path: Path) -> list[dict]:
+    """Return the rows of a JSONL file, if there is one, without half a line of a killed process."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    try:
+        return [dict(json.loads(line)) for line in lines]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not rows in JSON lines ({error}); delete it") from None
+
+
+def answer_file(
+    respond: Respond, by: str, questions: Sequence[ImageQuestion], path: Path,
+    batch_size: int = 16, seed: int = 0, skip: list[str] | None = None,
+) -> list[dict]:
+    """Answer questions into a JSONL file, or resume a partial one.
+
+    Args:
+        respond: (images, questions, seed) -> texts.
+        by: the model and its settings; all rows of a file must agree in it.
+        path: gets one row per question, in order: its fields, "by" and "answer", or "error" in
+            place of an answer if the image cannot be read and `skip` is given.
+        batch_size: questions per call of `respond`; their rows are written after each call.
+        seed: of the first batch. A resumed file has the same rows as an uninterrupted one.
+        skip: collects messages about unreadable images; None: the first one is raised.
+
+    Returns all rows. ValueError if the file answers other questions, or another model made it.
+    """
+    wanted = [{**each.fields, "by": by} for each in questions]
+    rows = whole_lines(path)
+    fits = (want.items() <= row.items() for row, want in zip(rows, wanted))
+    if len(rows) > len(wanted) or not all(fits):
+        raise ValueError(f"{path} holds answers to other questions, or of another model or "
+                         "settings; delete it or choose another --output")
+    if len(rows) < len(wanted):
+        del rows[len(rows) // batch_size * batch_size :]  # part of a batch is answered again
+    write_atomic(path, jsonl(rows))
+    with progress_bar(len(wanted), path.stem) as bar, path.open("a", encoding="utf-8") as file:
+        bar.update(len(rows))
+        for start in range(len(rows), len(wanted), batch_size):
+            batch = slice(start, start + batch_size)
+            answer_batch(respond, questions[batch], wanted[batch], seed + start, skip)
+            file.write(jsonl(wanted[batch]))
+            file.flush()
+            rows += wanted[batch]
+            bar.update(len(wanted[batch]))
+    return rows
+
+
+def answer_batch(
+    respond: Respond, questions: Sequence[ImageQuestion], rows: Sequence[dict], seed: int,
+    skip: list[str] | None,
+) -> None:
+    """Add "answer" or "error" to the row of every question."""
+    images, asked = [], []
+    for question, row in zip(questions, rows):
+        try:
+            images.append(open_image(question.name, question.image))
+            asked.append((question.question, row))
+        except DataError as error:
+            if skip is None:
+                raise
+            skip.append(str(error))
+            row["error"] = str(error)
+    if images:
+        texts = respond(images, [text for text, _ in asked], seed)
+        for (_, row), text in zip(asked, texts, strict=True):
+            row["answer"] = text

@@ -1,0 +1,80 @@
+"""MMHal-Bench's questions, and the prompts that ask a judge to rate the answers.
+
+The official prompt, with five worked examples, belongs to the benchmark's release. It is read from
+the user's copy of eval_gpt4.py, which is parsed and never run. The published scores also depend on
+the judge, gpt-4-0314; those of another judge compare with each other only. `short` is this
+project's own prompt without examples, which no published score uses.
+"""
+
+import ast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaluation.benchmarks import judge_prompt
+from formats.files import jsonl, write_atomic
+from formats.rows import DataError
+
+FIELDS = 4  # of the official template: objects, question, human answer, answer to judge
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """A way to ask the judge."""
+
+    label: str  # "official" or "short"; every output has it
+    fill: Callable[[dict], str]  # of a row of the filled template
+
+
+def read_judge_prompt(name: str) -> JudgePrompt:
+    """Return the prompt of a copy of the release's eval_gpt4.py, or the one named "short".
+
+    Raises:
+        DataError: the file has no text with four places to fill.
+    """
+    if name == "short":
+        return JudgePrompt("short", judge_prompt)
+    try:
+        tree = ast.parse(Path(name).read_text(encoding="utf-8"))
+    except OSError:
+        raise DataError(f"--judge_prompt {name}: no such file") from None
+    except (SyntaxError, ValueError) as error:
+        raise DataError(f"--judge_prompt {name}: not a Python file ({error})") from None
+    texts = [node.value.value for node in tree.body
+             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+             and isinstance(node.value.value, str) and node.value.value.count("{}") == FIELDS]
+    if len(texts) != 1:
+        raise DataError(f"--judge_prompt {name}: has no template with {FIELDS} places {{}}; give "
+                        "MMHal-Bench's eval_gpt4.py")
+
+    def fill(row: dict) -> str:
+        objects = ", ".join(row["image_content"])
+        return texts[0].format(objects, row["question"], row["gt_answer"], row["model_answer"])
+
+    return JudgePrompt("official", fill)
+
+
+def write_prompts(
+    folder: Path, rows: Sequence[dict], answers: Sequence[str], prompt: JudgePrompt
+) -> tuple[Path, Path]:
+    """Write MMHal's filled template and the prompts for the judge; return their paths.
+
+    The names of the files and the field "judge_prompt" of all rows say which prompt it is.
+    """
+    filled = [{**row, "model_answer": text, "judge_prompt": prompt.label}
+              for row, text in zip(rows, answers, strict=True)]
+    paths = (folder / f"mmhal_{prompt.label}_filled.json",
+             folder / f"mmhal_{prompt.label}_prompts.jsonl")
+    write_atomic(paths[0], filled)
+    write_atomic(paths[1], jsonl(
+        {"id": i, "prompt": prompt.fill(row), "judge_prompt": prompt.label}
+        for i, row in enumerate(filled)))
+    return paths
+
+
+def judge_note(label: str | None) -> str:
+    """Return what the prompt of a judge means for its scores."""
+    return {
+        "official": "judge's prompt: official; published scores are those of gpt-4-0314",
+        "short": "judge's prompt: short, this project's own; no published score uses it",
+    }.get(label, "judge's prompt: unknown, the template was filled elsewhere")

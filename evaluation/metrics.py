@@ -1,0 +1,180 @@
+"""Measures with bootstrap intervals, tables of them, and results.json.
+
+A *measure* is a list of terms (coefficient, numerators, denominators) with one number per item (a
+scene, an image, a question) in either array. Its value is the sum over terms of
+
+    coefficient * sum(numerators) / sum(denominators)
+
+Rates, accuracy, F1 = 2 TP / (2 TP + FP + FN) and differences of rates all have this form. A
+bootstrap resample is then a vector of weights on the items, and a measure in a thousand resamples
+is two matrix products. The same resamples for two models that answered the same items give *paired*
+differences, in which the difficulty that both models share cancels out.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from formats.files import read_json, write_atomic
+
+Terms = list[tuple[float, np.ndarray, np.ndarray]]
+RESAMPLES = 1000
+PER_KIND = "mmhal/kind/"  # measures that only results.json and the report list
+
+
+def values(terms: Terms, weights: np.ndarray) -> np.ndarray:
+    """Return (W,): a measure under each row of weights (W, items); nan where it divides by 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sum(c * (weights @ above) / (weights @ below) for c, above, below in terms)
+
+
+def grouped(measures: dict[str, Terms], groups: Sequence | None) -> dict[str, Terms]:
+    """Return the measures with the items of each group, such as one image, summed to one item.
+
+    Items of a group are then resampled together: eight answers about one image are not eight
+    independent observations. Groups keep the order of first appearance; None groups nothing.
+    """
+    if groups is None:
+        return measures
+    number = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    index = np.array([number[group] for group in groups], dtype=int)
+    total = lambda numbers: np.bincount(index, numbers, len(number))
+    return {name: [(c, total(above), total(below)) for c, above, below in terms]
+            for name, terms in measures.items()}
+
+
+def with_intervals(measures: dict[str, Terms], seed: int = 0) -> dict:
+    """Return {name: {"value", "low", "high"}} with 95 % percentile intervals.
+
+    A measure that divides by zero, such as the precision of a model that never answers yes, is
+    left out; resamples in which one does are not counted. ValueError if there are no items.
+    """
+    items = len(next(iter(measures.values()))[0][1])
+    if items == 0:
+        raise ValueError("nothing to measure: there are no answers")
+    # (RESAMPLES, items): how often each resample contains each item
+    weights = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), RESAMPLES)
+    found = {}
+    for name, terms in measures.items():
+        value = values(terms, np.ones((1, items)))[0]
+        if np.isfinite(value):
+            ends = np.nanpercentile(values(terms, weights), (2.5, 97.5))
+            found[name] = dict(zip(("value", "low", "high"), map(float, (value, *ends))))
+    return found
+
+
+def paired(before: dict[str, Terms], after: dict[str, Terms], seed: int = 0) -> dict:
+    """Return {name: {"value", "low", "high"}} of the differences after - before, item by item."""
+    differences = {}
+    for name in (name for name in before if name in after):
+        both = zip(after[name], before[name], strict=True)  # in turn: equal terms cancel exactly
+        differences[name] = [
+            term for new, (c, above, below) in both for term in (new, (-c, above, below))]
+    return with_intervals(differences, seed)
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+INTERVAL = "95 % interval"
+
+
+def unit(name: str) -> str:
+    """Return the unit of a measure: "words", "of 6" (MMHal's ratings), or "%"."""
+    rating = name in ("score", "mmhal/score") or name.startswith(("score/", PER_KIND))
+    return "words" if name == "length" else "of 6" if rating else "%"
+
+
+def titled(name: str) -> str:
+    """Return a measure's name, with its unit if that is not per cent."""
+    return name if unit(name) == "%" else f"{name} ({unit(name)})"
+
+
+def format_value(name: str, value: float, sign: str = "") -> str:
+    """Format a value without its unit: two decimals for ratings, one for all others."""
+    if unit(name) == "of 6":
+        return f"{value:{sign}.2f}"
+    return f"{value if unit(name) == 'words' else 100 * value:{sign}.1f}"
+
+
+def format_metric(name: str, metric: dict, sign: str = "") -> tuple[str, str]:
+    """Format {"value", "low", "high"} as a value and its interval, without unit."""
+    value, low, high = (format_value(name, metric[key], sign) for key in ("value", "low", "high"))
+    return value, f"[{low}, {high}]"
+
+
+def table(before: dict, after: dict) -> str:
+    """Format two models' metrics, {name: {"value", "low", "high"}}, and the change of each."""
+    rows = {}
+    for name in shared(before, after):
+        old, new = before[name]["value"], after[name]["value"]
+        relative = f"{100 * (new - old) / old:+.0f} %" if old > 0 else ""
+        rows[name] = (*format_metric(name, before[name]), *format_metric(name, after[name]),
+                      format_value(name, new - old, "+"), relative)
+    return aligned(("before", INTERVAL, "after", INTERVAL, "change", "relative"), rows)
+
+
+def listing(metrics: dict) -> str:
+    """Format one model's metrics, one line each."""
+    rows = {name: format_metric(name, metric) for name, metric in metrics.items()}
+    return aligned(("value", INTERVAL), rows)
+
+
+def comparison(names: Sequence[str], metrics: Sequence[dict], differences: Sequence[dict]) -> str:
+    """Format the names and metrics of several models, and the differences of all but the first.
+
+    The differences are to the first model, as `paired` returns them.
+    """
+    head = [names[0]]
+    for name in names[1:]:
+        head += [name, f"- {names[0]}, {INTERVAL}"]
+    rows = {name: [format_value(name, metrics[0][name]["value"])] for name in shared(*metrics)}
+    for found, difference in zip(metrics[1:], differences):
+        for name, row in rows.items():
+            row += [format_value(name, found[name]["value"]),
+                    " ".join(format_metric(name, difference[name], "+"))]
+    return aligned(head, rows)
+
+
+def shared(first: dict, *others: dict) -> list[str]:
+    """Return the measures to print that all have."""
+    return [name for name in first
+            if all(name in other for other in others) and not name.startswith(PER_KIND)]
+
+
+def aligned(head: Sequence[str], cells: dict[str, Sequence[str]]) -> str:
+    """Format {measure: cells} below a head; columns are flush right, the measures flush left."""
+    rows = [("%", *head), *((titled(name), *row) for name, row in cells.items())]
+    first, *widths = (max(map(len, column)) for column in zip(*rows))
+    lines = ("  ".join([name.ljust(first), *map(str.rjust, row, widths)]) for name, *row in rows)
+    return "\n".join(map(str.rstrip, lines))
+
+
+# ------------------------------------------------------------------------------------- results.json
+
+
+def write_results(path: Path | str, before: tuple | None, after: tuple) -> None:
+    """Write results.json, {"before": {"metrics", "records"}, "after": {...}}, a line per record.
+
+    `before` and `after` are (metrics, records); a `before` of None was not measured.
+    """
+    parts = []
+    for name, pair in (("before", before), ("after", after)):
+        if pair is not None:
+            metrics = json.dumps(pair[0], indent=1, ensure_ascii=False)
+            records = ",\n".join(json.dumps(record, ensure_ascii=False) for record in pair[1])
+            parts.append(f'"{name}": {{"metrics": {metrics},\n"records": [\n{records}\n]}}')
+    write_atomic(path, "{" + ",\n".join(parts) + "}\n")
+
+
+def read_results(path: Path | str) -> dict[str, tuple[dict, list[dict]]]:
+    """Read results.json as {"before": (metrics, records), "after": (metrics, records)}.
+
+    FileNotFoundError if it is missing, ValueError if `write_results` did not write it.
+    """
+    content = read_json(Path(path))
+    try:
+        return {name: (part["metrics"], part["records"]) for name, part in content.items()}
+    except (KeyError, TypeError):
+        raise ValueError(f"{path}: not a results.json of this program; measure again") from None

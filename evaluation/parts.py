@@ -1,0 +1,222 @@
+"""Each benchmark as one `Part`: its questions, its measures, and what a reader must be told."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import evaluation.amber as amber_
+import evaluation.coco as coco
+import evaluation.vqa as vqa
+from evaluation.answers import ImageQuestion, read_answers, read_questions
+from evaluation.benchmarks import (
+    MMHAL_KINDS, chair_terms, mmhal_questions, mmhal_terms, pope_answer, pope_terms, rating,
+    read_mmhal,
+)
+from evaluation.judge import judge_note
+from evaluation.metrics import Terms, grouped, with_intervals
+from evaluation.synonyms import Synonyms, synonym_terms
+from formats.rows import DataError, image_path, whole_rows
+
+DESCRIBE = "Please describe this image in detail."  # where a benchmark has no question of its own
+SUFFIX = "Answer the question using a single word or phrase."  # LLaVA-RLHF's, on a line of its own
+SHORT_TOKENS = 64  # limit of a short answer, as in LLaVA-RLHF's evaluation of POPE
+LONG_TOKENS = 512  # limit of an answer to an open question
+Rows = list[dict]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of questions, or several that are scored together."""
+
+    name: str  # such as "pope/coco_pope_random": begins the names of measures in a suite
+    file: str  # stem of the answers file of a single benchmark
+    ask: Callable[[], list[ImageQuestion]]  # opens the images, so only if a model answers
+    given: Callable[[Path], Rows]  # rows to score, of answers that were made elsewhere
+    terms: Callable[[Rows], dict[str, Terms]]  # measures of rows with "answer"; an item per image
+    tokens: int  # limit of an answer
+    asked: str  # how a model is asked; all scores of its answers say so
+    scored: str  # how answers are scored; all scores say so
+    clean: Callable[[dict], dict] = lambda row: row  # of a row that a model answered
+    printed: Callable[[dict[str, Terms]], dict[str, float]] = lambda measures: {}
+    baseline: Callable[[Rows], dict[str, float]] = lambda rows: {}
+    mode: str = ""  # part of the names of the files with scores, where there are several modes
+
+    def note(self, tokens: int | None) -> str:
+        """Return how the scored answers came about, for a model's limit or, of a file, None."""
+        how = f"{self.asked}, at most {tokens} new tokens" if tokens else "answers from a file"
+        return f"{how}; {self.scored}"
+
+    def measure(self, rows: Rows, seed: int = 0) -> tuple[dict[str, dict], dict[str, Terms]]:
+        """Return {measure: {"value", "low", "high"}} and the terms of the same measures.
+
+        Values are those that the public script prints, where it rounds on the way. A measure with a
+        trivial baseline has that as "always_no".
+        """
+        measures, trivial = self.terms(rows), self.baseline(rows)
+        found = with_intervals(measures, seed)
+        for name, value in self.printed(measures).items():
+            if name in found:
+                found[name]["value"] = value
+        for name in found.keys() & trivial.keys():
+            found[name]["always_no"] = trivial[name]
+        return found, measures
+
+
+def on_new_line(suffix: str | None, default: str = SUFFIX) -> str:
+    """Return what follows a question: the user's suffix, even none, or else the default."""
+    text = default if suffix is None else suffix
+    return f"\n{text}" if text else ""
+
+
+def how_asked(suffix: str) -> str:
+    return f"asked with {suffix.strip()!r}" if suffix else "asked as in the file"
+
+
+def same_number(path: Path, answers: Path) -> list[tuple[str, dict, str]]:
+    """Return (name, row, answer) of each question of a file and an answer at the same place."""
+    rows, given = list(whole_rows(path)), read_answers(answers)
+    if len(rows) != len(given):
+        raise DataError(f"{answers}: {len(given)} answers to {len(rows)} questions")
+    return [(name, row, each["answer"]) for (name, row), each in zip(rows, given)]
+
+
+# --------------------------------------------------------------------------- POPE and short answers
+
+
+def pope_part(path: Path, images: str | None, suffix: str | None, skip: list | None) -> Part:
+    """Return POPE's questions of a file with image, text and label."""
+    ending = on_new_line(suffix)
+
+    def ask() -> list[ImageQuestion]:
+        return [replace(q, question=q.question + ending,
+                        fields=q.fields | {"question": q.question + ending})
+                for q in read_questions(path, images or str(path.parent), skip=skip)]
+
+    def terms(rows: Rows) -> dict[str, Terms]:
+        if not all(row.get("label") in ("yes", "no") for row in rows):
+            raise DataError(f"{path}: every row needs a label, yes or no")
+        said = np.array([pope_answer(row["answer"]) == "yes" for row in rows], dtype=bool)
+        truth = np.array([row["label"] == "yes" for row in rows], dtype=bool)
+        return grouped(pope_terms(said, truth), [row.get("image", i) for i, row in enumerate(rows)])
+
+    given = lambda answers: [{**row, "answer": text} for _, row, text in same_number(path, answers)]
+    return Part(f"pope/{path.stem}", path.stem, ask, given, terms, SHORT_TOKENS,
+                how_asked(ending), "POPE's parser of answers")
+
+
+def vqa_part(path: Path, images: str | None, suffix: str | None, skip: list | None) -> Part:
+    """Return the questions of a file with image, question and answers."""
+    ending = on_new_line(suffix)
+
+    def given(answers: Path) -> Rows:
+        return [{**row, "answers": vqa.people_answers(name, row), "answer": text}
+                for name, row, text in same_number(path, answers)]
+
+    ask = partial(vqa.vqa_questions, path, images or path.parent, ending, skip)
+    return Part(f"vqa/{path.stem}", path.stem, ask, given, vqa.vqa_terms, SHORT_TOKENS,
+                how_asked(ending), "VQAv2's accuracy")
+
+
+# ------------------------------------------------------------------------------------- descriptions
+
+
+def chair_part(
+    paths: Sequence[Path], images: str | None, questions: Sequence[Path] = (),
+    prompt: str | None = None, synonyms: str | None = None, skip: list | None = None,
+) -> Part:
+    """Return requests to describe the images of annotation files, or files of questions about them.
+
+    Args:
+        paths: files of `coco.read_objects`.
+        questions: ask these rows; none: ask `prompt`, or DESCRIBE, about every image.
+        synonyms: the official file; None: the words of `coco.py`.
+    """
+    table = Synonyms(Path(synonyms)) if synonyms else None
+    truth, files = coco.read_objects(paths, table.kinds_of if table else coco.kinds_of)
+
+    def ask() -> list[ImageQuestion]:
+        if questions:
+            return [each for path in questions
+                    for each in read_questions(path, images or str(path.parent), prompt, skip)]
+        text = prompt or DESCRIBE
+        folder = images or paths[0].parent
+        return [ImageQuestion(f"{paths[0]} image {name}", image_path("--chair", name, folder), text,
+                              {"image": name, "question": text}) for name in files.values()]
+
+    def terms(rows: Rows) -> dict[str, Terms]:
+        keys = [coco.image_key(row.get("image", row.get("image_id", ""))) for row in rows]
+        for row, key in zip(rows, keys):
+            if key not in truth:
+                raise DataError(f"{row.get('name', '--chair')}: nothing is known about image "
+                                f"{key!r}; give annotations that include it")
+        answers, objects = [row["answer"] for row in rows], [truth[key] for key in keys]
+        if table:
+            return grouped(synonym_terms(answers, objects, table), keys)
+        return grouped(chair_terms([coco.mentions(answer) for answer in answers], objects), keys)
+
+    scored = ("words of the official synonym file; objhal/ finds objects in answers by them, "
+              "published scores by ChatGPT" if table else
+              "words of this project, not of the official synonym file (--synonyms)")
+    return Part("chair", "chair", ask, read_answers, terms, LONG_TOKENS, how_asked(""), scored,
+                mode="synonyms" if table else "")
+
+
+# -------------------------------------------------------------------------------------------- AMBER
+
+
+def amber_parts(
+    folder: Path, images: str | None, suffix: str | None, skip: list | None
+) -> list[Part]:
+    """Return AMBER's descriptions and its yes/no questions, those that query_all.json has."""
+    bench = amber_.read_amber(folder)
+    words, ending = amber_.best_words(bench), on_new_line(suffix, "")
+    where = images or (folder / "images" if (folder / "images").is_dir() else folder)
+
+    def given(generative: bool, answers: Path) -> Rows:
+        return [row for row in amber_.read_responses(bench, answers)
+                if bench.is_generative(row["id"]) == generative]
+
+    clean = lambda row: {**row, "answer": amber_.yes_or_no(row["answer"])}
+    ask = lambda generative: partial(
+        amber_.amber_questions, bench, generative, where, ending, skip)
+    lexical = ("lexical mode, because nltk, spaCy or their data are not installed: compares with "
+               "no published score")
+    parts = [
+        Part("amber/generative", "amber_generative", ask(True), partial(given, True),
+             partial(amber_.description_terms, bench, words), LONG_TOKENS, how_asked(""),
+             "exact mode, by nltk and spaCy" if words.mode == "exact" else lexical,
+             printed=amber_.printed_scores, mode="" if words.mode == "exact" else words.mode),
+        Part("amber/discriminative", "amber_discriminative", ask(False), partial(given, False),
+             partial(amber_.yes_no_terms, bench), SHORT_TOKENS, how_asked(ending),
+             "the positive class is No", clean, amber_.printed_scores,
+             partial(amber_.always_no, bench))]
+    there = {bench.is_generative(row["id"]) for row in bench.queries}
+    return [part for part, generative in zip(parts, (True, False)) if generative in there]
+
+
+def amber_responses(rows: Iterable[dict]) -> Rows:
+    """Return the rows of both parts in AMBER's own format."""
+    return [{"id": row["id"], "response": row["answer"]} for row in rows]
+
+
+# -------------------------------------------------------------------------------------------- MMHal
+
+
+def mmhal_part(path: Path, images: str | None, label: str | None) -> Part:
+    """Return MMHal's questions; their rows are scored by a judge's "reply", not by "answer".
+
+    Args:
+        path: response_template.json.
+        label: of the judge's prompt; None: unknown.
+    """
+    def terms(rows: Rows) -> dict[str, Terms]:
+        ratings = np.array([rating(row["reply"]) or 0 for row in rows])
+        measures = mmhal_terms(ratings, np.arange(len(rows)) % len(MMHAL_KINDS))
+        return {name.replace("score/", "kind/"): each for name, each in measures.items()}
+
+    ask = lambda: mmhal_questions(path, read_mmhal(path), images or path.parent)
+    return Part("mmhal", "mmhal", ask, read_answers, terms, LONG_TOKENS, how_asked(""),
+                judge_note(label), mode=label or "")

@@ -1,0 +1,83 @@
+"""LoRA adapters in PEFT's format: `peft` loads ours over the public model, and we load its own.
+
+An adapter is right only over the base that it was trained on. Ours carry the base's fingerprint in
+the file's metadata and are refused over any other.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import formats.layouts as layouts
+from formats.checkpoint import fingerprint, match
+from formats.files import atomic_folder, open_file, read_json, write_atomic
+from lora import LoRALinear, add_adapter, lora_layers
+from model import LLaVA
+
+WRAPPER = "base_model.model."  # PEFT's prefix of module paths
+# The only settings that LoRA here computes; the first is the meaning of an absent field.
+SUPPORTED = {
+    "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "use_rslora": (False,),
+    "fan_in_fan_out": (False,), "lora_bias": (False,), "modules_to_save": (None, []),
+    "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
+    # PiSSA, OLoRA and their like also change the base's weights.
+    "init_lora_weights": (True, False, None, "gaussian"),
+}
+
+
+def save_adapter(model: LLaVA, name: str, path: Path | str, base: str | Path = "") -> None:
+    """Write one adapter as a folder, which appears when it is complete.
+
+    Args:
+        base: folder or hub name of the base model, for `peft` and for the record.
+    """
+    lora = lora_layers(model, name)[0].adapters[name]  # ValueError if there is none
+    tensors, targets = {}, {}
+    for key, weight in model.state_dict().items():
+        layer, found, side = key.partition(f".adapters.{name}.")
+        if found:
+            # The second spelling is that of the modules of transformers >= 4.52.
+            targets[layer] = layouts.public_names(layer)[1]
+            tensors[f"{WRAPPER}{targets[layer]}.lora_{side}.weight"] = weight.cpu().contiguous()
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
+        "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none",
+        # Whole paths and not bare names, which would also match the vision tower's projections.
+        "target_modules": list(targets.values()),
+        "inference_mode": True, "fan_in_fan_out": False, "init_lora_weights": True,
+    }
+    with atomic_folder(Path(path)) as out:
+        save_file(tensors, out / "adapter_model.safetensors",
+                  {"format": "pt", "base": fingerprint(model)})
+        write_atomic(out / "adapter_config.json", config)
+
+
+def load_adapter(model: LLaVA, path: Path | str, name: str) -> None:
+    """Add an adapter from a folder to a model, under the given name.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or broken, the adapter was trained over
+            another base, or it uses a setting that LoRA here does not compute.
+    """
+    file, settings = Path(path) / "adapter_model.safetensors", Path(path) / "adapter_config.json"
+    config = read_json(settings)
+    layouts.require_supported(settings, config, SUPPORTED)
+    (weights, metadata), rank = open_file(file), config.get("r", 8)
+    base = config.get("base_model_name_or_path") or "unknown"
+    layers, shapes = {}, {}
+    for layer, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            names = layouts.public_names(f"{layer}.lora_A.weight")
+            if any(WRAPPER + public in weights for public in names):
+                layers[layer] = module
+                shapes[f"{layer}.lora_A.weight"] = (rank, module.in_features)
+                shapes[f"{layer}.lora_B.weight"] = (module.out_features, rank)
+    found = match(f"{file}: an adapter for another model ({base})", shapes, weights, WRAPPER)
+    if metadata.get("base") not in (None, fingerprint(model)):
+        raise ValueError(f"{file}: trained over other base weights than these, those of {base}")
+    add_adapter(model, name, rank, config.get("lora_alpha", 8), sorted(layers))
+    with torch.no_grad():
+        for layer, module in layers.items():
+            module.adapters[name].A.copy_(found[f"{layer}.lora_A.weight"])
+            module.adapters[name].B.copy_(found[f"{layer}.lora_B.weight"])

@@ -1,0 +1,185 @@
+"""Atomic files and folders, mapped weights, and resume states.
+
+A file or folder written here is complete or absent: it is made under another name, forced onto the
+disk, and renamed. Weights are memory-mapped: the disk is read only when a value is used. A pickle
+is opened as plain tensors and values only, so that it cannot run code.
+"""
+
+import contextlib
+import fcntl
+import glob
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+def error_message(error: Exception) -> str:
+    """Format an error as one line: ours unchanged, the system's as file and reason."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {(error.strerror or 'cannot be used').lower()}"
+    return str(error)
+
+
+def read_json(path: Path, optional: bool = False) -> dict:
+    """Read a JSON object, {} if an optional file is missing; errors name the file and the fault."""
+    if optional and not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path}: no such file; is its folder the right one?") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); copy the file again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds no JSON object; copy the file again")
+    return values
+
+
+def sync(path: Path) -> None:
+    """Force a file's content, or a folder's list of names, onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path | str, content: str | bytes | dict | list) -> None:
+    """Write text, bytes or JSON so that a reader, or a crash, finds the old content or the new."""
+    path = Path(path)
+    if not isinstance(content, str | bytes):
+        content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def jsonl(rows: Iterable) -> str:
+    """Return rows as JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the name `path` once it is complete on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a killed run
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            file.chmod(temporary.stat().st_mode & 0o666)  # safetensors lets only the owner read
+            sync(file)
+        sync(temporary)
+        old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and lock it against other processes; remove it afterwards if it is empty.
+
+    The system's lock on the folder itself ends with its process, so a killed one leaves none. A
+    folder that another process holds, or that is a file, is a ValueError.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"{folder}: another run is using it; choose another --out") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty, as a rule
+            folder.rmdir()
+        os.close(handle)
+
+
+def clear(folder: Path) -> None:
+    """Remove a folder's content, but not the folder."""
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def open_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a safetensors file's mapped tensors and its metadata; ValueError if it is broken."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return {k: opened.get_tensor(k) for k in opened.keys()}, opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a complete safetensors file ({error}); "
+                         "download or copy it again") from None
+
+
+def open_pickle(file: Path) -> dict:
+    """Return a pickle of plain values, its tensors memory-mapped; ValueError for any other file."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # from the system, zip, pickle or torch
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file}: not a complete file of plain values ({reason}); "
+                         "use another copy") from error
+
+
+def open_weights(folder: Path) -> dict[str, Tensor]:
+    """Return all weights of a model's folder, memory-mapped, by public name.
+
+    A missing or broken file is a FileNotFoundError or ValueError.
+    """
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return open_file(folder / "model.safetensors")[0]
+    if index.exists():
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        return {k: tensor for shard in shards for k, tensor in open_file(folder / shard)[0].items()}
+    others = {*folder.glob("*.bin"), *folder.glob("*.pth")} - {folder / "training_args.bin"}
+    pickles = sorted(folder.glob("pytorch_model*.bin")) or sorted(others)
+    if not pickles:
+        raise FileNotFoundError(f"{folder}: no model.safetensors, {index.name} or *.bin")
+    return {k: tensor.detach() for file in pickles for k, tensor in open_pickle(file).items()}
+
+
+# ------------------------------------------------------------------------------------ resume states
+
+
+def save_state(folder: Path | str, state: dict) -> None:
+    """Write a resume state as a folder `checkpoint-<step>`, complete or absent.
+
+    It consists of nested dicts, lists and tuples of tensors, numbers, strings and None; anything
+    else is a ValueError.
+    """
+    with atomic_folder(Path(folder)) as out:
+        torch.save(state, out / "state.pt")
+        load_state(out)  # an error now is better than one when resuming
+
+
+def load_state(folder: Path | str) -> dict:
+    """Return what `save_state` wrote, its tensors mapped; ValueError if it is missing or broken."""
+    return open_pickle(Path(folder) / "state.pt")
+
+
+def latest_state(run: Path | str) -> Path | None:
+    """Return the complete checkpoint with the highest step in a run's folder, or None."""
+    found = [p for p in Path(run).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)

@@ -1,0 +1,172 @@
+"""Compare the loss head with the usual ways and with the matmul floor.
+
+Three jobs on the same R response tokens of P pairs: log-probs without a gradient, log-probs with
+gradients for given coefficients, and the whole DDPO loss with gradients. The columns are
+
+* ms: median, forward and backward together.
+* x floor: that time over the time of the bare matrix products (1 without a gradient; 3 with, 2 if
+  the head is frozen), median of the turns' ratios.
+* MB: highest memory beside inputs and gradients (CUDA's allocator; the profiler's record on a CPU).
+* off by: distance of dH (of log p in the first job) from the eager row's, relative to its norm. In
+  half precision a percent is rounding; more means that a row did not do the job.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from itertools import accumulate
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import kernels
+from config import option
+from kernels import reference
+from kernels.bench_tools import GPU, machine, ratio, read_options, take_turns
+
+FORWARD, GRADIENTS, DDPO = "log p", "log p, gradients", "DDPO loss"  # the jobs
+
+
+@dataclass
+class Options:
+    pairs: int = option(32 if GPU else 8, "preference pairs (P)", least=1)
+    response: int = option(100 if GPU else 40, "tokens of each response", least=1)
+    width: int = option(4096 if GPU else 256, "of the hidden states (D)", least=1)
+    vocab: int = option(32064 if GPU else 8192, "size of the vocabulary (V)", least=1)
+    frozen: bool = option(False, "no gradient for the head")
+    device: str = option("cuda" if GPU else "cpu", "where to run", choices=("cuda", "cpu"))
+    repeats: int = option(20 if GPU else 5, "measured turns", least=1)
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor  # (R, D)
+    weight: Tensor  # (V, D)
+    target: Tensor  # (R,)
+    coefficient: Tensor  # (R,), the upstream gradient of the log-probs
+    pairs: tuple  # segment_weight (R,), group (R,), reference (2P,), beta
+
+
+def make_inputs(options: Options) -> Inputs:
+    torch.manual_seed(0)
+    P, V, D, device = options.pairs, options.vocab, options.width, options.device
+    R, dtype = 2 * P * options.response, torch.bfloat16 if device == "cuda" else torch.float32
+    hidden = torch.randn(R, D, device=device).to(dtype).requires_grad_()
+    weight = torch.randn(V, D, device=device).mul_(D**-0.5).to(dtype)
+    rows, target = torch.arange(R, device=device), torch.randint(V, (R,), device=device)
+    scores = torch.randn(2 * P, device=device) - V**0.1
+    pairs = torch.where(rows % 7 == 0, 5.0, 1.0), rows // options.response, scores, 0.5
+    coefficient = torch.randn(R, device=device) / R
+    return Inputs(hidden, weight.requires_grad_(not options.frozen), target, coefficient, pairs)
+
+
+PEERS = {  # (hidden, weight, target) -> log-probs
+    "F.linear_cross_entropy": lambda h, w, t: -F.linear_cross_entropy(
+        h, w, t, reduction="none", options=torch.nn.LinearCrossEntropyOptions()),
+    "Liger": lambda h, w, t: -import_module(
+        "liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(reduction="none")(w, h, t),
+    "cut-cross-entropy": lambda h, w, t: -import_module(
+        "cut_cross_entropy").linear_cross_entropy(h, w, t, reduction="none"),
+}
+
+
+def make_cases() -> dict[str, dict[str, Callable]]:
+    """Return {job: {name: function of the inputs}}."""
+    plain = lambda function: {"eager": function, "torch.compile": torch.compile(function)}
+    ours = lambda function: {"ours B (chunks)": partial(function, method="chunks"),
+                             "ours C (slices)": partial(function, method="slices")}
+    return {
+        FORWARD: plain(reference.token_logp) | {"ours A (forward)": kernels.token_logp},
+        GRADIENTS: plain(reference.token_logp) | PEERS | ours(kernels.token_logp),
+        DDPO: plain(reference.ddpo_loss) | ours(kernels.ddpo_loss),
+    }
+
+
+def make_floor(x: Inputs, gradients: bool) -> Callable[[], None]:
+    """Return the matrix products that the job cannot do without, and nothing else."""
+    hidden, weight = x.hidden.detach(), x.weight.detach()
+    dz = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
+
+    def run() -> None:
+        torch.mm(hidden, weight.T, out=dz)
+        if gradients:
+            torch.mm(dz, weight)
+        if gradients and x.weight.requires_grad:
+            torch.mm(dz.T, hidden)
+
+    return run
+
+
+def run_job(job: str, function: Callable, x: Inputs) -> Tensor:
+    """Return dH, or log p for the job without gradients."""
+    x.hidden.grad = x.weight.grad = None
+    if job == FORWARD:
+        with torch.no_grad():
+            return function(*x[:3])
+    if job == GRADIENTS:
+        logp = function(*x[:3])
+        logp.backward(x.coefficient.to(logp.dtype))
+    else:
+        function(*x[:3], *x.pairs)[0].backward()
+    return x.hidden.grad
+
+
+def peak_memory(run: Callable, x: Inputs) -> float:
+    """Return the highest bytes allocated during a run, less the gradients that it leaves."""
+    x.hidden.grad = x.weight.grad = None
+    if x.hidden.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        peak = peak_cpu_memory(run)
+    gradients = [tensor.grad for tensor in x[:2] if tensor.grad is not None]
+    return peak - sum(gradient.nbytes for gradient in gradients)
+
+
+def peak_cpu_memory(run: Callable) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    events = record.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate((change for _, change in changes), initial=0))
+
+
+def print_job(job: str, functions: dict[str, Callable], x: Inputs, options: Options) -> None:
+    """Print the floor's row and the others'; an absent peer's row gives the reason."""
+    def row(name: str, run: Callable, memory: str = "", off: str = "") -> None:
+        times = take_turns({name: run, "floor": floor}, options.repeats, options.device)
+        milliseconds, multiple = 1e3 * median(times[name]), ratio(times[name], times["floor"])
+        print(f"{job:<17} {name:<23} {milliseconds:9.2f} {multiple:>8} {memory:>8} {off:>8}",
+              flush=True)
+
+    floor, expected = make_floor(x, gradients=job != FORWARD), None
+    row("matmul floor", floor)
+    for name, function in functions.items():
+        run = partial(run_job, job, function, x)
+        try:
+            result = run().float().clone()
+            expected = result if expected is None else expected
+            off = ((result - expected).norm() / expected.norm()).item()
+            row(name, run, f"{peak_memory(run, x) / 1e6:.1f}", f"{off:.1e}")
+        except Exception as error:  # a peer that is absent or fails must not end the table
+            if name.startswith("ours"):
+                raise
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"{job:<17} {name:<23}   not run: {reason[:80]}")
+
+
+def main(argv: list[str]) -> None:
+    options = read_options(Options, "bench.py [--step | --generate]", __doc__, argv)
+    x, head = make_inputs(options), "frozen" if options.frozen else "trained"
+    print(machine(options.device, "torch", "triton", "liger-kernel", "cut-cross-entropy"))
+    print(f"{options.pairs} pairs, R = {len(x.target)} response tokens, D = {options.width}, "
+          f"V = {options.vocab}, {x.hidden.dtype}, {head} head, median of {options.repeats}")
+    print(f"\n{'job':<17} {'by':<23} {'ms':>9} {'x floor':>8} {'MB':>8} {'off by':>8}")
+    for job, functions in make_cases().items():
+        print_job(job, functions, x, options)

@@ -1,0 +1,89 @@
+"""What the benchmarks share: options, the machine's name, timing by turns, a random model."""
+
+import argparse
+import datetime
+import importlib.metadata
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from config import add_options, from_options
+from formats import checkpoint
+from formats import tokenizer as tokenizers
+from model import LLaVA, LLaVAConfig, TextConfig, init_weights
+from vision import ImageSettings, VisionConfig
+from world import pretraining
+
+GPU = torch.cuda.is_available()
+WARM_UP = 2  # turns that are not measured
+
+
+def read_options(kind: type, command: str, doc: str, argv: list[str]):
+    """Return the dataclass `kind` with the options of the command line."""
+    parser = argparse.ArgumentParser(command, description=doc.split("\n")[0])
+    add_options(parser, kind)
+    return from_options(kind, parser.parse_args(argv))
+
+
+def machine(device: str, *packages: str) -> str:
+    """Return the date, the device and the versions of packages as one line."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        cpu = Path("/proc/cpuinfo")
+        models = re.findall(r"model name\s*: (.*)", cpu.read_text() if cpu.exists() else "")
+        name = f"{(models or [platform.machine()])[0]}, {torch.get_num_threads()} threads"
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    return f"{datetime.date.today()} | {name} | {versions}"
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def seconds(function: Callable[[], object], device: str) -> float:
+    """Time a call, including the work that it leaves to the device."""
+    started = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def take_turns(runs: Mapping[str, Callable], repeats: int, device: str) -> dict[str, list[float]]:
+    """Return the seconds of each run, by turn. A machine that is busy for a while slows all."""
+    turns = [[seconds(run, device) for run in runs.values()] for _ in range(WARM_UP + repeats)]
+    return dict(zip(runs, map(list, zip(*turns[WARM_UP:]))))
+
+
+def ratio(times: list[float] | None, others: list[float] | None) -> str:
+    """Return the median of the turns' ratios, or nothing where one of the two did not run."""
+    if not times or not others:
+        return ""
+    return f"{statistics.median(a / b for a, b in zip(times, others)):.2f}"
+
+
+def save_random_llava(
+    folder: Path, vocab: int, width: int, layers: int, tower: VisionConfig
+) -> Path:
+    """Write a random LLaVA in the llava-hf layout below `folder` and return its path.
+
+    `vocab` counts the image and padding tokens; the decoder's width is a multiple of 64.
+    """
+    path = folder / "tokenizer.model"
+    tokenizers.train_tokenizer(pretraining.world_texts(100), path, vocab - 2)
+    tokenizer = tokenizers.Tokenizer(path, vocab - 2, vocab - 1)
+    text = TextConfig(vocab, width, width * 43 // 16, layers, width // 64, width // 64, 1024)
+    model = LLaVA(LLaVAConfig(tower, text, vocab - 2, vocab - 1, tokenizer.eos_token))
+    init_weights(model, 0)
+    settings = ImageSettings(size=tower.image_size)
+    checkpoint.save_llava(model, tokenizer, settings, folder / "model")
+    return folder / "model"

@@ -1,0 +1,338 @@
+"""What a run starts from: the runs that come first, a model, and data.
+
+The built-in world's models and feedback are made once, kept in runs/world and reused; their names
+say which model and seed they belong to. A user's own model and data take the same path.
+"""
+
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+
+import world
+from algorithm import Algorithm, Data, Start
+from config import TRANSIENT, VERSION, Run, Training
+from data import Example, check_lengths
+from evaluation import (
+    measure_world, memory_estimate, read_results, save_pairs, show_rows, with_intervals,
+    write_results,
+)
+from formats import (
+    DataError, Prompt, captions_of, encode_images, find_device, fingerprint, latest_state,
+    load_llava, open_image, read_captions, read_conversations, read_pairs, read_prompts,
+    report_skipped,
+)
+from formats.files import clear, read_json, write_atomic
+from formats.rows import skipping
+from lora import add_adapter, lora_layers, select_trainable
+from world import feedback, pretraining
+
+WORLD = Path("runs/world")  # what the built-in world's runs make and reuse
+SHIPPED = {name: Path(world.__file__).parent / name for name in ("base", "rm_init")}
+READERS = {"pairs": read_pairs, "conversations": read_conversations, "rankings": read_pairs,
+           "prompts": read_prompts}
+
+# --------------------------------------------------------------------------------- what comes first
+
+
+def plan(
+    run: Run, config: Training, algorithms: Mapping[str, type[Algorithm]]
+) -> list[tuple[Run, Training]]:
+    """The runs that have to be done, in order: those that this one depends on, then itself.
+
+    Made from settings and the names of files, before anything is locked or loaded.
+    """
+    steps = []
+    for name in algorithms[run.algo].first:
+        folder = dependency(name, run, config)
+        if folder is None or (folder / "model" / "config.json").exists():
+            continue
+        first = Run(algo=name, seed=run.seed, device=run.device, dtype=run.dtype,
+                    from_scratch=run.from_scratch, test_scenes=0)
+        if name == "rm":
+            first = replace(run, algo=name, overwrite=False, dry_run=False)
+        first = replace(first, out=str(folder), resume=(folder / "config.json").exists())
+        kind = algorithms[name].Config
+        settings = {"facts": config.facts} if name == "rm" else {}
+        steps += [step for step in plan(first, kind(**settings), algorithms) if step not in steps]
+    return [*steps, (run, config)]
+
+
+def dependency(name: str, run: Run, config: Training) -> Path | None:
+    """The folder of a built-in run that `run` depends on; None if what it makes is given."""
+    if name == "rm":
+        return None if config.reward_model else reward_folder(run, config)
+    if run.model or name in SHIPPED and not run.from_scratch:
+        return None
+    if name == "rm_init" and not starts_from_rm_init(run):
+        return None
+    return WORLD / (name if run.seed == 0 else f"{name}-seed{run.seed}")
+
+
+def starts_from_rm_init(run: Run) -> bool:
+    """Whether a reward model starts from the built-in initialisation and not from the base.
+
+    So small a base as the built-in one cannot compare an answer with captions. With LoRA the reward
+    model has to lie over the base itself, as the policy does.
+    """
+    return not run.model and run.on_world() and not run.lora
+
+
+def reward_folder(run: Run, config: Training) -> Path:
+    """The folder of the reward model's run."""
+    if config.reward_model:
+        return Path(config.reward_model)
+    if not run.on_world():
+        raise ValueError("PPO needs a reward model: --reward_model with the folder of a run of "
+                         "python train.py --algo rm")
+    kind = "facts" if config.facts else "plain"
+    kind += f"-lora{run.lora}" if run.lora else ""
+    base = f"-{Path(run.model).resolve().name}" if run.model else ""
+    return WORLD / f"rm-{kind}{base}-{run.seed}"
+
+
+# -------------------------------------------------------------------------------------------- model
+
+
+def model_path(run: Run, name: str) -> Path:
+    """The folder of a model to start from: the user's, the shipped one, or one made here."""
+    if run.model and name != "rm_init":
+        return Path(run.model)
+    made = dependency(name, run, Training())
+    return made / "model" if made else SHIPPED[name]
+
+
+def load_start(
+    run: Run, config: Training, algorithm: type[Algorithm], device: torch.device, folder: Path
+) -> Start:
+    """The model that a run starts from. A base that LoRA leaves frozen is kept in bfloat16."""
+    if not algorithm.first:
+        model, tokenizer, images = pretraining.fresh_model(WORLD / "tokenizer.model", run.seed)
+        return Start(run, model.to(device), tokenizer, images, folder)
+    half = run.lora and run.use_bfloat16(device.type)
+    dtype = torch.bfloat16 if half else torch.float32
+    model, tokenizer, images = load_llava(model_path(run, algorithm.first[0]), device, dtype)
+    model.decoder.gradient_checkpointing = run.gradient_checkpointing
+    if run.image_mode != "auto":
+        images = replace(images, mode=run.image_mode)
+    reward_model = reward_folder(run, config) if "rm" in algorithm.first else None
+    return Start(run, model, tokenizer, images, folder, fingerprint(model), reward_model)
+
+
+def select_weights(start: Start, algorithm: type[Algorithm]) -> None:
+    """Choose what is trained: a new adapter, or decoder, projector and head themselves."""
+    run = start.run
+    if "rm_init" in algorithm.first and starts_from_rm_init(run):
+        start.model, _, _ = load_llava(model_path(run, "rm_init"), start.device, torch.float32)
+        start.model.decoder.gradient_checkpointing = run.gradient_checkpointing
+    adapter = "default" if run.lora else None
+    if adapter:
+        add_adapter(start.model, adapter, run.lora, run.lora_alpha, seed=run.seed)
+        for module in lora_layers(start.model, adapter):
+            module.active = adapter
+    select_trainable(start.model, adapter)
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+def read_data(start: Start, config: Training, algorithm: type[Algorithm]) -> Data:
+    """What an algorithm learns from: the user's rows, or the built-in world's feedback."""
+    run, kind = start.run, algorithm.reads
+    if not kind:
+        return Data([])
+    if run.on_world():
+        return world_data(start, config, algorithm)
+    rows, examples = read_examples(start, config, algorithm, run.data, run.images, config.captions)
+    if kind == "pairs":
+        save_pairs(start.folder, rows, examples, start.tokenizer)
+    if kind != "rankings":
+        return Data(examples)
+    Random(f"held out {run.seed}").shuffle(examples)
+    held_out = min(config.held_out, len(examples) // 10)
+    return Data(examples[held_out:], examples[:held_out])
+
+
+def world_data(start: Start, config: Training, algorithm: type[Algorithm]) -> Data:
+    """The built-in world's feedback, collected if it is not there yet."""
+    def read(folder: Path, file: str):
+        return read_examples(start, config, algorithm, [folder / file], folder / "images",
+                             folder / "image_to_caption.json")
+
+    if algorithm.reads == "prompts":
+        folder = WORLD / f"prompts-{config.prompts}-{start.run.seed}"
+        if not (folder / "prompts.json").exists():
+            feedback.prompts(start.images, folder, config.prompts, start.run.seed)
+        return Data(read(folder, "prompts.json")[1], false_parts=false_parts(folder))
+    if algorithm.reads == "rankings":
+        train = world_rankings(start, "train", config.rankings, config.noise)
+        test = world_rankings(start, "test", config.held_out, 0.0)
+        return Data(*(read(folder, "preferences.json")[1] if folder else []
+                      for folder in (train, test)))
+    rows, examples = read(world_corrections(start), "corrections.jsonl")
+    if algorithm.reads == "pairs":
+        save_pairs(start.folder, rows, examples, start.tokenizer)
+    return Data(examples)
+
+
+def world_corrections(start: Start) -> Path:
+    """The folder of corrections of this base's own answers."""
+    count, seed = start.run.corrections, start.run.seed
+    folder = WORLD / f"corrections-{start.base[:8]}-{seed}-{count}"
+    if not (folder / "corrections.jsonl").exists():
+        print(f"collecting {count} corrections of the base's answers in {folder}", file=sys.stderr)
+        feedback.corrections(start.model, start.tokenizer, start.images, folder, count, seed)
+    return folder
+
+
+def world_rankings(start: Start, split: str, count: int, noise: float) -> Path | None:
+    """The folder of ranked pairs of this base's own answers; None for no pairs."""
+    if not count:
+        return None
+    folder = WORLD / f"rankings-{split}-{count}-{noise}-{start.base[:8]}-{start.run.seed}"
+    if not (folder / "preferences.json").exists():
+        print(f"collecting {count} ranked pairs of the base's answers in {folder}", file=sys.stderr)
+        feedback.rankings(start.model, start.tokenizer, start.images, folder, count,
+                          start.run.seed, noise, split)
+    return folder
+
+
+def read_examples(
+    start: Start, config: Training, algorithm: type[Algorithm], paths: list, images,
+    captions: str | Path | None, encode: bool = True,
+) -> tuple[list, list[Example]]:
+    """Every usable row of the data, and the example made of it.
+
+    Args:
+        images: folder that the rows' image names are relative to.
+        captions: image_to_caption.json, read where the config asks for facts.
+        encode: False, for a dry run, only tries to open the images.
+
+    Raises:
+        DataError: the first bad row (collected instead with --skip_bad_rows), or no usable row.
+    """
+    if config.facts and not captions:
+        raise ValueError("--facts needs captions of the images: --captions image_to_caption.json")
+    known = read_captions(captions) if config.facts else None
+    skipped: list[str] | None = [] if start.run.skip_bad_rows else None
+    model, patches = start.model, start.model.config.vision.patches
+    rows, made, features = [], [], None
+    for row in READERS[algorithm.reads](paths, images, skipped):
+        with skipping(skipped):
+            prompt, responses = algorithm.tokens(row, start.tokenizer, patches, config)
+            check_lengths(row.name, prompt, responses, model.config.text.max_position_embeddings)
+            facts = captions_of(row.name, row.image, known) if known is not None else ()
+            rows.append(row)
+            made.append((prompt, responses, row.question, facts))
+    if encode:
+        named = [(row.name, row.image) for row in rows]
+        features = encode_images(model, start.images, named, start.folder, stop=skipped is None)
+    usable, examples = [], []
+    for i, row in enumerate(rows):
+        with skipping(skipped):
+            if not encode and row.image is not None:
+                open_image(row.name, row.image)
+            image = features[i] if encode else None
+            rules = (row.truth, row.length_bonus) if isinstance(row, Prompt) else (None, 1.0)
+            examples.append(Example(row.name, image, *made[i], *rules, row.picture))
+            usable.append(row)
+    report_skipped(skipped)
+    if not examples:
+        raise DataError("no usable row is left")
+    return usable, examples
+
+
+def preview(run: Run, config: Training, algorithm: type[Algorithm]) -> None:
+    """Print the rows that a run would train on, and the memory that it would take."""
+    if algorithm.reads not in ("pairs", "conversations"):
+        return
+    start = load_start(run, config, algorithm, find_device(run.device), Path(run.out))
+    paths, images = run.data, run.images
+    if run.on_world():
+        folder = world_corrections(start)
+        paths, images = [folder / "corrections.jsonl"], folder / "images"
+    rows, examples = read_examples(start, config, algorithm, paths, images, None, encode=False)
+    show_rows(examples, start.tokenizer)
+    select_weights(start, algorithm)
+    named = [(row.name, row.image) for row in rows]
+    print(memory_estimate(start.model, config, examples, named, 2 if start.bfloat16 else 4))
+
+
+def false_parts(folder: Path) -> Callable[[Example, str], list[str]]:
+    """The false parts of an answer to a prompt of the built-in world, by its oracle."""
+    seeds = read_json(folder / "image_to_scene.json")
+    scene_of = lru_cache(maxsize=None)(lambda picture: world.make_scene(seeds[picture]))
+
+    def find(example: Example, text: str) -> list[str]:
+        if example.truth:
+            return [] if text.lower().startswith(example.truth.lower()) else [text]
+        spans = world.hallucinations(scene_of(example.picture), text)
+        return [text[span.start : span.end] for span in spans]
+
+    return find
+
+
+# ---------------------------------------------------------------------------------------- measuring
+
+
+def measure(start: Start, algorithm: Algorithm, trained: bool) -> tuple[dict, list[dict]] | None:
+    """(metrics, records) before or after training; None where there is nothing to measure."""
+    run = start.run
+
+    def on_world() -> tuple[dict, list[dict]] | None:
+        if not run.test_scenes or not run.on_world():
+            return None
+        if trained:
+            return measure_world(start.model, start.tokenizer, start.images, run.test_scenes)
+        path = WORLD / f"before-{start.base[:8]}-{run.test_scenes}.json"  # shared by all runs
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_results(path, None, measure_world(
+                start.model, start.tokenizer, start.images, run.test_scenes))
+        return read_results(path)["after"]
+
+    def means(values: dict[str, np.ndarray]) -> dict:
+        return with_intervals(
+            {name: [(1, each, np.ones(len(each)))] for name, each in values.items()})
+
+    return algorithm.measure(on_world, means)
+
+
+# -------------------------------------------------------------------------------- the output folder
+
+
+def open_folder(folder: Path, run: Run, config: Training, about: str, reads: str) -> bool:
+    """Prepare the output folder and write its config.json; True if resuming."""
+    settings = {k: v for k, v in {**asdict(run), **asdict(config)}.items() if k not in TRANSIENT}
+    file = folder / "config.json"
+    if run.overwrite and file.exists():
+        clear(folder)
+    if file.exists():
+        old = read_json(file)["settings"]
+        changed = sorted(k for k in old.keys() | settings.keys() if old.get(k) != settings.get(k))
+        began = latest_state(folder) or (folder / "metrics.jsonl").exists()
+        if changed and (began or run.resume):
+            raise ValueError(
+                f"{folder} holds a run with other settings ({', '.join(changed)} differ); "
+                "choose another --out, or --overwrite it"
+            )
+        if not run.resume and latest_state(folder):
+            raise ValueError(
+                f"{folder} holds an unfinished run; --resume continues, --overwrite restarts it")
+    elif run.resume:
+        raise ValueError(f"{folder} holds no run to resume")
+    elif any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run of ours; choose another --out")
+    if not run.resume:
+        clear(folder)  # a finished run with the same settings is done again
+    versions = {"plumbline": VERSION, "torch": torch.__version__,
+                "python": platform.python_version()}
+    write_atomic(file, {"settings": settings, "versions": versions, "about": about,
+                        "reads": reads})
+    return run.resume

@@ -1,0 +1,44 @@
+"""A small drawn world with exact truth, in which small models hallucinate as large ones do.
+
+A *scene* is a setting (street, kitchen, ...) and three to five *things*, each a kind, a colour, a
+number and one cell of a 3x3 grid. From a scene the world makes the picture, a true description, and
+the description that a *noisy annotator* would write from habit: one more thing that such a setting
+usually has; an unusual colour reported as the usual one; three counted as two. Habits need a world
+with regularities, so settings have typical kinds and kinds have usual colours, with exceptions.
+
+A model trained on the annotator's texts learns to see, and it learns the habits too: which object
+to expect in a kitchen is far easier to learn than whether it is there. LLaVA came to hallucinate in
+this way (it copied co-occurrence priors from its training texts), and the over-generalisation
+measure of RLHF-V (arXiv 2312.00849, Table 2) detects it in large models.
+
+    scenes        what exists, and scenes of it        oracle     false spans, corrections, rankings
+    texts         descriptions, captions, annotator    vqa        questions and their answers
+    drawing       pictures                             feedback   the papers' data sets, played
+    pretraining   the world's own models               tasks      what these are trained on
+
+The names below are the world itself, without models. Each is a function of its arguments: random
+choices come from the scene's seed or from the `random.Random` that is passed in.
+"""
+
+from world.drawing import draw
+from world.oracle import (
+    NOUNS, PLACE, Span, correct, hallucinations, mentions, merit, rank,
+)
+from world.scenes import (
+    COLOURS, KINDS, NUMBERS, PLACES, SCENES, Scene, Thing, labels, lookalike, make_scene,
+)
+from world.texts import (
+    DESCRIBE_PROMPTS_EVAL, DESCRIBE_PROMPTS_TRAIN, Rates, annotate, describe, facts, statements,
+)
+from world.vqa import (
+    CONTENT, QUESTION_PROMPTS_EVAL, QUESTION_PROMPTS_TRAIN, TOPICS, Question, answer_is_right,
+    exists_question, question, questions,
+)
+
+__all__ = [
+    "COLOURS", "CONTENT", "DESCRIBE_PROMPTS_EVAL", "DESCRIBE_PROMPTS_TRAIN", "KINDS", "NOUNS",
+    "NUMBERS", "PLACE", "PLACES", "QUESTION_PROMPTS_EVAL", "QUESTION_PROMPTS_TRAIN", "Question",
+    "Rates", "SCENES", "Scene", "Span", "TOPICS", "Thing", "annotate", "answer_is_right", "correct",
+    "describe", "draw", "exists_question", "facts", "hallucinations", "labels", "lookalike",
+    "make_scene", "mentions", "merit", "question", "questions", "rank", "statements",
+]

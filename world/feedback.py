@@ -1,0 +1,164 @@
+"""Feedback on a model's own completions in the built-in world, written as a user's files would be.
+
+The oracle plays the annotators of the papers. Their work is written in the plain formats that
+`formats/readers.py` reads from anybody: a JSON or JSONL file and a folder of images beside it. So
+built-in data takes the same path as real data, and any tool can show and edit it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+from PIL import Image
+
+import world
+from formats.files import jsonl, write_atomic
+from formats.tokenizer import IMAGE, Tokenizer
+from generation import answers
+from model import LLaVA
+from vision import ImageSettings
+
+TEMPERATURE = 0.5  # of the completions to correct: typical of the model, with some variety
+CHUNK = 200  # scenes per round; how many of their completions are usable shows only afterwards
+OPEN, NO, YES = 1, 6, 7  # LLaVA-RLHF's caption_type: the kind of question and its right answer
+
+
+def sample(
+    model: LLaVA, tokenizer: Tokenizer, settings: ImageSettings, scenes: list[world.Scene],
+    rng: Random, temperature: float, samples: int,
+) -> Iterator[tuple[world.Scene, Image.Image, str, list[str]]]:
+    """Have the model describe scenes; yield (scene, picture, question, completions)."""
+    questions = [rng.choice(world.DESCRIBE_PROMPTS_TRAIN) for _ in scenes]
+    pictures = [world.draw(scene, settings.size) for scene in scenes]
+    texts = answers(
+        model, tokenizer, settings, pictures, questions, temperature=temperature, samples=samples,
+        seed=rng.randrange(2**31),
+    )
+    for i, (scene, picture, question) in enumerate(zip(scenes, pictures, questions)):
+        yield scene, picture, question, texts[i * samples : (i + 1) * samples]
+
+
+def corrections(
+    model: LLaVA, tokenizer: Tokenizer, settings: ImageSettings, folder: Path,
+    count: int, seed: int,
+) -> Path:
+    """Sample descriptions, correct the false ones and write both (RLHF-V, section 3.1).
+
+    Args:
+        folder: gets `corrections.jsonl` and `images/`.
+        count: corrections wanted; completions without a hallucination are passed over.
+        seed: decides scenes, wordings and sampling.
+
+    Returns:
+        The path of the JSONL file. Its rows are those of the RLHF-V data: image, question, chosen
+        (the corrected completion) and rejected (the original).
+
+    Raises:
+        ValueError: the model hardly hallucinates; there is nothing to correct.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = Random(f"corrections {seed}")
+    rows, asked = [], 0
+    while len(rows) < count:
+        if asked >= 20 * count:
+            raise ValueError(f"only {len(rows)} of {asked} completions contained a hallucination")
+        scenes = [world.make_scene(f"corrections {seed} {asked + i}") for i in range(CHUNK)]
+        sampled = sample(model, tokenizer, settings, scenes, rng, TEMPERATURE, 1)
+        for i, (scene, picture, question, (completion,)) in enumerate(sampled, asked):
+            corrected = world.correct(scene, completion)
+            if corrected.strip() and corrected != completion and len(rows) < count:
+                picture.save(folder / "images" / f"{i:06}.png")
+                rows.append({"image": f"{i:06}.png", "question": question,
+                             "chosen": corrected, "rejected": completion})
+        asked += CHUNK
+    path = folder / "corrections.jsonl"
+    write_atomic(path, jsonl(rows))
+    return path
+
+
+def rankings(
+    model: LLaVA, tokenizer: Tokenizer, settings: ImageSettings, folder: Path,
+    count: int, seed: int, noise: float = 0.1, split: str = "train",
+) -> Path:
+    """Sample two descriptions per scene, rank them and write all (LLaVA-RLHF, section 2.2).
+
+    Args:
+        folder: gets `preferences.json` in LLaVA-Human-Preference-10K's format,
+            `image_to_caption.json` and `images/`.
+        count: ranked pairs wanted; equally good pairs, which annotators could not tell apart
+            either, and pairs with an empty completion are passed over.
+        seed: decides scenes, wordings and sampling.
+        noise: how often the worse completion is preferred; 0 for an exact measure.
+        split: of the scenes, "train" or "test".
+
+    Returns:
+        The path of `preferences.json`.
+
+    Raises:
+        ValueError: the model's completions of one prompt hardly ever differ in merit.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = Random(f"rankings {split} {seed}")
+    rows, captions, asked = [], {}, 0
+    while len(rows) < count:
+        if asked >= 20 * count + CHUNK:
+            raise ValueError(f"only {len(rows)} of {asked} pairs of completions differed in merit")
+        scenes = [world.make_scene(f"rankings {seed} {asked + i}", split) for i in range(CHUNK)]
+        sampled = sample(model, tokenizer, settings, scenes, rng, 1.0, 2)
+        for i, (scene, picture, question, pair) in enumerate(sampled, asked):
+            if len(rows) == count or not all(text.strip() for text in pair):
+                continue
+            if world.merit(scene, pair[0]) == world.merit(scene, pair[1]):
+                continue
+            image = f"{i:06}.png"
+            picture.save(folder / "images" / image)
+            captions[image] = world.facts(scene, rng)
+            rows.append({
+                "id": f"{split} {i}", "image": image,
+                "conversations": conversation(question, pair[0]),
+                "output_1": {"from": "gpt", "value": pair[0]},
+                "output_2": {"from": "gpt", "value": pair[1]},
+                "preference": 1 + world.rank(scene, *pair, rng, noise),
+                "hallucination": any(world.hallucinations(scene, text) for text in pair),
+            })
+        asked += CHUNK
+    write_atomic(folder / "image_to_caption.json", captions)
+    write_atomic(folder / "preferences.json", rows)
+    return folder / "preferences.json"
+
+
+def conversation(question: str, answer: str | None = None) -> list[dict[str, str]]:
+    """Return a question about an image, and its answer if given, as LLaVA's files have them."""
+    turns = [{"from": "human", "value": f"{IMAGE}\n{question}"}]
+    return turns + [{"from": "gpt", "value": answer}] * (answer is not None)
+
+
+def prompts(settings: ImageSettings, folder: Path, count: int, seed: int) -> Path:
+    """Write the prompts of PPO's rollouts: three descriptions to one yes/no question.
+
+    Args:
+        folder: gets `prompts.json` in LLaVA-RLHF's format, `image_to_caption.json`, `images/`, and
+            `image_to_scene.json`: the scenes' seeds, to compare completions with the truth.
+
+    Returns:
+        The path of `prompts.json`.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = Random(f"prompts {seed}")
+    rows, captions, seeds = [], {}, {}
+    for i in range(count):
+        image = f"{i:06}.png"
+        seeds[image] = f"prompts {seed} {i}"
+        scene = world.make_scene(seeds[image])
+        world.draw(scene, settings.size).save(folder / "images" / image)
+        captions[image] = world.facts(scene, rng)
+        question, kind = rng.choice(world.DESCRIBE_PROMPTS_TRAIN), OPEN
+        if i % 4 == 3:
+            asked = world.question(scene, "exists", rng)
+            question, kind = asked.text, YES if asked.answer.startswith("Yes") else NO
+        rows.append({"id": str(i), "image": image, "conversations": conversation(question),
+                     "caption_type": kind, "length_bonus": 1.0})
+    write_atomic(folder / "image_to_scene.json", seeds)
+    write_atomic(folder / "image_to_caption.json", captions)
+    write_atomic(folder / "prompts.json", rows)
+    return folder / "prompts.json"

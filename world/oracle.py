@@ -1,0 +1,176 @@
+"""The oracle: what is false in a free-form text about a scene, its correction, and its rank.
+
+It plays the people of the papers exactly. `hallucinations` marks the false spans, `correct` edits
+them as RLHF-V's annotators did (arXiv 2312.00849, section 3.1), and `rank` prefers one of two texts
+as LLaVA-RLHF's annotators did (arXiv 2309.14525, section 2.2). Text outside the world's language
+asserts nothing, so it is never false.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from random import Random
+
+from world.scenes import COLOURS, KINDS, NUMBERS, PLACES, SCENES, Scene, Thing
+from world.texts import be, capital, noun, plural, with_article
+
+
+def any_of(words: Iterable[str]) -> str:
+    """Return a regular expression for any of the words, the longest first."""
+    return "|".join(sorted(words, key=len, reverse=True))
+
+
+NOUNS = {form: kind for kind in KINDS for form in (kind, plural(kind))}
+VALUES = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3}
+SENTENCE = re.compile(r"(?P<said>[^\s.!?;](?:[^.!?;\n]*[^\s.!?;])?)[.!?;]*")
+MENTION = re.compile(  # the noun, the number before it and the verb beside it
+    r"(?:\bthere\s+(?P<there>is|are)\s+(?:also\s+)?)?"
+    rf"(?:\b(?P<number>{any_of(VALUES)})\s+(?:\w+\s+){{0,2}}?)?"
+    rf"\b(?P<noun>{any_of(NOUNS)})\b(?:\s+(?P<verb>is|are)\b)?", re.I)
+COLOUR = re.compile(rf"\b(?:{any_of(COLOURS)})\b", re.I)
+PLACE = re.compile(rf"\b(?:{any_of(PLACES)})\b", re.I)
+SETTING = re.compile(rf"\b(?:{any_of(SCENES)})\b", re.I)
+DENIAL = re.compile(r"\b(?:not|without|no\s+\w)|\?\s*$", re.I)  # asserts that nothing is there
+# `\s*,?\s+and\s+|\s*,\s+`, but every run of white space is entered at its beginning only: trying
+# each of its characters, and each way to share it between \s* and \s+, takes cubic time.
+LINK = re.compile(r"(?<!\s)\s+and\s+|(?:(?<!\s)\s+)?,\s+(?:and\s+)?", re.I)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A false part of a text, `text[start:end]`, and its minimal correction."""
+
+    start: int
+    end: int
+    kind: str  # object | attribute | position | number | other (setting) | agreement (grammar)
+    replacement: str  # "" where the span is to be deleted
+
+
+Clause = tuple[int, int, re.Match]  # start, end, and the mention of a kind in it
+
+
+def clauses_of(text: str) -> Iterator[tuple[int, list[Clause]]]:
+    """Yield (end, clauses) of every sentence that asserts something.
+
+    A clause is the part of a sentence about one mention. Most sentences are one clause; one that
+    mentions several kinds is divided at the last comma or "and" between two of them, or else before
+    the second. The full stop belongs to the sentence and to no clause.
+    """
+    for found in SENTENCE.finditer(text):
+        if DENIAL.search(found[0]):
+            continue
+        nouns = list(MENTION.finditer(text, *found.span()))
+        cuts = [found.start()]
+        for before, after in zip(nouns, nouns[1:]):
+            links = list(LINK.finditer(text, before.end(), after.start()))
+            cuts.append(links[-1].start() if links else after.start())
+        cuts.append(found.end("said"))
+        yield found.end(), list(zip(cuts, cuts[1:], nouns))
+
+
+def match_case(old: str, new: str) -> str:
+    return capital(new) if old[0].isupper() else new
+
+
+def clause_edits(
+    thing: Thing, text: str, start: int, end: int, mention: re.Match
+) -> Iterator[Span]:
+    """Yield the edits to a clause about a thing that is there; grammar follows a changed number."""
+    for pattern, kind, truth in ((COLOUR, "attribute", thing.colour),
+                                 (PLACE, "position", PLACES[thing.cell])):
+        for found in pattern.finditer(text, start, end):
+            if found[0].lower() != truth:
+                yield Span(*found.span(), kind, match_case(found[0], truth))
+    number = mention["number"]
+    if number and VALUES[number.lower()] != thing.number:
+        adjective = text[mention.end("number"):mention.start("noun")].split()
+        article = with_article((adjective + [thing.kind])[0]).split()[0]
+        truth = article if thing.number == 1 else NUMBERS[thing.number]
+        yield Span(*mention.span("number"), "number", match_case(number, truth))
+        for group, word in (("there", be(thing)), ("noun", noun(thing)), ("verb", be(thing))):
+            if mention[group] and mention[group].lower() != word:
+                yield Span(*mention.span(group), "agreement", match_case(mention[group], word))
+
+
+def deletion(
+    i: int, clauses: list[Clause], things: list[Thing | None], end: int
+) -> tuple[int, int]:
+    """Return the span to delete for the absent kind of clause `i`, so that the rest still reads.
+
+    Args:
+        things: the thing that each clause mentions, None where it is absent.
+        end: of the sentence.
+    """
+    left, right, mention = clauses[i]
+    if not any(things):  # delete the whole sentence, in as many parts as it has absent kinds
+        return left, end if i == len(clauses) - 1 else right
+    if any(things[:i]):
+        return left, right
+    following = clauses[i + 1][2]  # the sentence's beginning stays for the next kind
+    keeps_verb = mention["number"] and not following["there"]
+    return mention.start("number" if keeps_verb else 0), following.start()
+
+
+def edits(scene: Scene, text: str) -> list[Span]:
+    """Return the false spans, and the changes of grammar (kind "agreement") that go with them."""
+    found, deleted = [], []
+    for end, clauses in clauses_of(text):
+        things = [scene.find(NOUNS[mention["noun"].lower()]) for _, _, mention in clauses]
+        for i, thing in enumerate(things):
+            if thing:
+                found += clause_edits(thing, text, *clauses[i])
+            else:
+                deleted.append(Span(*deletion(i, clauses, things, end), "object", ""))
+    found += [Span(*word.span(), "other", match_case(word[0], scene.type))
+              for word in SETTING.finditer(text) if word[0].lower() != scene.type]
+    found = [edit for edit in found
+             if not any(span.start <= edit.start < span.end for span in deleted)]
+    return sorted(found + deleted, key=lambda edit: edit.start)
+
+
+def hallucinations(scene: Scene, text: str) -> list[Span]:
+    """Return every false span of a free-form text, in order; spans never overlap.
+
+    For an absent kind the span is its whole sentence (or its clause, where the sentence mentions
+    other kinds as well); otherwise the false colour, number, place or setting alone. Questions and
+    denials are never false.
+    """
+    return [edit for edit in edits(scene, text) if edit.kind != "agreement"]
+
+
+def correct(scene: Scene, text: str) -> str:
+    """Make the text true by minimal edits; all else stays as it is, byte for byte.
+
+    Sentences about absent kinds go, with the white space before them (after, for the first); wrong
+    words are replaced, and is/are and the noun follow a changed number.
+    """
+    while found := edits(scene, text):  # a second round only where a clause lost its neighbour
+        for edit in reversed(found):
+            before, after = text[:edit.start], text[edit.end:]
+            if not edit.replacement:
+                before = before if after[:1].strip() else before.rstrip()
+                after = after if before else after.lstrip()
+            text = before + edit.replacement + after
+    return text
+
+
+def mentions(text: str) -> list[str]:
+    """Return the kinds that a text asserts to be there, in order, with repetitions."""
+    return [NOUNS[mention["noun"].lower()]
+            for _, clauses in clauses_of(text) for _, _, mention in clauses]
+
+
+def merit(scene: Scene, text: str) -> tuple[int, int]:
+    """Return the key of `rank`, greater is better: (-false spans, kinds rightly mentioned)."""
+    return (-len(hallucinations(scene, text)),
+            len({kind for kind in mentions(text) if scene.find(kind)}))
+
+
+def rank(scene: Scene, first: str, second: str, rng: Random, noise: float = 0.1) -> int:
+    """Return 0 if the first text is better, 1 if the second; wrong with probability `noise`.
+
+    Better is: fewer false spans, then more of the kinds mentioned, then either.
+    """
+    scores = [merit(scene, text) for text in (first, second)]
+    better = rng.randrange(2) if scores[0] == scores[1] else int(scores[1] > scores[0])
+    return 1 - better if rng.random() < noise else better

@@ -1,0 +1,146 @@
+"""Scenes: a setting with three to five things in it, each of a kind, colour, number and place.
+
+Settings have typical kinds and kinds have usual colours, and both have exceptions: an annotator can
+mistake these regularities for the truth, and so can a model trained on their texts.
+"""
+
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from random import Random
+from typing import TypeVar
+
+COLOURS = {  # name: RGB
+    "red": (225, 40, 40), "green": (45, 165, 60), "blue": (45, 95, 230),
+    "yellow": (250, 210, 40), "white": (248, 248, 248), "purple": (160, 60, 205),
+}
+KINDS = {  # kind: its usual colour (each colour is usual for four kinds, so that none stands out)
+    "car": "red", "bus": "yellow", "bicycle": "blue", "house": "red", "tree": "green",
+    "dog": "white", "cat": "white", "duck": "yellow", "boat": "blue", "umbrella": "red",
+    "ball": "purple", "kite": "purple", "cup": "blue", "pot": "blue", "apple": "red",
+    "bottle": "green", "chair": "green", "clock": "white", "lamp": "yellow", "bed": "white",
+    "book": "purple", "hat": "yellow", "flower": "purple", "tractor": "green",
+}
+SCENES = {  # setting: its typical kinds, each with a popularity weight
+    "street": {"car": 6, "house": 5, "bus": 4, "tree": 4, "bicycle": 4, "lamp": 3, "dog": 2},
+    "kitchen": {"cup": 6, "pot": 5, "bottle": 4, "apple": 4, "chair": 4, "clock": 3, "cat": 2},
+    "beach": {"umbrella": 6, "boat": 5, "ball": 4, "hat": 4, "kite": 4, "bottle": 3, "dog": 2},
+    "farm": {"tractor": 6, "house": 5, "duck": 4, "tree": 4, "apple": 4, "cat": 3, "dog": 2},
+    "park": {"tree": 6, "flower": 5, "kite": 4, "duck": 4, "ball": 4, "bicycle": 3, "dog": 2},
+    "bedroom": {"bed": 6, "lamp": 5, "book": 4, "clock": 4, "chair": 4, "hat": 3, "cat": 2},
+}
+PLACES = (  # the 3x3 grid, row by row; no phrase is the beginning of another
+    "at the top left", "at the top centre", "at the top right",
+    "on the left", "in the middle", "on the right",
+    "at the bottom left", "at the bottom centre", "at the bottom right",
+)
+NUMBERS = {1: "one", 2: "two", 3: "three"}
+TYPICAL = 0.8  # chance that a thing is drawn from the setting's typical kinds, not from all kinds
+UNUSUAL_COLOUR = 0.3  # chance that a thing has another colour than its usual one
+NUMBER_WEIGHTS = (65, 20, 15)  # of one, two, three
+TEST_SHARE = 5  # one scene content in five belongs to the test split
+
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True)
+class Thing:
+    kind: str
+    colour: str
+    number: int  # 1, 2 or 3
+    cell: int  # 0..8, index into PLACES
+
+
+@dataclass(frozen=True)
+class Scene:
+    seed: int | str
+    type: str  # the setting, a key of SCENES
+    things: tuple[Thing, ...]  # in reading order; each kind and each cell at most once
+
+    def find(self, kind: str) -> Thing | None:
+        """Return the thing of this kind, or None."""
+        return next((thing for thing in self.things if thing.kind == kind), None)
+
+    def absent(self, kinds: Iterable[str] = KINDS) -> list[str]:
+        """Return those of `kinds` that are not in the scene."""
+        return [kind for kind in kinds if self.find(kind) is None]
+
+    def free_cells(self) -> list[int]:
+        """Return the cells that hold nothing."""
+        return sorted(set(range(9)) - {thing.cell for thing in self.things})
+
+
+def weighted_choice(rng: Random, weights: Mapping[Key, float]) -> Key:
+    """Draw a key with a probability proportional to its weight."""
+    return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def make_scene(seed: int | str, split: str = "train") -> Scene:
+    """Make the scene with this seed. No content occurs in both splits, whatever the seeds.
+
+    The split is read off a hash of the content (not of the seed: two seeds may draw the same
+    content), and scenes are redrawn until one belongs to the wanted split.
+
+    Raises:
+        ValueError: `split` is neither "train" nor "test".
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', not {split!r}")
+    rng = Random(f"{split} scene {seed}")  # a str seed is hashed by sha512: the same everywhere
+    while True:
+        setting = rng.choice(list(SCENES))
+        kinds: dict[str, None] = {}  # a dict, since its order is stable
+        for _ in range(rng.randint(3, 5)):
+            pool = SCENES[setting] if rng.random() < TYPICAL else dict.fromkeys(KINDS, 1)
+            pool = {kind: weight for kind, weight in pool.items() if kind not in kinds}
+            kinds[weighted_choice(rng, pool)] = None
+        found = []
+        for kind, cell in zip(kinds, rng.sample(range(9), len(kinds))):
+            colour = KINDS[kind]
+            if rng.random() < UNUSUAL_COLOUR:
+                colour = rng.choice([other for other in COLOURS if other != colour])
+            found.append(Thing(kind, colour, rng.choices((1, 2, 3), NUMBER_WEIGHTS)[0], cell))
+        things = tuple(sorted(found, key=lambda thing: thing.cell))
+        is_test = zlib.crc32(repr((setting, things)).encode()) % TEST_SHARE == 0
+        if is_test == (split == "test"):
+            return Scene(seed, setting, things)
+
+
+def lookalike(scene: Scene, rng: Random, difference: float, fewer: bool = False) -> Scene:
+    """Change the kind, colour, number or cell of some things, or (`fewer`) leave them out.
+
+    Args:
+        difference: 0..1, the share of the things that change, and of the four attributes that
+            change about each; at least one thing and one attribute change.
+
+    Returns:
+        A scene with the same seed, so that `describe` words both alike.
+    """
+    chosen = rng.sample(range(len(scene.things)), max(1, round(difference * len(scene.things))))
+    if fewer:
+        gone = chosen[: len(scene.things) - 1]
+        return replace(scene, things=tuple(t for i, t in enumerate(scene.things) if i not in gone))
+    for i in chosen:
+        things = list(scene.things)
+        others = {"kind": scene.absent(), "cell": scene.free_cells(),
+                  "colour": list(COLOURS), "number": list(NUMBERS)}
+        for field in rng.sample(list(others), max(1, round(difference * 4))):
+            now = getattr(things[i], field)
+            value = rng.choice([other for other in others[field] if other != now])
+            things[i] = replace(things[i], **{field: value})
+        scene = replace(scene, things=tuple(things))
+    return scene
+
+
+def labels(scene: Scene) -> tuple[list[int], list[int], list[int], int]:
+    """Return per-cell classes for pretraining the vision tower: (kinds, colours, numbers, setting).
+
+    The three lists have nine entries: index into KINDS plus 1, into COLOURS plus 1, and the number;
+    0 where the cell is empty. The last value is the setting's index into SCENES.
+    """
+    kinds, colours, numbers = [0] * 9, [0] * 9, [0] * 9
+    for thing in scene.things:
+        kinds[thing.cell] = 1 + list(KINDS).index(thing.kind)
+        colours[thing.cell] = 1 + list(COLOURS).index(thing.colour)
+        numbers[thing.cell] = thing.number
+    return kinds, colours, numbers, list(SCENES).index(scene.type)

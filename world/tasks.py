@@ -1,0 +1,216 @@
+"""Training examples of the world's own models: conversations, and verification against facts.
+
+A task is a source of examples for `sft.SFT`: it has `steps`, and `examples(step)` gives the rows of
+an optimizer step. Its seeds spell out names that the shipped models were made with; a new spelling
+would draw other scenes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from random import Random
+
+from torch import Tensor
+
+import data
+import generation
+import world
+from algorithm import Start
+from config import Training
+from data import Example, Response
+from formats.tokenizer import IMAGE
+from model import LLaVA
+from vision import ImageSettings
+
+
+def encode_scenes(model: LLaVA, scenes: list[world.Scene], settings: ImageSettings) -> Tensor:
+    """Return the frozen tower's features of scenes, (N, patches, D_vision)."""
+    pictures = [world.draw(scene) for scene in scenes]
+    return generation.image_features(model, settings, pictures, batch_size=100)
+
+
+class ConversationTask:
+    """Conversations about drawn scenes: the images are fixed, the questions new at every step.
+
+    An image is a trunk; a noisy description, questions and statements to verify are its branches.
+    So the image is processed once for all of them, and no answer can be copied from another.
+    """
+
+    SCENES = 12000  # at most, different ones: their features take 0.2 GB
+    QUESTIONS = 10  # per image, each in a branch of its own
+    STATEMENTS = 2  # per image, to verify, half of them with facts: a reward model's work
+
+    def __init__(self, start: Start, config: Training):
+        self.tokenizer, self.seed = start.tokenizer, start.run.seed
+        self.steps, self.batch_size = config.steps, config.batch_size
+        count = min(self.SCENES, self.steps * self.batch_size)
+        self.scenes = [world.make_scene(f"sft {self.seed} {i}") for i in range(count)]
+        self.texts = [world.annotate(s, Random(f"annotator {s.seed}")) for s in self.scenes]
+        self.features = encode_scenes(start.model, self.scenes, start.images)
+        self.trunk = data.prompt_tokens(
+            self.tokenizer, f"{data.SYSTEM} USER: {IMAGE}", start.model.config.vision.patches)
+
+    def examples(self, step: int) -> list[Example]:
+        rng = Random(f"conversations {self.seed} {step}")
+        chosen = rng.sample(range(len(self.scenes)), self.batch_size)
+        return [self.example(i, rng) for i in chosen]
+
+    def example(self, i: int, rng: Random) -> Example:
+        """Ask about scene `i`: one response for each question and statement."""
+        scene = self.scenes[i]
+        describe = rng.choice(world.DESCRIBE_PROMPTS_TRAIN)
+        turns = [(describe, self.texts[i])]
+        turns += [(q.text, q.answer) for q in world.questions(scene, rng, self.QUESTIONS)]
+        for sentence, is_true in world.statements(scene, rng, self.STATEMENTS):
+            facts = world.facts(scene, rng) if rng.random() < 0.5 else []
+            asked = f"{describe} ASSISTANT: {sentence} USER: {data.reward_request(facts)}"
+            turns.append((asked, "Yes." if is_true else "No."))
+        responses = [data.turn(self.tokenizer, f"\n{q} ASSISTANT:", a) for q, a in turns]
+        return Example(f"scene {scene.seed}", self.features[i], self.trunk, responses)
+
+
+class VerificationTask:
+    """Answers to be verified by captions or by the image, as a reward model will meet them.
+
+    An answer is true if each thing it names is there. To compare, the model first has to find in
+    the answer what a caption speaks of. So the curriculum has three phases:
+
+    1. reading: write the facts of a description of a few things, or of many;
+    2. comparing: after each fact of a reward request, say whether the answer states it. A verdict
+       on each fact teaches in minutes what one verdict on all of them does not;
+    3. verifying: give a verdict on the whole answer, while some facts are still compared.
+
+    False answers describe lookalikes of the scene. These begin as different from it as can be and
+    come to differ in one word, easy ones staying among them. Most rows have no image: the trunk is
+    an answer, and its branches bring the facts of the scene or of a lookalike.
+    """
+
+    READING = 0.32  # share of the steps in phase 1: comparing presupposes it
+    COMPARING = 0.42  # share of the steps in phase 2; verdicts on whole answers need it
+    FACT_BY_FACT = 0.5  # share of phase 3's responses that go on comparing each fact, as practice
+    RAMP = 0.15  # share of the steps after phase 1 over which lookalikes become hard: comparison is
+    # learned from obvious errors and needed for small ones
+    HARDEST = 0.95  # similarity of the hardest lookalikes, 0 (all differs) to 1
+    FEWER = 0.33  # share of the lookalikes that lack things: the answer then states too much
+    IMAGES = 0.33  # share of phase 3's rows with an image; those without are shorter
+    FACT_WEIGHT = 0.25  # of a stated fact's tokens; its verdict has 1. At 0 reading is unlearned
+    SCENES = 6000  # at most, different ones
+
+    def __init__(self, start: Start, config: Training):
+        self.tokenizer, self.seed = start.tokenizer, start.run.seed
+        self.steps, self.batch_size = config.steps, config.batch_size
+        self.patches = start.model.config.vision.patches
+        count = min(self.SCENES, self.steps * self.batch_size)
+        self.scenes = [world.make_scene(f"judge {self.seed} {i}") for i in range(count)]
+        self.features = encode_scenes(start.model, self.scenes, start.images)
+        encode = self.tokenizer.encode
+        self.ends = {encode(f"it{sign}")[-1] for sign in ";."}  # of a fact in a reward request
+        self.yes, self.no = (encode(word)[0] for word in ("Yes.", "No."))
+
+    def examples(self, step: int) -> list[Example]:
+        rng = Random(f"verdicts {self.seed} {step}")
+        chosen = rng.sample(range(len(self.scenes)), self.batch_size)
+        first = round(self.READING * self.steps)
+        if step < first:
+            rows = [self.read(self.scenes[i], rng) for i in chosen]
+        else:
+            comparing = step < first + round(self.COMPARING * self.steps)
+            ramp = max(1.0, self.RAMP * (self.steps - first))  # steps until lookalikes are hard
+            hardest = self.HARDEST * min(1.0, (step - first) / ramp)
+            verify = self.compare if comparing else self.verify
+            rows = [verify(i, hardest, rng) for i in chosen]
+        return sorted(rows, key=data.row_length)
+
+    def read(self, scene: world.Scene, rng: Random) -> Example:
+        """Phase 1: a description or a list of captions, and its facts in three other orders."""
+        scene = self.part(scene, rng)
+        answer = world.describe(scene)
+        if rng.random() < 0.5:
+            answer = "; ".join(world.facts(scene, rng)) + "."
+        requests = [self.request(world.facts(scene, rng)) for _ in range(3)]
+        responses = [Response(tokens, [1.0] * len(tokens)) for tokens in requests]
+        return self.text_row(scene, answer, responses, rng)
+
+    def compare(self, i: int, hardest: float, rng: Random) -> Example:
+        """Phase 2: an answer, and four times facts to compare with it one by one."""
+        return self.without_image(self.scenes[i], hardest, 1.0, rng)
+
+    def verify(self, i: int, hardest: float, rng: Random) -> Example:
+        """Phase 3: four responses about the image, or about an answer in its place."""
+        scene = self.scenes[i]
+        if rng.random() >= self.IMAGES:
+            return self.without_image(scene, hardest, self.FACT_BY_FACT, rng)
+        facts = world.facts(scene, rng) if rng.random() < 0.7 else []
+        responses = []
+        for answered, other in self.lookalikes(scene, hardest, rng):
+            if facts and rng.random() < self.FACT_BY_FACT:
+                answer = self.tokenizer.encode(world.describe(other))
+                responses.append(self.fact_verdicts(answer, facts, other))
+            else:
+                answer = self.tokenizer.encode(world.describe(answered))
+                is_true = set(answered.things) <= set(scene.things)
+                responses.append(self.verdict(answer, facts, is_true))
+        asked = data.prompt_text(rng.choice(world.DESCRIBE_PROMPTS_TRAIN))
+        trunk = data.prompt_tokens(self.tokenizer, asked, self.patches)
+        return Example(f"scene {scene.seed}", self.features[i], trunk, responses)
+
+    def without_image(
+        self, scene: world.Scene, hardest: float, fact_by_fact: float, rng: Random
+    ) -> Example:
+        """Make a row whose trunk is an answer, and whose responses are facts and verdicts."""
+        scene = self.part(scene, rng)
+        responses = []
+        for shown, other in self.lookalikes(scene, hardest, rng):
+            if rng.random() < fact_by_fact:
+                responses.append(self.fact_verdicts([], world.facts(other, rng), scene))
+            else:
+                responses.append(self.verdict([], world.facts(shown, rng), shown == scene))
+        return self.text_row(scene, world.describe(scene), responses, rng)
+
+    def part(self, scene: world.Scene, rng: Random) -> world.Scene:
+        """Keep some of the scene's things, two at least."""
+        count = rng.randint(2, len(scene.things))
+        return replace(scene, things=tuple(rng.sample(scene.things, count)))
+
+    def text_row(
+        self, scene: world.Scene, answer: str, responses: list[Response], rng: Random
+    ) -> Example:
+        """Make a row without image: the trunk is a prompt and an answer."""
+        asked = data.prompt_text(rng.choice(world.DESCRIBE_PROMPTS_TRAIN), image=False)
+        trunk = data.prompt_tokens(self.tokenizer, asked, 0) + self.tokenizer.encode(answer)
+        return Example(f"scene {scene.seed}", None, trunk, responses)
+
+    def lookalikes(
+        self, scene: world.Scene, hardest: float, rng: Random
+    ) -> Iterator[tuple[world.Scene, world.Scene]]:
+        """Yield four times a scene for a verdict (half of them lookalikes), and a lookalike."""
+        for _ in range(4):
+            difference = 1 - hardest * rng.random() ** 0.5
+            other = world.lookalike(scene, rng, difference, rng.random() < self.FEWER)
+            yield (scene if rng.random() < 0.5 else other), other
+
+    def request(self, facts: list[str]) -> list[int]:
+        return self.tokenizer.encode(f"USER: {data.reward_request(facts)} ASSISTANT:")
+
+    def verdict(self, answer: list[int], facts: list[str], is_true: bool) -> Response:
+        """Make a response of an answer (or none), the reward request, and the verdict."""
+        tokens = answer + self.request(facts) + [self.yes if is_true else self.no]
+        return Response(tokens, [0.0] * (len(tokens) - 1) + [1.0])
+
+    def fact_verdicts(
+        self, answer: list[int], facts: list[str], answered: world.Scene
+    ) -> Response:
+        """Make a response of an answer (or none), the request, and a verdict after each fact.
+
+        Args:
+            answered: the scene that the answer, here or in the trunk, describes.
+        """
+        true = world.facts(answered, Random(0))
+        verdicts = iter([fact in true for fact in facts])
+        tokens, weight = list(answer), [0.0] * len(answer)
+        for token in self.tokenizer.encode(f"USER: {data.reward_request(facts)}"):
+            tokens.append(token)
+            if token in self.ends:
+                is_stated = next(verdicts)
+                weight += [self.FACT_WEIGHT * is_stated] * (len(tokens) - len(weight)) + [1.0]
+                tokens.append(self.yes if is_stated else self.no)
+        return Response(tokens, weight)
