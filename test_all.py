@@ -284,6 +284,8 @@ def test_resume_after_a_kill_is_bit_exact(photos, tmp_path, run_train, more):
     step = load_state(latest_state(tmp_path / "cut"))["step"]
     assert 10 <= step < 40
     assert "unfinished run; --resume continues" in run_train(*command, status=1)
+    log.write_text(log.read_text() + '{"step": 41, "lo')  # half a line, as of a full disk
+    (tmp_path / "cut/notes.jsonl").write_text("[]\n")  # somebody's own
     assert f"resumed at step {step}" in run_train(*command, "--resume")
     assert same_weights(tmp_path / "whole/model", tmp_path / "cut/model")
     losses = [[line["loss"] for line in read_log(tmp_path / run)] for run in ("whole", "cut")]

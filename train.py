@@ -31,10 +31,11 @@ from algorithm import Algorithm, Start
 from config import Run, Training, add_options, from_options
 from data import Batch
 from evaluation import table, write_report, write_results
+from evaluation.answers import whole_lines
 from formats import (
     find_device, latest_state, load_state, save_adapter, save_llava, save_state,
 )
-from formats.files import error_message, lock_folder, write_atomic
+from formats.files import error_message, jsonl, lock_folder, write_atomic
 from world import pretraining
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
@@ -180,10 +181,10 @@ class Loop:
         torch.set_rng_state(state["rng"])
         self.algorithm.load_state(state["algorithm"])
         self.step = state["step"]
-        for log in self.folder.glob("*.jsonl"):  # steps after it will be logged again
-            lines = log.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-            write_atomic(log, "".join(kept))
+        for log in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+            kept = [row for row in whole_lines(log) if row["step"] <= self.step]
+            if log.exists():  # later steps, and half a line of a killed process, are logged again
+                write_atomic(log, jsonl(kept))
 
 
 def event_writer() -> type:
