@@ -14,13 +14,14 @@ an index into the hidden states and not a shift by one.
 import difflib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from random import Random
 
 import torch
 from torch import Tensor
 
+import parallel
 from formats.rows import DataError
 from formats.readers import Conversation, Pair, Turn
 from formats.tokenizer import IMAGE, Tokenizer
@@ -73,6 +74,7 @@ class Batch:
     group: Tensor  # (R,) which response (0..G-1) the token belongs to
     groups: int  # G
     names: list[str] = field(default_factory=list)  # (B,) file and row of each example
+    counts: bool = True  # False: computed only because other processes wait for it (parallel.py)
 
     def to(self, device) -> "Batch":
         move = lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
@@ -147,7 +149,12 @@ def collate(examples: list[Example], pad_token: int, max_length: int) -> Batch:
 
 def micro_batches(model: LLaVA, examples: list[Example], size: int) -> list[Batch]:
     """Batches of `size` rows, rows of like length together, so that little is padding."""
-    return [collate_for(model, part) for part in split(sorted(examples, key=row_length), size)]
+    return shared_batches(partial(collate_for, model), sorted(examples, key=row_length), size)
+
+
+def shared_batches(make: Callable[[Sequence], Batch], rows: Sequence, size: int) -> list[Batch]:
+    """This process's batches of at most `size` rows; without torchrun, all of them."""
+    return [replace(make(part), counts=counts) for part, counts in parallel.shares(rows, size)]
 
 
 def collate_for(model: LLaVA, examples: list[Example]) -> Batch:

@@ -30,16 +30,17 @@ numbers in `kernels.ddpo_loss`, which never holds the (R, vocabulary) logits; a 
 
 import hashlib
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import kernels
+import parallel
 from algorithm import Algorithm, Data, Start
 from config import Training, option
-from data import Batch, Epochs, micro_batches, pair_tokens, row_length, split
+from data import Batch, Epochs, Example, collate_for, micro_batches, pair_tokens, row_length
 from formats.checkpoint import fingerprint
 from formats.files import read_json, write_atomic
 
@@ -172,7 +173,7 @@ def reference_scores(start: Start, config: DDPOConfig, data: Data) -> dict[str, 
 
     The reference is the model before its first step. Its scores are computed once, under the
     autocast of training, and kept in the run's folder: computed at every step, as usual trainers
-    do, they would take a third of the time.
+    do, they would take a third of the time. Several processes compute a share each.
 
     Raises:
         ValueError: the folder holds scores of another model, other data or settings.
@@ -182,20 +183,20 @@ def reference_scores(start: Start, config: DDPOConfig, data: Data) -> dict[str, 
         digest.update(repr((example.name, example.prompt, example.responses)).encode())
     key = f"{digest.hexdigest()} normalize={config.normalize} bfloat16={start.bfloat16}"
     path = start.folder / "reference.json"
-    if path.exists():
-        saved = read_json(path)
+    if saved := parallel.once(lambda: read_json(path) if path.exists() else None):
         if saved["key"] != key:
             raise ValueError(f"{path} belongs to another model, other data or settings; delete it")
         return saved["scores"]
-    scores = {}
-    parts = split(sorted(data.train, key=row_length), config.micro_batch)
-    for part in tqdm(parts, desc="reference", disable=None, leave=False):
-        for batch in micro_batches(start.model, part, config.micro_batch):
-            batch = batch.to(start.device)
-            with start.autocast():
-                logp = start.model.response_logp(batch)
-            values = response_scores(
-                logp, batch.weight, batch.group, batch.groups, config.normalize)
-            scores |= zip(batch.names, values.view(-1, 2).tolist())
-    write_atomic(path, {"key": key, "scores": scores})
+
+    def score(part: list[Example]) -> list[tuple[str, list[float]]]:
+        batch = collate_for(start.model, part).to(start.device)
+        with start.autocast():
+            logp = start.model.response_logp(batch)
+        values = response_scores(logp, batch.weight, batch.group, batch.groups, config.normalize)
+        return list(zip(batch.names, values.view(-1, 2).tolist()))
+
+    pairs = sorted(data.train, key=row_length)
+    found = parallel.in_parts(score, pairs, config.micro_batch, "reference")
+    scores = dict(chain.from_iterable(found))
+    parallel.once(lambda: write_atomic(path, {"key": key, "scores": scores}))
     return scores

@@ -72,6 +72,19 @@ class Decoding:
         self.cache.keep(alive)
 
 
+class Draws:
+    """Random numbers of some rows of a batch: the same whichever process decodes a row."""
+
+    def __init__(self, generator: torch.Generator, batch: int, rows: slice):
+        self.generator, self.batch, self.rows, self.steps = generator, batch, rows, 0
+
+    def __call__(self, samples: int) -> Tensor:
+        """(rows, samples) numbers in [0, 1)."""
+        self.steps += 1
+        shape, device = (self.batch, samples), self.generator.device
+        return torch.rand(shape, generator=self.generator, device=device)[self.rows]
+
+
 @torch.inference_mode()
 def generate(
     model: LLaVA,
@@ -80,7 +93,7 @@ def generate(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     samples: int = 1,
-    generator: torch.Generator | None = None,
+    generator: "torch.Generator | Draws | None" = None,
     on_token: Callable[[Tensor], None] | None = None,
     compiled: bool = False,
 ) -> list[Tensor]:
@@ -92,6 +105,7 @@ def generate(
         max_new_tokens: the limit; a whole answer ends with end-of-sequence.
         temperature: 0 takes the most likely token; above 0 samples from softmax(logits / t).
         samples: answers per prompt.
+        generator: of the draws; `Draws` if these prompts are a part of a batch.
         on_token: called with each step's (B, samples) tokens, for streaming; padding after the end.
         compiled: decode with `torch.compile`, as CUDA graphs on a GPU. Worth its compile time for
             many or long answers.
@@ -117,7 +131,7 @@ def generate(
 
 def decode_steps(
     model: LLaVA, logits: Tensor, now: Decoding, width: int, steps: int, temperature: float,
-    generator: torch.Generator | None, on_token: Callable | None, compiled: bool,
+    generator: "torch.Generator | Draws | None", on_token: Callable | None, compiled: bool,
 ) -> Tensor:
     """Up to `steps` tokens of every sample, (B, samples, steps), padded after the end."""
     config, device = model.config, logits.device
@@ -129,7 +143,9 @@ def decode_steps(
     answers = now.row.new_full((rows, samples, steps), config.pad_token)
     for step in range(steps):
         draw = None
-        if temperature > 0:
+        if isinstance(generator, Draws):
+            draw = generator(samples)[now.row]
+        elif temperature > 0:
             draw = torch.rand((rows, samples), generator=generator, device=device)[now.row]
         token = sample_token(logits + banned, temperature, draw)
         answers[now.row, :, step] = token.masked_fill(now.finished, config.pad_token)

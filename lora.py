@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sharding
+
 # All linear layers of a decoder block.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -28,7 +30,7 @@ class LoRA(nn.Module):
         self.rank, self.alpha = rank, alpha
 
     def delta(self) -> Tensor:  # (out, in)
-        return self.B @ self.A * (self.alpha / self.rank)
+        return sharding.whole(self.B) @ sharding.whole(self.A) * (self.alpha / self.rank)
 
     def forward(self, x: Tensor) -> Tensor:
         # A and B are trained in float32 but multiplied in the activations' dtype: float32 products
@@ -53,7 +55,8 @@ class LoRALinear(nn.Linear):
 
     def merged(self, name: str) -> Tensor:
         """The weight with one adapter's update added, summed in float32: (out, in)."""
-        return (self.weight.float() + self.adapters[name].delta()).to(self.weight.dtype)
+        weight = sharding.whole(self.weight)
+        return (weight.float() + self.adapters[name].delta()).to(weight.dtype)
 
 
 def add_adapter(

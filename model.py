@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+import parallel
 from kernels.lean import RMSNorm, gated_silu
 from lora import LoRALinear, same_adapter
 from vision import ViT, VisionConfig
@@ -249,6 +250,11 @@ class LLaVA(nn.Module):
             tokens: (B, T) long.
         """
         x = self.decoder.embed_tokens(tokens)
+        learns = torch.is_grad_enabled() and self.projector.linear_1.weight.requires_grad
+        elsewhere = learns and sum(parallel.total([images is not None])) > 0
+        if images is None and elsewhere:  # take part in the projector's gradient all the same
+            blank = x.new_zeros(1, self.config.vision.hidden_size)
+            return x + 0 * self.projector(blank).sum()
         if images is None:
             return x
         features = self.image_features(images) if images.ndim == 4 else images

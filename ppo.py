@@ -36,9 +36,10 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
+import parallel
 from algorithm import Algorithm, Data, Start
 from config import Training, option
-from data import Batch, Epochs, split, trunk_tokens
+from data import Batch, Epochs, shared_batches, split, trunk_tokens
 from rollouts import (
     Roles, check_room, completion_batch, completion_table, make_roles, per_token, sample, summary,
     write_samples,
@@ -265,7 +266,7 @@ class PPO(Algorithm):
         Random(f"minibatches {self.seed} {index} {epoch}").shuffle(order)
         chosen = split(order, self.config.batch_size)[part]
         chosen.sort(key=lambda row: sum(map(len, self.rollout.tokens[row])))  # like length together
-        return [self.minibatch(rows) for rows in split(chosen, self.config.micro_batch)]
+        return shared_batches(self.minibatch, chosen, self.config.micro_batch)
 
     def size(self, batch: Batch) -> int:
         return len(batch.target)
@@ -322,7 +323,7 @@ class PPO(Algorithm):
         advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
         table = completion_table(self.start.tokenizer, prompts, tokens, parts,
                                  (logp - reference).sum(1), self.data.false_parts)
-        write_samples(self.start.folder, step + 1, table)
+        parallel.once(lambda: write_samples(self.start.folder, step + 1, table))
         now = time.perf_counter()
         metrics = {
             **summary(table),

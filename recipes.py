@@ -4,17 +4,19 @@ The built-in world's models and feedback are made once, kept in runs/world and r
 say which model and seed they belong to. A user's own model and data take the same path.
 """
 
+import contextlib
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import lru_cache
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
 
+import parallel
+import sharding
 import world
 from algorithm import Algorithm, Data, Start
 from config import TRANSIENT, VERSION, Run, Training
@@ -31,6 +33,7 @@ from formats import (
 from formats.files import clear, read_json, write_atomic
 from formats.rows import skipping
 from lora import add_adapter, lora_layers, select_trainable
+from model import LLaVA
 from world import feedback, pretraining
 
 WORLD = Path("runs/world")  # what the built-in world's runs make and reuse
@@ -136,6 +139,7 @@ def select_weights(start: Start, algorithm: type[Algorithm]) -> None:
         add_adapter(start.model, adapter, run.lora, run.lora_alpha, seed=run.seed)
         for module in lora_layers(start.model, adapter):
             module.active = adapter
+        sharding.shard_adapter(start.model, adapter)
     select_trainable(start.model, adapter)
 
 
@@ -146,12 +150,14 @@ def read_data(start: Start, config: Training, algorithm: type[Algorithm]) -> Dat
     """What an algorithm learns from: the user's rows, or the built-in world's feedback."""
     run, kind = start.run, algorithm.reads
     if not kind:
+        if parallel.world() > 1:
+            raise ValueError(f"--algo {run.algo} runs in one process: python train.py")
         return Data([])
     if run.on_world():
         return world_data(start, config, algorithm)
     rows, examples = read_examples(start, config, algorithm, run.data, run.images, config.captions)
     if kind == "pairs":
-        save_pairs(start.folder, rows, examples, start.tokenizer)
+        parallel.once(lambda: save_pairs(start.folder, rows, examples, start.tokenizer))
     if kind != "rankings":
         return Data(examples)
     Random(f"held out {run.seed}").shuffle(examples)
@@ -167,18 +173,28 @@ def world_data(start: Start, config: Training, algorithm: type[Algorithm]) -> Da
 
     if algorithm.reads == "prompts":
         folder = WORLD / f"prompts-{config.prompts}-{start.run.seed}"
-        if not (folder / "prompts.json").exists():
-            feedback.prompts(start.images, folder, config.prompts, start.run.seed)
-        return Data(read(folder, "prompts.json")[1], false_parts=false_parts(folder))
+        parallel.once(lambda: (folder / "prompts.json").exists() or feedback.prompts(
+            start.images, folder, config.prompts, start.run.seed))
+        return Data(read(folder, "prompts.json")[1], false_parts=feedback.false_parts(folder))
     if algorithm.reads == "rankings":
-        train = world_rankings(start, "train", config.rankings, config.noise)
-        test = world_rankings(start, "test", config.held_out, 0.0)
+        train, test = parallel.once(lambda: (
+            world_rankings(start, "train", config.rankings, config.noise),
+            world_rankings(start, "test", config.held_out, 0.0)))
         return Data(*(read(folder, "preferences.json")[1] if folder else []
                       for folder in (train, test)))
-    rows, examples = read(world_corrections(start), "corrections.jsonl")
+    folder = parallel.once(lambda: world_corrections(start))
+    rows, examples = read(folder, "corrections.jsonl")
     if algorithm.reads == "pairs":
-        save_pairs(start.folder, rows, examples, start.tokenizer)
+        parallel.once(lambda: save_pairs(start.folder, rows, examples, start.tokenizer))
     return Data(examples)
+
+
+def unsharded(start: Start) -> LLaVA:
+    """The whole model for one process that works while the others wait."""
+    if parallel.world() == 1:
+        return start.model
+    path = model_path(start.run, "base")
+    return load_llava(path, start.device, start.model.head.weight.dtype, sharded=False)[0]
 
 
 def world_corrections(start: Start) -> Path:
@@ -187,7 +203,7 @@ def world_corrections(start: Start) -> Path:
     folder = WORLD / f"corrections-{start.base[:8]}-{seed}-{count}"
     if not (folder / "corrections.jsonl").exists():
         print(f"collecting {count} corrections of the base's answers in {folder}", file=sys.stderr)
-        feedback.corrections(start.model, start.tokenizer, start.images, folder, count, seed)
+        feedback.corrections(unsharded(start), start.tokenizer, start.images, folder, count, seed)
     return folder
 
 
@@ -198,7 +214,7 @@ def world_rankings(start: Start, split: str, count: int, noise: float) -> Path |
     folder = WORLD / f"rankings-{split}-{count}-{noise}-{start.base[:8]}-{start.run.seed}"
     if not (folder / "preferences.json").exists():
         print(f"collecting {count} ranked pairs of the base's answers in {folder}", file=sys.stderr)
-        feedback.rankings(start.model, start.tokenizer, start.images, folder, count,
+        feedback.rankings(unsharded(start), start.tokenizer, start.images, folder, count,
                           start.run.seed, noise, split)
     return folder
 
@@ -264,20 +280,6 @@ def preview(run: Run, config: Training, algorithm: type[Algorithm]) -> None:
     print(memory_estimate(start.model, config, examples, named, 2 if start.bfloat16 else 4))
 
 
-def false_parts(folder: Path) -> Callable[[Example, str], list[str]]:
-    """The false parts of an answer to a prompt of the built-in world, by its oracle."""
-    seeds = read_json(folder / "image_to_scene.json")
-    scene_of = lru_cache(maxsize=None)(lambda picture: world.make_scene(seeds[picture]))
-
-    def find(example: Example, text: str) -> list[str]:
-        if example.truth:
-            return [] if text.lower().startswith(example.truth.lower()) else [text]
-        spans = world.hallucinations(scene_of(example.picture), text)
-        return [text[span.start : span.end] for span in spans]
-
-    return find
-
-
 # ---------------------------------------------------------------------------------------- measuring
 
 
@@ -288,20 +290,24 @@ def measure(start: Start, algorithm: Algorithm, trained: bool) -> tuple[dict, li
     def on_world() -> tuple[dict, list[dict]] | None:
         if not run.test_scenes or not run.on_world():
             return None
-        if trained:
-            return measure_world(start.model, start.tokenizer, start.images, run.test_scenes)
         path = WORLD / f"before-{start.base[:8]}-{run.test_scenes}.json"  # shared by all runs
-        if not path.exists():
+        if trained or not parallel.once(path.exists):
+            with sharding.gathered(start.model):
+                found = parallel.once(lambda: measure_world(
+                    start.model, start.tokenizer, start.images, run.test_scenes))
+            if trained:
+                return found
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_results(path, None, measure_world(
-                start.model, start.tokenizer, start.images, run.test_scenes))
+            parallel.once(lambda: write_results(path, None, found))
         return read_results(path)["after"]
 
     def means(values: dict[str, np.ndarray]) -> dict:
         return with_intervals(
             {name: [(1, each, np.ones(len(each)))] for name, each in values.items()})
 
-    return algorithm.measure(on_world, means)
+    # Gathered weights are in the dtype of products, as autocast expects them.
+    with start.autocast() if parallel.world() > 1 else contextlib.nullcontext():
+        return algorithm.measure(on_world, means)
 
 
 # -------------------------------------------------------------------------------- the output folder

@@ -26,6 +26,7 @@ What this file does differently from the released code (llava-rlhf/LLaVA-RLHF), 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -35,9 +36,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import parallel
+import sharding
 from algorithm import Algorithm, Data, Start
 from config import Training, option
-from data import Batch, Epochs, Example, Response, collate_for, pair_tokens, reward_request, split
+from data import (
+    Batch, Epochs, Example, Response, collate_for, pair_tokens, reward_request, shared_batches,
+)
 from formats.adapters import load_adapter
 from formats.checkpoint import load_llava
 from formats.files import open_file
@@ -46,18 +51,24 @@ from lora import use_adapter
 from model import LLaVA
 
 HEAD = "reward_head.safetensors"  # beside the folder of the reward model's weights
+Row = tuple[Example, Sequence[Sequence[int]]]  # and the tokens of answers to it
 
 # --------------------------------------------------------------------------------- the reward model
 
 
-def pairwise_loss(chosen: Tensor, rejected: Tensor, centring: float = 1e-3) -> Tensor:
+def pairwise_loss(
+    chosen: Tensor, rejected: Tensor, centring: float = 1e-3, level: float | None = None
+) -> Tensor:
     """Bradley-Terry loss of P ranked pairs, with the release's centring term: a scalar.
 
     Args:
         chosen, rejected: (P,) rewards of the better and of the worse answers.
         centring: weight of |mean(chosen + rejected)|, which holds the rewards near 0.
+        level: its sign is that mean's, if these pairs are a part of those it is taken over.
     """
-    return -F.logsigmoid(chosen - rejected).mean() + centring * (chosen + rejected).mean().abs()
+    mean = (chosen + rejected).mean()
+    size = mean.abs() if level is None else mean * ((level > 0) - (level < 0))
+    return -F.logsigmoid(chosen - rejected).mean() + centring * size
 
 
 def with_request(tokenizer: Tokenizer, answer: list[int], facts: Sequence[str]) -> Response:
@@ -98,16 +109,15 @@ class RewardModel(nn.Module):
     def start_from_verdict(self, tokenizer: Tokenizer) -> None:
         """Set the head to the model's own verdict: log p(Yes) - log p(No)."""
         yes, no = (tokenizer.encode(word)[0] for word in ("Yes.", "No."))
-        rows = self.model.head.weight.detach().float()
+        rows = sharding.whole(self.model.head.weight.detach()).float()
         with torch.no_grad():
             self.weight.copy_(rows[yes] - rows[no])
 
 
 def reward_batch(
-    model: LLaVA, tokenizer: Tokenizer,
-    rows: Sequence[tuple[Example, Sequence[Sequence[int]]]], seeds: tuple,
+    model: LLaVA, tokenizer: Tokenizer, rows: Sequence[Row], seeds: tuple
 ) -> Batch:
-    """Collate examples with the tokens of answers to each, every answer followed by the request.
+    """Collate examples with answers to each, every answer followed by the request.
 
     All answers to an example get its facts in the same order, which `seeds` draw.
     """
@@ -156,16 +166,16 @@ class RewardTraining(Algorithm):
         return pair_tokens(row, tokenizer, patches)
 
     def batches(self, step: int) -> list[Batch]:
+        make = partial(reward_batch, self.reward_model.model, self.tokenizer,
+                       seeds=(self.seed, step))
         pairs = sorted(self.source.examples(step), key=pair_length)
-        return [
-            pair_batch(self.reward_model.model, self.tokenizer, part, (self.seed, step))
-            for part in split(pairs, self.config.micro_batch)
-        ]
+        return shared_batches(make, pair_rows(pairs), self.config.micro_batch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         chosen, rejected = self.reward_model(batch).view(-1, 2).unbind(1)  # (P,) each
         margins = (chosen - rejected).detach()
-        return pairwise_loss(chosen, rejected, self.config.centring), {
+        (level,) = parallel.total([(chosen + rejected).sum().item() * batch.counts])
+        return pairwise_loss(chosen, rejected, self.config.centring, level), {
             "rewards/chosen": chosen.detach().mean().item(),
             "rewards/rejected": rejected.detach().mean().item(),
             "rewards/margins": margins.mean().item(),
@@ -188,25 +198,33 @@ def pair_length(example: Example) -> int:
     return sum(len(response.tokens) for response in example.responses)
 
 
-def pair_batch(model: LLaVA, tokenizer: Tokenizer, examples: Sequence[Example], seeds) -> Batch:
-    rows = [(each, [response.tokens for response in each.responses]) for each in examples]
-    return reward_batch(model, tokenizer, rows, seeds)
+def pair_rows(examples: Sequence[Example]) -> list[Row]:
+    return [(each, [response.tokens for response in each.responses]) for each in examples]
 
 
 @torch.no_grad()
+def rate(
+    reward_model: RewardModel, tokenizer: Tokenizer, rows: Sequence[Row], size: int, seeds: tuple
+) -> Tensor:
+    """(N,) float32, the rewards of the rows' answers, one after another; `size` rows at a time."""
+    def part(rows: Sequence[Row]) -> Tensor:
+        batch = reward_batch(reward_model.model, tokenizer, rows, seeds)
+        return reward_model(batch.to(reward_model.weight.device)).cpu()
+
+    return torch.cat(parallel.in_parts(part, rows, size))
+
+
 def rate_pairs(
     reward_model: RewardModel, tokenizer: Tokenizer, examples: Sequence[Example],
     batch_size: int = 64, seed: int = 0,
 ) -> list[dict]:
     """A record per ranked pair: question, both answers, and their rewards [chosen, rejected]."""
-    records = []
-    for part in split(list(examples), batch_size):
-        batch = pair_batch(reward_model.model, tokenizer, part, (seed, "agreement"))
-        rewards = reward_model(batch.to(reward_model.weight.device)).view(-1, 2).tolist()
-        for example, pair in zip(part, rewards):
-            chosen, rejected = (tokenizer.decode(r.tokens) for r in example.responses)
-            records.append({"name": example.name, "question": example.question,
-                            "chosen": chosen, "rejected": rejected, "rewards": pair})
+    records, seeds = [], (seed, "agreement")
+    rewards = rate(reward_model, tokenizer, pair_rows(examples), batch_size, seeds).view(-1, 2)
+    for example, pair in zip(examples, rewards.tolist()):
+        chosen, rejected = (tokenizer.decode(r.tokens) for r in example.responses)
+        records.append({"name": example.name, "question": example.question,
+                        "chosen": chosen, "rejected": rejected, "rewards": pair})
     return records
 
 
@@ -253,48 +271,6 @@ def missing_eos_penalty(ended: bool, penalty: float = -8.0) -> float:
     return 0.0 if ended else penalty
 
 
-class Scorer:
-    """The reward of completions: the reward model's score and the rules."""
-
-    def __init__(self, reward_model: RewardModel, tokenizer: Tokenizer, config):
-        """`config` has the rules' settings (see ppo.PPOConfig)."""
-        self.reward_model, self.tokenizer, self.config = reward_model, tokenizer, config
-
-    @torch.no_grad()
-    def __call__(
-        self, rows: Sequence[tuple[Example, Sequence[Sequence[int]]]], seeds: tuple
-    ) -> dict[str, Tensor]:
-        """Parts of the reward, each (N,), the completions of all examples one after another.
-
-        Raises:
-            ValueError: the reward model returned NaN or infinity.
-        """
-        parts = []
-        for part in split(list(rows), self.config.micro_batch):
-            batch = reward_batch(self.reward_model.model, self.tokenizer, part, seeds)
-            parts.append(self.reward_model(batch.to(self.reward_model.weight.device)).cpu())
-        scores = torch.cat(parts)
-        names = [example.name for example, completions in rows for _ in completions]
-        bad = [name for name, finite in zip(names, scores.isfinite().tolist()) if not finite]
-        if bad:
-            raise ValueError(
-                f"the reward model gave NaN or infinity for {len(bad)} of {len(names)} answers (to "
-                f"{', '.join(dict.fromkeys(bad[:8]))}); train it with a smaller --learning_rate")
-        rules = [self.rules(example, each) for example, completions in rows for each in completions]
-        symbolic, length, no_end = torch.tensor(rules).T
-        return {"rm": scores, "symbolic": symbolic, "length": length, "no_end": no_end}
-
-    def rules(self, example: Example, completion: Sequence[int]) -> tuple[float, float, float]:
-        config, text = self.config, self.tokenizer.decode(completion)
-        ended = self.tokenizer.eos_token in completion
-        return (
-            config.symbolic_bonus * symbolic_reward(text, example.truth),
-            length_penalty(len(completion), config.length_penalty_tokens, example.length_factor,
-                           config.length_penalty),
-            missing_eos_penalty(ended, config.missing_eos_penalty),
-        )
-
-
 # ----------------------------------------------------------------------------------- on the disk
 
 
@@ -307,7 +283,8 @@ def provenance(tokenizer: Tokenizer, base: str, facts: bool) -> dict[str, str]:
 def save_head(reward_model: RewardModel, folder: Path, provenance: dict[str, str]) -> None:
     """Write the scalar head; `provenance` as the function returns it."""
     tensors = {name: getattr(reward_model, name).detach().cpu() for name in ("weight", "bias")}
-    save_file(tensors, folder / HEAD, {"format": "pt", **provenance})
+    metadata = {"format": "pt", **provenance}
+    parallel.once(lambda: save_file(tensors, folder / HEAD, metadata))
 
 
 def load_head(reward_model: RewardModel, folder: Path, provenance: dict[str, str]) -> None:

@@ -1,22 +1,26 @@
-"""Shared by RL algorithms: their models, sampled completions, and log-probabilities of these."""
+"""Shared by RL algorithms: models, sampled completions, their rewards and log-probabilities."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+import parallel
+import sharding
 from algorithm import Data, Start
 from data import Batch, Example, Response, collate_for, split
 from formats.files import jsonl
 from formats.rows import DataError
 from formats.tokenizer import Tokenizer
-from generation import generate
+from generation import Draws, generate
 from lora import lora_layers, select_trainable, use_adapter
 from model import LLaVA
-from reward import RewardModel, Scorer, load_reward_model
+from reward import (
+    RewardModel, Row, length_penalty, load_reward_model, missing_eos_penalty, rate, symbolic_reward,
+)
 
 SHOWN = 8  # completions of every rollout that go into samples.jsonl
 
@@ -41,7 +45,7 @@ class Roles:
     policy: AdaptedModel
     reference: AdaptedModel
     critic: nn.Module  # batch -> (R,) values
-    reward: Callable[[Sequence, tuple], dict[str, Tensor]]  # parts of the reward, see reward.Scorer
+    reward: Callable[[Sequence, tuple], dict[str, Tensor]]  # parts of the reward, see Scorer
 
 
 def make_roles(start: Start, config) -> Roles:
@@ -50,7 +54,7 @@ def make_roles(start: Start, config) -> Roles:
     With LoRA they are adapters over the one base. The critic's head starts at zero.
 
     Args:
-        config: has facts and the rules' settings (see reward.Scorer).
+        config: has facts and the rules' settings (see Scorer).
     """
     model, folder = start.model, start.reward_model
     if start.run.lora:
@@ -62,9 +66,9 @@ def make_roles(start: Start, config) -> Roles:
             module.adapters["critic"].requires_grad_(True)
     else:
         policy = AdaptedModel(model)
-        reference = AdaptedModel(copy.deepcopy(model).requires_grad_(False))
+        reference = AdaptedModel(sharding.duplicate(model).requires_grad_(False))
         reward_model = load_reward_model(start, folder, config.facts)
-        critic = RewardModel(copy.deepcopy(reward_model.model))
+        critic = RewardModel(sharding.duplicate(reward_model.model))
         select_trainable(critic.model)
         critic.model.head.requires_grad_(False)  # the critic has no use for a vocabulary
         reward_model.requires_grad_(False)
@@ -72,6 +76,41 @@ def make_roles(start: Start, config) -> Roles:
         critic.weight.zero_(), critic.bias.zero_()
     return Roles(policy, reference, critic,
                  Scorer(reward_model, start.tokenizer, config))
+
+
+class Scorer:
+    """The reward of completions: the reward model's score and the rules."""
+
+    def __init__(self, reward_model: RewardModel, tokenizer: Tokenizer, config):
+        """`config` has the rules' settings (see ppo.PPOConfig)."""
+        self.reward_model, self.tokenizer, self.config = reward_model, tokenizer, config
+
+    def __call__(self, rows: Sequence[Row], seeds: tuple) -> dict[str, Tensor]:
+        """Parts of the reward, each (N,), the completions of all examples one after another.
+
+        Raises:
+            ValueError: the reward model returned NaN or infinity.
+        """
+        scores = rate(self.reward_model, self.tokenizer, rows, self.config.micro_batch, seeds)
+        names = [example.name for example, completions in rows for _ in completions]
+        bad = [name for name, finite in zip(names, scores.isfinite().tolist()) if not finite]
+        if bad:
+            raise ValueError(
+                f"the reward model gave NaN or infinity for {len(bad)} of {len(names)} answers (to "
+                f"{', '.join(dict.fromkeys(bad[:8]))}); train it with a smaller --learning_rate")
+        rules = [self.rules(example, each) for example, completions in rows for each in completions]
+        symbolic, length, no_end = torch.tensor(rules).T
+        return {"rm": scores, "symbolic": symbolic, "length": length, "no_end": no_end}
+
+    def rules(self, example: Example, completion: Sequence[int]) -> tuple[float, float, float]:
+        config, text = self.config, self.tokenizer.decode(completion)
+        ended = self.tokenizer.eos_token in completion
+        return (
+            config.symbolic_bonus * symbolic_reward(text, example.truth),
+            length_penalty(len(completion), config.length_penalty_tokens, example.length_factor,
+                           config.length_penalty),
+            missing_eos_penalty(ended, config.missing_eos_penalty),
+        )
 
 
 def check_room(start: Start, config, data: Data) -> None:
@@ -95,13 +134,19 @@ def sample(
     like = policy.model.head.weight
     generator = torch.Generator(like.device).manual_seed(seed * 1_000_003 + rollout)
     completions = []
-    with use_adapter(policy.model, policy.adapter):
+    with use_adapter(policy.model, policy.adapter), sharding.gathered(policy.model):
         for part in split(examples, config.generate_batch):
-            images = torch.stack([example.image for example in part]).to(like)
-            prompts = [torch.tensor(example.prompt) for example in part]
-            found = generate(policy.model, images, prompts, config.max_new_tokens,
-                             config.temperature, config.samples, generator)
-            completions += [tokens.tolist() for tokens in found]
+            rows = parallel.rows_of(len(part))  # of this process
+            draws, mine, found = Draws(generator, len(part), rows), part[rows], []
+            if mine:
+                images = torch.stack([example.image for example in mine]).to(like)
+                prompts = [torch.tensor(example.prompt) for example in mine]
+                found = generate(policy.model, images, prompts, config.max_new_tokens,
+                                 config.temperature, config.samples, draws)
+            steps, found = zip(*parallel.gather([(draws.steps, [each.tolist() for each in found])]))
+            for _ in range(max(steps) - draws.steps):  # all draw as often
+                draws(config.samples)
+            completions += chain.from_iterable(found)
     return split(completions, config.samples)
 
 
@@ -132,10 +177,12 @@ def per_token(
     """
     lengths = torch.tensor([len(each) for group in tokens for each in group])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (N, T)
-    found = []
-    for part in split(list(zip(examples, tokens)), micro_batch):
+
+    def evaluate(part: list) -> Tensor:  # (functions, R)
         batch = completion_batch(model, part).to(model.head.weight.device)
-        found.append(torch.stack([function(batch) for function in functions]).float().cpu())
+        return torch.stack([function(batch) for function in functions]).float().cpu()
+
+    found = parallel.in_parts(evaluate, list(zip(examples, tokens)), micro_batch)
     # A batch's entries come completion by completion, token by token, as True does in the mask.
     flat = torch.cat(found, dim=1)  # (functions, R)
     return mask, *(torch.zeros(mask.shape).masked_scatter(mask, values) for values in flat)

@@ -5,12 +5,13 @@ learnt. Rows are conversations, or preference pairs, of which the chosen answer 
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
 from algorithm import Algorithm, Data, Start
 from config import Training, option
-from data import Batch, Epochs, collate_for, conversation_tokens, split
+from data import Batch, Epochs, collate_for, conversation_tokens, shared_batches
 
 
 def supervised_loss(logp: Tensor, weight: Tensor) -> Tensor:
@@ -46,8 +47,8 @@ class SFT(Algorithm):
         return conversation_tokens(row, tokenizer, patches)
 
     def batches(self, step: int) -> list[Batch]:
-        examples = self.source.examples(step)
-        return [collate_for(self.model, part) for part in split(examples, self.config.micro_batch)]
+        make = partial(collate_for, self.model)
+        return shared_batches(make, self.source.examples(step), self.config.micro_batch)
 
     def size(self, batch: Batch) -> float:
         return batch.weight.sum().item()

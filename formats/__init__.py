@@ -3,12 +3,12 @@
 from formats.adapters import load_adapter, save_adapter
 from formats.checkpoint import find_device, fingerprint, load_llava, save_llava
 from formats.features import Features, encode_images
-from formats.files import latest_state, load_state, save_state
 from formats.readers import (
     Conversation, Pair, Prompt, captions_of, read_captions, read_conversations, read_pairs,
     read_prompts,
 )
 from formats.rows import DataError, open_image, report_skipped
+from formats.state import latest_state, load_state, save_state
 from formats.tokenizer import Tokenizer, train_tokenizer
 
 __all__ = [

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 import formats.layouts as layouts
 from formats.checkpoint import fingerprint, match
 from formats.files import atomic_folder, open_file, read_json, write_atomic
+import parallel
+import sharding
 from lora import LoRALinear, add_adapter, lora_layers
 from model import LLaVA
 
@@ -39,7 +41,8 @@ def save_adapter(model: LLaVA, name: str, path: Path | str, base: str | Path = "
         if found:
             # The second spelling is that of the modules of transformers >= 4.52.
             targets[layer] = layouts.public_names(layer)[1]
-            tensors[f"{WRAPPER}{targets[layer]}.lora_{side}.weight"] = weight.cpu().contiguous()
+            weight = sharding.whole(weight).cpu().contiguous()
+            tensors[f"{WRAPPER}{targets[layer]}.lora_{side}.weight"] = weight
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
         "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none",
@@ -47,9 +50,11 @@ def save_adapter(model: LLaVA, name: str, path: Path | str, base: str | Path = "
         "target_modules": list(targets.values()),
         "inference_mode": True, "fan_in_fan_out": False, "init_lora_weights": True,
     }
+    metadata = {"format": "pt", "base": fingerprint(model)}
+    if parallel.rank():
+        return
     with atomic_folder(Path(path)) as out:
-        save_file(tensors, out / "adapter_model.safetensors",
-                  {"format": "pt", "base": fingerprint(model)})
+        save_file(tensors, out / "adapter_model.safetensors", metadata)
         write_atomic(out / "adapter_config.json", config)
 
 
@@ -81,3 +86,4 @@ def load_adapter(model: LLaVA, path: Path | str, name: str) -> None:
         for layer, module in layers.items():
             module.adapters[name].A.copy_(found[f"{layer}.lora_A.weight"])
             module.adapters[name].B.copy_(found[f"{layer}.lora_B.weight"])
+    sharding.shard_adapter(model, name)

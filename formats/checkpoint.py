@@ -7,6 +7,7 @@ error that names it. A model on the CPU in its stored dtype needs no copy of its
 target a single one.
 """
 
+import contextlib
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import formats.layouts as layouts
+import parallel
+import sharding
 from formats.files import atomic_folder, open_weights, read_json, write_atomic
 from formats.tokenizer import Tokenizer
 from lora import LoRALinear
@@ -42,7 +45,7 @@ def find_device(name: str | None) -> torch.device:
 
 def load_llava(
     path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-    tower: Path | str | None = None,
+    tower: Path | str | None = None, sharded: bool = True,
 ) -> tuple[LLaVA, Tokenizer, ImageSettings]:
     """Load a model, its tokenizer and its image settings from a folder in any public layout.
 
@@ -53,6 +56,7 @@ def load_llava(
             never changes: writing to a parameter copies its page.
         tower: folder of the CLIP of an original LLaVA model. It gives the tower's shape, and its
             weights if the model's own files do not include them.
+        sharded: where there are several processes, each reads and keeps its rows of the weights.
 
     Raises:
         FileNotFoundError, ValueError: one sentence that names the file and the fault.
@@ -79,11 +83,26 @@ def load_llava(
             del shapes["projector.linear_2.weight"], shapes["projector.linear_2.bias"]
     found = match(f"{folder}: the weights do not fit config.json", shapes, weights)
     dtype = dtype or found["head.weight"].dtype
+    parts = set()  # weights of which this process reads its rows alone
+    if sharded and parallel.world() > 1:
+        sharding.shard(model)
+        parts = {name for name, weight in model.state_dict().items() if sharding.is_sharded(weight)}
+    early = parts.difference(VOCABULARY if original else ())
+
+    def read(name: str) -> Tensor:
+        weight = found[name]
+        rows = parallel.rows_of(len(weight)) if name in early else slice(None)
+        return (weight[rows] if weight.ndim else weight).to(device=device, dtype=dtype)
+
     with ThreadPoolExecutor(4) as pool:  # converting a dtype keeps more than one core busy
-        read = pool.map(lambda weight: weight.to(device=device, dtype=dtype), found.values())
-        state = dict(zip(found, read))
+        state = dict(zip(found, pool.map(read, found)))
     if original:
         complete_original(state, config)
+    for name in parts:
+        weight = model.get_parameter(name)
+        whole = name not in early or name not in found
+        rows = parallel.rows_of(len(weight)) if whole else slice(None)
+        state[name] = sharding.place(state[name][rows], weight)
     model.load_state_dict(state, assign=True)
     return model, tokenizer, settings
 
@@ -180,7 +199,7 @@ def fingerprint(model: LLaVA) -> str:
     """
     digest = hashlib.sha256()
     for name, weight in base_weights(model).items():
-        flat = weight.detach().flatten()
+        flat = sharding.whole(weight.detach()).flatten()
         some = flat[:: max(1, len(flat) // 64)][:64].cpu().bfloat16().view(torch.int16)
         digest.update(f"{name}{tuple(weight.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -206,14 +225,19 @@ def save_llava(
     weights = base_weights(model)
     groups = shards(weights, shard_bytes)
     contents = layouts.public_files(model, tokenizer, settings)
-    with atomic_folder(folder) as out:
+    with contextlib.ExitStack() as stack:
+        out = parallel.once(lambda: stack.enter_context(atomic_folder(folder)))
         weight_map = {}
         for i, group in enumerate(groups, 1):
             part = f"-{i:05}-of-{len(groups):05}" if len(groups) > 1 else ""
             tensors = {layouts.public_names(name)[0]: merged(model, name, weights[name], adapter)
                        for name in group}
+            if parallel.rank():
+                continue  # it only helps to gather the weights
             save_file(tensors, out / f"model{part}.safetensors", {"format": "pt"})
             weight_map |= dict.fromkeys(tensors, f"model{part}.safetensors")
+        if parallel.rank():
+            return
         if len(groups) > 1:
             total = {"total_size": sum(weight.nbytes for weight in weights.values())}
             contents["model.safetensors.index.json"] = {"metadata": total, "weight_map": weight_map}
@@ -239,4 +263,4 @@ def merged(model: LLaVA, name: str, weight: Tensor, adapter: str | None) -> Tens
     module = model.get_submodule(name.rpartition(".")[0])
     if adapter and isinstance(module, LoRALinear) and adapter in module.adapters:
         weight = module.merged(adapter)
-    return weight.detach().cpu().contiguous()
+    return sharding.whole(weight.detach()).cpu().contiguous()

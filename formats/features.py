@@ -4,11 +4,12 @@ Rows that show the same image share its features. Up to LIMIT bytes of features 
 go to a memory-mapped file in the run's folder, which ends with the process, killed or not.
 """
 
+import collections
 import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import parallel
 from formats.rows import DataError, Source, image_content, open_image
 from model import LLaVA
 from vision import ImageSettings, preprocess
 
 LIMIT = 1_000_000_000  # bytes of features that are kept in memory
 BATCH = 32  # rows per pass through the tower
-THREADS = 4  # that decode and resize images
+THREADS = min(16, os.cpu_count() or 4)  # that decode and resize images
 
 Named = Sequence[tuple[str, Source | None]]  # of each row: file and row number; its image
 
@@ -73,15 +75,22 @@ def encode_images(
 def mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return a tensor in a file without a name; ValueError if the disk has no room for it."""
     file, count = folder / "features.bin", math.prod(shape)
+    parallel.once(lambda: reserve(file, count * dtype.itemsize))
+    store = torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)
+    parallel.total([0])  # until every process has it open
+    parallel.once(file.unlink)
+    return store
+
+
+def reserve(file: Path, size: int) -> None:
+    """Make a file of so many bytes, so that a full disk is an error here and no crash later."""
     with file.open("wb") as out:
         try:
-            os.posix_fallocate(out.fileno(), 0, count * dtype.itemsize)
-            return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)
-        except OSError as error:  # here, and no crash later
-            raise ValueError(f"{file}: no {count * dtype.itemsize / 1e9:.1f} GB for image features "
-                             f"({error.strerror}); choose another --out") from None
-        finally:
+            os.posix_fallocate(out.fileno(), 0, size)
+        except OSError as error:
             file.unlink()
+            raise ValueError(f"{file}: no {size / 1e9:.1f} GB for image features "
+                             f"({error.strerror}); choose another --out") from None
 
 
 @torch.no_grad()
@@ -91,25 +100,50 @@ def fill(
     """Write the features of every different image into the store; return `Features.entries`."""
     entries: list[int | str | None] = []
     known: dict = {None: None}  # image -> its place in the store, or why it cannot be read
-    used = 0
-    with ThreadPoolExecutor(THREADS) as pool:
-        for start in tqdm(range(0, len(named), BATCH), desc="images", disable=None, leave=False):
-            part = named[start : start + BATCH]
-            contents = [identify(source) for _, source in part]
-            new = {key: content for key, content in contents if key not in known}
-            known |= zip(new, pool.map(lambda image: tower_input(image, settings), new.values()))
-            readable = [key for key in new if isinstance(known[key], Tensor)]
+    used, size = 0, BATCH * parallel.world()
+    bar = tqdm(total=len(named), desc="images", disable=None, leave=False)
+    with contextlib.closing(decode_ahead(named, settings, size)) as parts, bar:
+        for part, keys, pixels in parts:
+            failed = {key: each for key, each in pixels.items() if isinstance(each, str)}
+            found = torch.empty(0, *store.shape[1:], dtype=store.dtype)
+            readable = [key for key in pixels if key not in failed]
             if readable:
-                batch = torch.stack([known[key] for key in readable]).to(model.head.weight)
-                store[used : used + len(readable)] = model.image_features(batch).cpu()
-                known |= zip(readable, range(used, used + len(readable)))
-                used += len(readable)
-            for (name, _), (key, _) in zip(part, contents):
-                failed = isinstance(known[key], str)
-                entries.append(name + known[key] if failed else known[key])
-                if failed and stop:
+                batch = torch.stack([pixels[key] for key in readable]).to(model.head.weight)
+                found = model.image_features(batch).cpu()
+            for faults, theirs, values in parallel.gather([(failed, readable, found)]):
+                store[used : used + len(values)] = values
+                known |= faults | dict(zip(theirs, range(used, used + len(values))))
+                used += len(values)
+            for (name, _), key in zip(part, keys):
+                entries.append(name + known[key] if isinstance(known[key], str) else known[key])
+                if isinstance(known[key], str) and stop:
                     raise DataError(entries[-1])
+            bar.update(len(part))
     return entries
+
+
+def decode_ahead(
+    named: Named, settings: ImageSettings, size: int
+) -> Iterator[tuple[Named, list, dict[object, Tensor | str]]]:
+    """Yield rows, their images' keys, and the tower's input for this process's new ones.
+
+    Threads read and decode the images of the next rows meanwhile.
+    """
+    seen, ahead = {None}, collections.deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, len(named), size):
+            part = named[start : start + size]
+            contents = list(pool.map(lambda row: identify(row[1]), part))
+            new = {key: content for key, content in contents if key not in seen}
+            seen |= new.keys()
+            mine = list(new)[parallel.rows_of(len(new))]
+            jobs = {key: pool.submit(tower_input, new[key], settings) for key in mine}
+            ahead.append((part, [key for key, _ in contents], jobs))
+            if len(ahead) > 1:
+                part, keys, jobs = ahead.popleft()
+                yield part, keys, {key: job.result() for key, job in jobs.items()}
+        for part, keys, jobs in ahead:
+            yield part, keys, {key: job.result() for key, job in jobs.items()}
 
 
 def identify(source: Source | None) -> tuple[object, Source | bytes | None]:

@@ -1,4 +1,4 @@
-"""Atomic files and folders, mapped weights, and resume states.
+"""Atomic files and folders, and mapped weights.
 
 A file or folder written here is complete or absent: it is made under another name, forced onto the
 disk, and renamed. Weights are memory-mapped: the disk is read only when a value is used. A pickle
@@ -10,7 +10,6 @@ import fcntl
 import glob
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -158,28 +157,3 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
     if not pickles:
         raise FileNotFoundError(f"{folder}: no model.safetensors, {index.name} or *.bin")
     return {k: tensor.detach() for file in pickles for k, tensor in open_pickle(file).items()}
-
-
-# ------------------------------------------------------------------------------------ resume states
-
-
-def save_state(folder: Path | str, state: dict) -> None:
-    """Write a resume state as a folder `checkpoint-<step>`, complete or absent.
-
-    It consists of nested dicts, lists and tuples of tensors, numbers, strings and None; anything
-    else is a ValueError.
-    """
-    with atomic_folder(Path(folder)) as out:
-        torch.save(state, out / "state.pt")
-        load_state(out)  # an error now is better than one when resuming
-
-
-def load_state(folder: Path | str) -> dict:
-    """Return what `save_state` wrote, its tensors mapped; ValueError if it is missing or broken."""
-    return open_pickle(Path(folder) / "state.pt")
-
-
-def latest_state(run: Path | str) -> Path | None:
-    """Return the complete checkpoint with the highest step in a run's folder, or None."""
-    found = [p for p in Path(run).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)

@@ -5,14 +5,16 @@ The oracle plays the annotators of the papers. Their work is written in the plai
 built-in data takes the same path as real data, and any tool can show and edit it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 
 from PIL import Image
 
 import world
-from formats.files import jsonl, write_atomic
+from data import Example
+from formats.files import jsonl, read_json, write_atomic
 from formats.tokenizer import IMAGE, Tokenizer
 from generation import answers
 from model import LLaVA
@@ -162,3 +164,17 @@ def prompts(settings: ImageSettings, folder: Path, count: int, seed: int) -> Pat
     write_atomic(folder / "image_to_caption.json", captions)
     write_atomic(folder / "prompts.json", rows)
     return folder / "prompts.json"
+
+
+def false_parts(folder: Path) -> Callable[[Example, str], list[str]]:
+    """The false parts of an answer to a prompt of the built-in world, by its oracle."""
+    seeds = read_json(folder / "image_to_scene.json")
+    scene_of = lru_cache(maxsize=None)(lambda picture: world.make_scene(seeds[picture]))
+
+    def find(example: Example, text: str) -> list[str]:
+        if example.truth:
+            return [] if text.lower().startswith(example.truth.lower()) else [text]
+        spans = world.hallucinations(scene_of(example.picture), text)
+        return [text[span.start : span.end] for span in spans]
+
+    return find

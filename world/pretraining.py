@@ -99,6 +99,7 @@ class TowerBatch:
     pixels: Tensor  # (B, 3, H, W)
     labels: list[Tensor]  # kind, colour, number, cell: each (B, patches) long; setting: (B,) long
     names: list[str]  # (B,)
+    counts: bool = True  # see data.Batch
 
     def to(self, device: torch.device) -> "TowerBatch":
         return replace(

@@ -1,0 +1,235 @@
+"""The one training loop: optimise an algorithm's modules, with logging, checkpoints, a clean end.
+
+What it asks of an algorithm is in algorithm.py. On several processes each computes the losses of
+its micro-batches, weighted by their share of the whole step; the sums make one gradient, one line
+of metrics and one decision to stop (parallel.py, sharding.py).
+"""
+
+import json
+import math
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import parallel
+import sharding
+from algorithm import Algorithm, Start
+from config import Training
+from data import Batch
+from evaluation.answers import whole_lines
+from formats import latest_state, load_state, save_state
+from formats.files import jsonl, write_atomic
+
+
+class Interrupted(Exception):
+    """A signal asked for an end; the run was saved."""
+
+
+class TrainingError(Exception):
+    """Training cannot continue; the message names the step and the rows."""
+
+
+class Loop:
+    """Optimise an algorithm's modules on its batches, with logging, checkpoints and a clean end."""
+
+    def __init__(self, algorithm: Algorithm, start: Start):
+        self.algorithm, self.start = algorithm, start
+        self.run, self.folder = start.run, start.folder
+        self.weights = {n: p for n, p in algorithm.modules.named_parameters() if p.requires_grad}
+        self.optimizers = make_optimizers(self.weights, algorithm.config)
+        self.step = 0
+        self.stop = False
+
+    def train(self) -> None:
+        previous = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        board = None
+        if self.run.tensorboard and parallel.rank() == 0:
+            # purges steps that were logged after the checkpoint
+            board = event_writer()(self.folder / "tensorboard", purge_step=self.step + 1)
+        bar = tqdm(total=self.algorithm.steps, initial=self.step, desc=self.folder.name,
+                   disable=None, leave=False)
+        try:
+            while self.step < self.algorithm.steps:
+                metrics = self.one_step()
+                self.step += 1
+                bar.update()
+                bar.set_postfix(loss=f"{metrics['loss']:.4f}")
+                last = self.step == self.algorithm.steps
+                if (self.step % self.run.log_every == 0 or last) and parallel.rank() == 0:
+                    with (self.folder / "metrics.jsonl").open("a") as file:
+                        file.write(json.dumps({"step": self.step, **metrics}) + "\n")
+                    for name, value in metrics.items() if board else ():
+                        board.add_scalar(name, value, self.step)
+                if self.stop or self.step % self.run.save_every == 0 and not last:
+                    self.save()
+                if self.stop:
+                    raise Interrupted(
+                        f"stopped and saved at step {self.step} of {self.algorithm.steps}; "
+                        "the same command with --resume continues")
+        finally:
+            bar.close()
+            if board:
+                board.close()
+            for which, handler in previous.items():
+                signal.signal(which, handler)
+
+    def ask_to_stop(self, *_) -> None:
+        if self.stop and parallel.world() == 1:  # asked twice: at once (torchrun repeats signals)
+            raise KeyboardInterrupt
+        self.stop = True
+
+    def one_step(self) -> dict[str, float]:
+        started = time.perf_counter()
+        rate = schedule(self.step, self.algorithm.steps, self.algorithm.config.warmup)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+            optimizer.zero_grad()
+        with self.start.autocast():
+            batches = self.algorithm.batches(self.step)
+        prepared = time.perf_counter()
+        sizes = [self.algorithm.size(batch) if batch.counts else 0 for batch in batches]
+        (total,) = parallel.total([sum(sizes)])
+        metrics: dict[str, float] = {}
+        for batch, size in zip(batches, sizes):
+            share = size / total
+            try:
+                with self.start.autocast():
+                    loss, values = self.algorithm.loss(batch.to(self.start.device))
+            except ValueError as error:  # the kernels refuse hidden states that are not finite
+                self.fail(str(error), batch)
+            if not math.isfinite(loss.item()):
+                self.fail(f"the loss is {loss.item()}", batch)
+            (loss * share).backward()
+            for name, value in {"loss": loss.item(), **values}.items():
+                metrics[name] = metrics.get(name, 0.0) + value * share
+        norm = sharding.clip_gradients(
+            list(self.weights.values()), self.algorithm.config.max_grad_norm)
+        if not math.isfinite(norm):
+            self.fail(f"the gradient's norm is {norm}", batches[0])
+        for optimizer in self.optimizers:
+            optimizer.step()
+        *values, stop = parallel.total([*metrics.values(), self.stop])
+        metrics, self.stop = dict(zip(metrics, values)), bool(stop)
+        now = time.perf_counter()
+        return metrics | {
+            "learning_rate": self.optimizers[0].param_groups[0]["lr"], "grad_norm": norm,
+            "rows_per_second": self.algorithm.config.batch_size / (now - started),
+            "seconds/batches": prepared - started, "seconds/optimisation": now - prepared,
+        }
+
+    def fail(self, what: str, batch: Batch) -> None:
+        rows = ", ".join(list(dict.fromkeys(batch.names))[:8])
+        kept = latest_state(self.folder)
+        raise TrainingError(
+            f"{what} at step {self.step + 1} (rows: {rows}); the weights before it are "
+            f"{f'in {kept}' if kept else 'those of the start'}; "
+            "try a smaller --learning_rate"
+        )
+
+    def save(self) -> None:
+        """Write what resuming needs, then remove older checkpoints."""
+        folder = self.folder / f"checkpoint-{self.step}"
+        state = {"step": self.step, "rng": torch.get_rng_state(),
+                 "algorithm": self.algorithm.state()}
+        weights = dict(self.weights)
+        for name, moments in self.moments():
+            weights |= {f"{kind} of {name}": value for kind, value in moments.items()}
+        save_state(folder, state, weights)
+        if parallel.rank() == 0:
+            remove_checkpoints(self.folder, but=folder)
+
+    def moments(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Name of a weight, and what its optimizer keeps of it."""
+        for name, weight in self.weights.items():
+            for optimizer in self.optimizers:
+                if weight in optimizer.state:
+                    yield name, optimizer.state[weight]
+
+    def load(self, folder: Path) -> None:
+        state, stored = load_state(folder)
+        if {name for name in stored if " of " not in name} != self.weights.keys():
+            raise ValueError(f"{folder}: belongs to a run that trains other weights")
+        of_weight = {each: optimizer.state for optimizer in self.optimizers
+                     for group in optimizer.param_groups for each in group["params"]}
+        with torch.no_grad():
+            for name, rows in stored.items():
+                kind, _, owner = name.rpartition(" of ")
+                weight = self.weights[owner]
+                sharded = rows.shape and sharding.is_sharded(weight)
+                value = rows.read(parallel.rows_of(len(weight)) if sharded else slice(None))
+                value = value.to(weight.device)
+                if kind:
+                    value = sharding.place(value, weight) if sharded else value
+                    of_weight[weight][weight][kind] = value
+                else:
+                    sharding.local(weight).copy_(value)
+        torch.set_rng_state(state["rng"])
+        self.algorithm.load_state(state["algorithm"])
+        self.step = state["step"]
+        if parallel.rank():
+            return
+        for log in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+            kept = [row for row in whole_lines(log) if row["step"] <= self.step]
+            if log.exists():  # later steps, and half a line of a killed process, are logged again
+                write_atomic(log, jsonl(kept))
+
+
+def remove_checkpoints(folder: Path, but: Path | None = None) -> None:
+    """Remove a run's checkpoints, and what a process that was killed while saving left."""
+    for old in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")):
+        if old != but:
+            shutil.rmtree(old)
+
+
+def event_writer() -> type:
+    """TensorBoard's SummaryWriter, from an optional package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine to 0."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def make_optimizers(
+    weights: dict[str, nn.Parameter], config: Training
+) -> list[torch.optim.Optimizer]:
+    """AdamW; where the config asks for it, Muon (orthogonalised momentum) for the blocks' matrices.
+
+    Weight decay spares vectors (norms, biases). `peak` is the rate that `schedule` scales.
+    """
+    muon = {
+        name: weight for name, weight in weights.items()
+        if config.optimizer == "muon" and ".layers." in name and weight.ndim == 2
+    }
+    rest = [weight for name, weight in weights.items() if name not in muon]
+    groups = [  # sharded and replicated weights apart: an optimizer cannot update both at once
+        {"params": [w for w in rest if (w.ndim > 1, sharding.is_sharded(w)) == (matrix, sharded)],
+         "weight_decay": config.weight_decay if matrix else 0.0}
+        for matrix in (True, False) for sharded in (True, False)
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(  # fused: one pass over the weights, and no temporaries of their size
+            [g for g in groups if g["params"]], config.learning_rate, betas=(0.9, 0.95), fused=True)
+    ]
+    if muon:
+        optimizers.append(torch.optim.Muon(
+            list(muon.values()), lr=config.muon_rate, weight_decay=config.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers

@@ -1,0 +1,182 @@
+"""Several processes, started by torchrun: their shares of the work, and how they end.
+
+A global batch is cut into as many micro-batches for every process (`shares`), which all take part
+in the same collectives. A micro-batch's loss is weighted by its share of all processes' tokens or
+pairs (`total`), and gradients are summed (sharding.py). So loss, gradient norm, metrics and updates
+do not depend on the number of processes, but for rounding. What else is computed in parts
+(reference scores, image features, completions and their scores) comes together in `gather`; the
+first process alone writes files (`once`) and prints. Without torchrun there is one process, and
+nothing here does anything.
+"""
+
+import contextlib
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+from tqdm import tqdm
+
+PATIENCE = timedelta(hours=3)  # the longest that others wait while the first process works alone
+GRACE = 5  # seconds between another process's failure and the end of this one
+
+_joined: dict = {}  # what `join` sets up: mesh, dtype of products, store, watching thread
+
+
+def rank() -> int:
+    return dist.get_rank() if _joined else 0
+
+
+def world() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if _joined else 1
+
+
+def mesh() -> DeviceMesh:
+    return _joined["mesh"]
+
+
+def product_dtype() -> torch.dtype | None:
+    """The dtype of matrix products, where it is not that of the weights."""
+    return _joined["products"]
+
+
+# -------------------------------------------------------------------------------- beginning and end
+
+
+def mute() -> None:
+    """Let only the first process of torchrun print."""
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def join(device: str, bfloat16: Callable[[str], bool]) -> None:
+    """Join the other processes of torchrun; a process without any stays as it is.
+
+    Args:
+        device: "cpu"; or "auto" or "cuda": a GPU for each process, where there are GPUs.
+        bfloat16: whether a type of device computes products in bfloat16.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _joined:
+        return
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    if device not in ("auto", kind):
+        raise ValueError(f"--device {device}: torchrun gives every process a {kind} of its own")
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, mine, count = next(iter(rendezvous("env://")))
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=mine, world_size=count, timeout=PATIENCE)
+    done = threading.Event()
+    thread = threading.Thread(target=watch, args=(store.clone(), done), daemon=True)
+    _joined.update(mesh=init_device_mesh(kind, (count,)), store=store, done=done, thread=thread,
+                   products=torch.bfloat16 if bfloat16(kind) else None)
+    thread.start()
+
+
+def leave() -> None:
+    """End together."""
+    if _joined:
+        dist.barrier()
+        _joined["done"].set()
+        _joined["thread"].join()
+        dist.destroy_process_group()
+        _joined.clear()
+
+
+def watch(store: dist.Store, done: threading.Event) -> None:
+    """End this process soon after another one fails, even if it is not waiting for that one."""
+    with contextlib.suppress(RuntimeError):  # the store is gone, and torchrun with it
+        while not store.check(["failed"]):
+            if done.wait(2):
+                return
+    if not done.wait(GRACE):
+        os._exit(1)
+
+
+def fail(message: str, code: int) -> int:
+    """Report a failure once for all processes, and end this one without waiting for the others."""
+    if not _joined:
+        print(message, file=sys.stderr)
+        return code
+    with contextlib.suppress(RuntimeError):
+        if _joined["store"].add("failed", 1) == 1:
+            print(message, file=sys.__stderr__, flush=True)
+    os._exit(code)
+
+
+def lost(error: Exception) -> bool:
+    """Whether an error means that another process is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+# ------------------------------------------------------------------------------- shares of the work
+
+
+def shares(rows: Sequence, size: int) -> list[tuple[Sequence, bool]]:
+    """Cut rows into parts of at most `size`, and return this process's: as many on every process.
+
+    A part that counts is (rows, True). Where there are too few rows it is (some row, False): it is
+    computed, since the others wait in the same collectives, and left out.
+    """
+    if world() == 1:
+        return [(rows[i : i + size], True) for i in range(0, len(rows), size)]
+    count = world() * math.ceil(len(rows) / (size * world()))
+    edges = [len(rows) * i // max(count, 1) for i in range(count + 1)]
+    parts = [rows[first:last] for first, last in pairwise(edges)][rank() :: world()]
+    return [(part, True) if part else (rows[:1], False) for part in parts]
+
+
+def gather(results: list) -> list:
+    """All parts' results in order, on every process, from those of this process's `shares`."""
+    if world() == 1:
+        return results
+    found: list = [None] * world()
+    dist.all_gather_object(found, results)
+    whole = [None] * sum(map(len, found))
+    for each, theirs in enumerate(found):
+        whole[each :: world()] = theirs
+    return whole
+
+
+def in_parts(
+    function: Callable[[Sequence], object], rows: Sequence, size: int, description: str = ""
+) -> list:
+    """What a function returns for parts of at most `size` rows, in order, on every process.
+
+    Each process computes its share. `description` is for a progress bar; "": none.
+    """
+    bar = tqdm(shares(rows, size), description, disable=None if description else True, leave=False)
+    found = [(function(part), counts) for part, counts in bar]
+    return [result for result, counts in gather(found) if counts]
+
+
+def once(function: Callable):
+    """Let the first process call a function, and return its result on all."""
+    if world() == 1:
+        return function()
+    box = [function() if rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def total(values: Iterable[float]) -> list[float]:
+    """Sums over the processes, in float64."""
+    if world() == 1:
+        return list(map(float, values))
+    numbers = torch.tensor(list(values), dtype=torch.float64)
+    dist.all_reduce(numbers)
+    return numbers.tolist()
+
+
+def rows_of(length: int) -> slice:
+    """This process's rows of so many, which are cut as DTensor cuts a dimension."""
+    step = math.ceil(length / world())
+    return slice(min(step * rank(), length), min(step * (rank() + 1), length))

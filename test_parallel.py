@@ -1,0 +1,199 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import parallel
+from formats import latest_state, load_state
+from test_all import ROOT, photos  # noqa: F401
+
+# ==================================================================================== parallel.py
+
+# Runs train.py for each list of arguments. The last process fails in a given way at a given step.
+PROCESS = f'''
+import json, os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import ddpo, parallel, train
+from formats import state
+from formats.rows import DataError
+
+how, at, runs = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+one_step, save_file, loss = train.Loop.one_step, state.save_file, ddpo.DDPO.loss
+
+def broken_step(self):
+    if self.step == at and how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if self.step == at and how == "stopped":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if self.step == at and how == "a bad row":
+        raise DataError("rows.jsonl row 3: no such image")
+    if self.step == at and how == "NaN":
+        ddpo.DDPO.loss = lambda self, batch: (loss(self, batch)[0] * float("nan"), {{}})
+    return one_step(self)
+
+def broken_save(tensors, path, *rest):
+    save_file(tensors, path, *rest)
+    if how == "killed while saving" and f"checkpoint-{{at}}" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+    train.Loop.one_step, state.save_file = broken_step, broken_save
+leave, parallel.leave = parallel.leave, lambda: None  # once for all runs
+codes = [train.main(arguments) for arguments in runs]
+leave()
+sys.exit(max(codes))
+'''
+
+
+def processes(count, folder, *runs, how="", at=0):
+    """Start train.py with each of the arguments in `count` processes, and wait for their end."""
+    script = folder / "process.py"
+    script.write_text(PROCESS)
+    torchrun = ("torch.distributed.run", "--standalone", f"--nproc_per_node={count}", script)
+    command = [sys.executable, "-m", *torchrun] if count > 1 else [sys.executable, script]
+    runs = json.dumps([[str(each) for each in run] for run in runs])
+    return subprocess.run(
+        [*map(str, command), how, str(at), runs], cwd=folder, text=True, timeout=600,
+        capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+PROMPTS = ("--prompts", 14, "--rollout_size", 6, "--batch_size", 3, "--samples", 2,
+           "--test_scenes", 2, "--generate_batch", 4, "--max_new_tokens", 12)
+RANKINGS = ("--rankings", 10, "--held_out", 5, "--batch_size", 5, "--learning_rate", 5e-6)
+OWN = ("--data", "rows.jsonl", "--images", "photos", "--batch_size", 5)
+PARALLEL_RUNS = {  # sizes that neither 2 nor 3 divides
+    "ddpo": ("--algo", "ddpo", *OWN, "--learning_rate", 1e-4, "--micro_batch", 2),
+    "ddpo_lora": ("--algo", "ddpo", *OWN, "--learning_rate", 1e-3, "--lora", 4,
+                  "--gradient_checkpointing"),
+    "sft": ("--algo", "sft", "--data", "talk.json", "--images", "photos", "--batch_size", 4,
+            "--micro_batch", 1),
+    "rm": ("--algo", "rm", *RANKINGS),
+    "rm_lora": ("--algo", "rm", *RANKINGS, "--lora", 4),
+    "ppo": ("--algo", "ppo", "--reward_model", "../1/rm", *PROMPTS),
+    "ppo_lora": ("--algo", "ppo", "--reward_model", "../1/rm_lora", *PROMPTS, "--lora", 4),
+}
+
+
+def parallel_run(name):
+    return (*PARALLEL_RUNS[name], "--out", name, "--steps", 5, "--log_every", 1, "--save_every", 3)
+
+
+@pytest.fixture(scope="session")
+def parallel_runs(photos, tmp_path_factory):
+    """Folders 1, 2, 3 with the runs of so many processes."""
+    folder, talk = tmp_path_factory.mktemp("parallel"), []
+    for i in range(7):  # two rows with an image, so that some processes get none
+        asked = "<image>\nDescribe." if i < 2 else "Describe."
+        talk.append({"id": str(i), "conversations": [
+            {"from": "human", "value": asked}, {"from": "gpt", "value": "A car." + " Yes." * i}]})
+        talk[-1] |= {"image": f"{i}.png"} if i < 2 else {}
+    for count in (1, 2, 3):
+        here = folder / str(count)
+        here.mkdir()
+        if count == 3:  # 2 have made the world's feedback for themselves
+            shutil.copytree(folder / "2/runs", here / "runs")
+        shutil.copytree(photos, here / "photos")
+        shutil.copy(photos / "rows.jsonl", here)
+        (here / "talk.json").write_text(json.dumps(talk))
+        done = processes(count, here, *map(parallel_run, PARALLEL_RUNS))
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("the model is in") == len(PARALLEL_RUNS)  # one process prints
+    return folder
+
+
+def largest_difference(one, two):
+    first, second = (load_file(folder / "model/model.safetensors") for folder in (one, two))
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", PARALLEL_RUNS)
+def test_several_processes_get_the_result_of_one(parallel_runs, name, count):
+    one, several = parallel_runs / "1" / name, parallel_runs / str(count) / name
+    assert 0 <= largest_difference(one, several) <= 1e-5
+    logs = [[json.loads(line) for line in (folder / "metrics.jsonl").open()]
+            for folder in (one, several)]
+    assert len(logs[0]) == len(logs[1]) == 5
+    for mine, theirs in zip(*logs):
+        assert mine.keys() == theirs.keys()
+        for key in mine.keys() - {"padding"}:  # padding depends on the micro-batches
+            if "second" not in key:
+                assert theirs[key] == pytest.approx(mine[key], rel=1e-3, abs=1e-5), key
+    for file in ("samples.jsonl", "results.json", "reference.json", "adapter/adapter_config.json"):
+        assert (one / file).exists() == (several / file).exists()
+    if (one / "samples.jsonl").exists():  # the same completions, each written once
+        answers = [[json.loads(line)["answer"] for line in (folder / "samples.jsonl").open()]
+                   for folder in (one, several)]
+        assert answers[0] == answers[1]
+
+
+def test_another_number_of_processes_resumes(parallel_runs, tmp_path):
+    run = parallel_run("ddpo")
+    for count in (1, 2):  # the last process alone is asked to stop; all stop at one step
+        here = tmp_path / f"cut by {count}"
+        shutil.copytree(parallel_runs / "1", here, ignore=lambda *_: PARALLEL_RUNS)
+        stopped = processes(count, here, run, how="stopped", at=3)
+        assert stopped.returncode != 0 and "stopped and saved at step 4 of 5" in stopped.stderr
+        assert [path.name for path in (here / "ddpo").glob("*checkpoint*")] == ["checkpoint-4"]
+        assert not [path for path in (here / "ddpo").rglob("*.pt")]  # nothing is pickled
+    for before, after in ((2, 2), (2, 1), (1, 3), (2, 3)):
+        here = tmp_path / f"{before} to {after}"
+        shutil.copytree(tmp_path / f"cut by {before}", here)
+        resumed = processes(after, here, (*run, "--resume"))
+        assert resumed.returncode == 0, resumed.stderr
+        assert "resumed at step 4 of 5" in resumed.stderr
+        whole = parallel_runs / ("2" if after == 2 else "1") / "ddpo"
+        assert largest_difference(whole, here / "ddpo") <= (0 if before == after else 1e-5)
+
+
+@pytest.mark.parametrize("how, said", [
+    ("killed", "error: another process of this run ended"),
+    ("killed while saving", "error: another process of this run ended"),
+    ("a bad row", "error: rows.jsonl row 3: no such image"),
+    ("NaN", r"error: the loss is nan at step 5 \(rows: .*checkpoint-4"),
+])
+def test_one_failing_process_ends_all(parallel_runs, tmp_path, how, said):
+    shutil.copytree(
+        parallel_runs / "1", tmp_path, ignore=lambda *_: PARALLEL_RUNS, dirs_exist_ok=True)
+    run = (*PARALLEL_RUNS["ddpo"], "--out", "run", "--steps", 8, "--log_every", 1,
+           "--save_every", 2)
+    started = time.time()
+    failed = processes(2, tmp_path, run, how=how, at=4)
+    logged = tmp_path / "run/metrics.jsonl"
+    assert time.time() - logged.stat().st_mtime < 60 and time.time() - started < 180
+    assert failed.returncode != 0 and len(re.findall("^error: ", failed.stderr, re.M)) == 1
+    assert re.search(said, failed.stderr)
+    assert "train.py" not in failed.stderr.partition("Root Cause")[0]  # no traceback of ours
+    last = latest_state(tmp_path / "run")
+    assert last.name == ("checkpoint-2" if "saving" in how else "checkpoint-4")
+    assert load_state(last)[0]["step"] == int(last.name[-1])
+
+
+def test_shares_are_as_many_on_every_process(monkeypatch):
+    assert parallel.shares("abcde", 2) == [("ab", True), ("cd", True), ("e", True)]
+    for rows, size, count in ((7, 2, 3), (1, 4, 3), (32, 32, 8), (5, 1, 2), (0, 3, 2), (9, 9, 2)):
+        found, parts = [], []
+        for rank in range(count):
+            monkeypatch.setattr(parallel, "world", lambda: count)
+            monkeypatch.setattr(parallel, "rank", lambda: rank)
+            mine = parallel.shares(list(range(rows)), size)
+            parts.append(len(mine))
+            assert all(0 < len(part) <= size for part, _ in mine)
+            found += [row for part, counts in mine for row in part if counts]
+            chunk = torch.arange(rows).chunk(count)[rank:][:1]  # as DTensor cuts a dimension
+            expected = chunk[0].tolist() if chunk else []
+            assert list(range(rows))[parallel.rows_of(rows)] == expected
+        assert sorted(found) == list(range(rows)) and len(set(parts)) == 1
+
+
+def test_a_pretraining_run_refuses_several_processes(tmp_path):
+    refused = processes(2, tmp_path, ("--algo", "vision", "--steps", 2))
+    assert refused.returncode != 0 and refused.stderr.count("runs in one process") == 1
