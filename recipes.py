@@ -52,6 +52,8 @@ def plan(
     Made from settings and the names of files, before anything is locked or loaded.
     """
     steps = []
+    if parallel.world() > 1 and not algorithms[run.algo].reads:
+        raise ValueError(f"--algo {run.algo} runs in one process: python train.py")
     for name in algorithms[run.algo].first:
         folder = dependency(name, run, config)
         if folder is None or (folder / "model" / "config.json").exists():
@@ -150,8 +152,6 @@ def read_data(start: Start, config: Training, algorithm: type[Algorithm]) -> Dat
     """What an algorithm learns from: the user's rows, or the built-in world's feedback."""
     run, kind = start.run, algorithm.reads
     if not kind:
-        if parallel.world() > 1:
-            raise ValueError(f"--algo {run.algo} runs in one process: python train.py")
         return Data([])
     if run.on_world():
         return world_data(start, config, algorithm)

@@ -11,30 +11,35 @@ import torch
 from safetensors.torch import load_file
 
 import parallel
+import recipes
+import train
 from formats import latest_state, load_state
 from test_all import ROOT, photos  # noqa: F401
 
 # ==================================================================================== parallel.py
 
-# Runs train.py for each list of arguments. The last process fails in a given way at a given step.
+# Runs train.py for each list of arguments. The last process fails in a given way at a given step of
+# runs in a folder "cut ...".
 PROCESS = f'''
 import json, os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import ddpo, parallel, train
 from formats import state
 from formats.rows import DataError
+from world import feedback
 
 how, at, runs = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 one_step, save_file, loss = train.Loop.one_step, state.save_file, ddpo.DDPO.loss
 
 def broken_step(self):
-    if self.step == at and how == "killed":
+    now = how if self.step == at and self.folder.name.startswith("cut") else ""
+    if now == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    if self.step == at and how == "stopped":
+    if now == "stopped":
         os.kill(os.getpid(), signal.SIGTERM)
-    if self.step == at and how == "a bad row":
+    if now == "a bad row":
         raise DataError("rows.jsonl row 3: no such image")
-    if self.step == at and how == "NaN":
+    if now == "NaN":
         ddpo.DDPO.loss = lambda self, batch: (loss(self, batch)[0] * float("nan"), {{}})
     return one_step(self)
 
@@ -45,6 +50,7 @@ def broken_save(tensors, path, *rest):
 
 if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
     train.Loop.one_step, state.save_file = broken_step, broken_save
+feedback.CHUNK = 16  # scenes at a time are enough
 leave, parallel.leave = parallel.leave, lambda: None  # once for all runs
 codes = [train.main(arguments) for arguments in runs]
 leave()
@@ -76,35 +82,49 @@ PARALLEL_RUNS = {  # sizes that neither 2 nor 3 divides
             "--micro_batch", 1),
     "rm": ("--algo", "rm", *RANKINGS),
     "rm_lora": ("--algo", "rm", *RANKINGS, "--lora", 4),
-    "ppo": ("--algo", "ppo", "--reward_model", "../1/rm", *PROMPTS),
-    "ppo_lora": ("--algo", "ppo", "--reward_model", "../1/rm_lora", *PROMPTS, "--lora", 4),
+    "ppo": ("--algo", "ppo", "--reward_model", "../2/rm", *PROMPTS),
+    "ppo_lora": ("--algo", "ppo", "--reward_model", "../2/rm_lora", *PROMPTS, "--lora", 4),
 }
+COMPARED = [(name, count) for count in (2, 3) for name in PARALLEL_RUNS
+            if count == 2 or name not in ("rm_lora", "ppo_lora")]
 
 
-def parallel_run(name):
-    return (*PARALLEL_RUNS[name], "--out", name, "--steps", 5, "--log_every", 1, "--save_every", 3)
+def parallel_run(name, out, *more):
+    return (*PARALLEL_RUNS[name], "--out", out, "--steps", 5, "--log_every", 1, "--save_every", 3,
+            *more)
 
 
 @pytest.fixture(scope="session")
 def parallel_runs(photos, tmp_path_factory):
-    """Folders 1, 2, 3 with the runs of so many processes."""
+    """Folders 1, 2, 3 with the runs of so many processes.
+
+    In each, `cut by 2` is a DDPO run that 2 processes began; 1 and 3 processes finish it.
+    """
     folder, talk = tmp_path_factory.mktemp("parallel"), []
     for i in range(7):  # two rows with an image, so that some processes get none
         asked = "<image>\nDescribe." if i < 2 else "Describe."
         talk.append({"id": str(i), "conversations": [
             {"from": "human", "value": asked}, {"from": "gpt", "value": "A car." + " Yes." * i}]})
         talk[-1] |= {"image": f"{i}.png"} if i < 2 else {}
-    for count in (1, 2, 3):
+    for count in (2, 1, 3):
         here = folder / str(count)
-        here.mkdir()
-        if count == 3:  # 2 have made the world's feedback for themselves
-            shutil.copytree(folder / "2/runs", here / "runs")
         shutil.copytree(photos, here / "photos")
         shutil.copy(photos / "rows.jsonl", here)
         (here / "talk.json").write_text(json.dumps(talk))
-        done = processes(count, here, *map(parallel_run, PARALLEL_RUNS))
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("the model is in") == len(PARALLEL_RUNS)  # one process prints
+        runs = [parallel_run(name, name) for name in PARALLEL_RUNS
+                if count == 1 or (name, count) in COMPARED]
+        for other in {2: (), 1: (2,), 3: (1, 2)}[count]:
+            shutil.copytree(folder / f"{other}/cut by {other}", here / f"cut by {other}")
+            runs.append(parallel_run("ddpo", f"cut by {other}", "--resume"))
+        if count == 3:  # the others have made the world's feedback for themselves
+            shutil.copytree(folder / "2/runs", here / "runs")
+        else:  # the last process alone is asked to stop; all stop at one step
+            runs.append(parallel_run("ddpo", f"cut by {count}"))
+        done = processes(count, here, *runs, how="stopped", at=3)
+        assert (done.returncode == 0) == (count == 3), done.stderr
+        ends = done.stderr.count("the model is in"), done.stderr.count("stopped and saved at step 4")
+        assert ends == ((len(runs), 0) if count == 3 else (len(runs) - 1, 1))  # one process prints
+        assert done.stderr.count("resumed at step 4 of 5") == {2: 0, 1: 1, 3: 2}[count]
     return folder
 
 
@@ -114,8 +134,7 @@ def largest_difference(one, two):
     return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("name", PARALLEL_RUNS)
+@pytest.mark.parametrize("name, count", COMPARED)
 def test_several_processes_get_the_result_of_one(parallel_runs, name, count):
     one, several = parallel_runs / "1" / name, parallel_runs / str(count) / name
     assert 0 <= largest_difference(one, several) <= 1e-5
@@ -135,23 +154,19 @@ def test_several_processes_get_the_result_of_one(parallel_runs, name, count):
         assert answers[0] == answers[1]
 
 
-def test_another_number_of_processes_resumes(parallel_runs, tmp_path):
-    run = parallel_run("ddpo")
-    for count in (1, 2):  # the last process alone is asked to stop; all stop at one step
-        here = tmp_path / f"cut by {count}"
-        shutil.copytree(parallel_runs / "1", here, ignore=lambda *_: PARALLEL_RUNS)
-        stopped = processes(count, here, run, how="stopped", at=3)
-        assert stopped.returncode != 0 and "stopped and saved at step 4 of 5" in stopped.stderr
-        assert [path.name for path in (here / "ddpo").glob("*checkpoint*")] == ["checkpoint-4"]
-        assert not [path for path in (here / "ddpo").rglob("*.pt")]  # nothing is pickled
-    for before, after in ((2, 2), (2, 1), (1, 3), (2, 3)):
-        here = tmp_path / f"{before} to {after}"
-        shutil.copytree(tmp_path / f"cut by {before}", here)
-        resumed = processes(after, here, (*run, "--resume"))
-        assert resumed.returncode == 0, resumed.stderr
-        assert "resumed at step 4 of 5" in resumed.stderr
-        whole = parallel_runs / ("2" if after == 2 else "1") / "ddpo"
-        assert largest_difference(whole, here / "ddpo") <= (0 if before == after else 1e-5)
+def test_any_number_of_processes_resumes(parallel_runs):
+    whole = parallel_runs / "1/ddpo"
+    for cut in (parallel_runs / "2/cut by 2", parallel_runs / "1/cut by 1"):
+        assert [path.name for path in cut.glob("*checkpoint*")] == ["checkpoint-4"]
+        assert not list(cut.rglob("*.pt"))  # nothing is pickled
+    for before, after in ((2, 1), (1, 3), (2, 3)):
+        resumed = parallel_runs / f"{after}/cut by {before}"
+        assert not list(resumed.glob("checkpoint-*"))
+        assert largest_difference(whole, resumed) <= 1e-5
+    here = parallel_runs / "2"
+    done = processes(2, here, parallel_run("ddpo", "cut by 2", "--resume"))
+    assert done.returncode == 0 and "resumed at step 4 of 5" in done.stderr, done.stderr
+    assert largest_difference(here / "ddpo", here / "cut by 2") == 0
 
 
 @pytest.mark.parametrize("how, said", [
@@ -160,19 +175,17 @@ def test_another_number_of_processes_resumes(parallel_runs, tmp_path):
     ("a bad row", "error: rows.jsonl row 3: no such image"),
     ("NaN", r"error: the loss is nan at step 5 \(rows: .*checkpoint-4"),
 ])
-def test_one_failing_process_ends_all(parallel_runs, tmp_path, how, said):
-    shutil.copytree(
-        parallel_runs / "1", tmp_path, ignore=lambda *_: PARALLEL_RUNS, dirs_exist_ok=True)
-    run = (*PARALLEL_RUNS["ddpo"], "--out", "run", "--steps", 8, "--log_every", 1,
-           "--save_every", 2)
+def test_one_failing_process_ends_all(parallel_runs, how, said):
+    run = parallel_runs / "2" / f"cut by {how}"
     started = time.time()
-    failed = processes(2, tmp_path, run, how=how, at=4)
-    logged = tmp_path / "run/metrics.jsonl"
-    assert time.time() - logged.stat().st_mtime < 60 and time.time() - started < 180
+    failed = processes(2, run.parent, parallel_run("ddpo", run.name, "--save_every", 2),
+                       how=how, at=4)
+    last_line = (run / "metrics.jsonl").stat().st_mtime
+    assert time.time() - last_line < 60 and time.time() - started < 180
     assert failed.returncode != 0 and len(re.findall("^error: ", failed.stderr, re.M)) == 1
     assert re.search(said, failed.stderr)
     assert "train.py" not in failed.stderr.partition("Root Cause")[0]  # no traceback of ours
-    last = latest_state(tmp_path / "run")
+    last = latest_state(run)
     assert last.name == ("checkpoint-2" if "saving" in how else "checkpoint-4")
     assert load_state(last)[0]["step"] == int(last.name[-1])
 
@@ -194,6 +207,7 @@ def test_shares_are_as_many_on_every_process(monkeypatch):
         assert sorted(found) == list(range(rows)) and len(set(parts)) == 1
 
 
-def test_a_pretraining_run_refuses_several_processes(tmp_path):
-    refused = processes(2, tmp_path, ("--algo", "vision", "--steps", 2))
-    assert refused.returncode != 0 and refused.stderr.count("runs in one process") == 1
+def test_a_pretraining_run_refuses_several_processes(monkeypatch):
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    with pytest.raises(ValueError, match="--algo vision runs in one process: python train.py"):
+        recipes.plan(*train.parse(["--algo", "vision"]), train.ALGORITHMS)
