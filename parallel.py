@@ -31,6 +31,7 @@ _joined: dict = {}  # what `join` sets up: mesh, dtype of products, store, watch
 
 
 def rank() -> int:
+    """This process's number, from 0."""
     return dist.get_rank() if _joined else 0
 
 
@@ -51,6 +52,11 @@ def product_dtype() -> torch.dtype | None:
 # -------------------------------------------------------------------------------- beginning and end
 
 
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 def mute() -> None:
     """Let only the first process of torchrun print."""
     if os.environ.get("RANK", "0") != "0":
@@ -64,7 +70,7 @@ def join(device: str, bfloat16: Callable[[str], bool]) -> None:
         device: "cpu"; or "auto" or "cuda": a GPU for each process, where there are GPUs.
         bfloat16: whether a type of device computes products in bfloat16.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _joined:
+    if not launched() or _joined:
         return
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     if device not in ("auto", kind):

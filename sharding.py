@@ -20,10 +20,14 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 
 import parallel
+
+if parallel.launched():
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import DTensor, Shard
+else:  # their import takes most of a second, and nothing is an instance of theirs
+    DTensor = FSDPModule = ()
 
 
 def clip_gradients(weights: Sequence[nn.Parameter], limit: float) -> float:
@@ -89,7 +93,7 @@ def whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if is_sharded(weight) else weight
 
 
-def place(rows: Tensor, like: DTensor) -> DTensor:
+def place(rows: Tensor, like: "DTensor") -> "DTensor":
     """This process's rows as a sharded tensor of the shape of another."""
     return DTensor.from_local(rows, parallel.mesh(), [Shard(0)], run_check=False,
                               shape=like.shape, stride=like.stride())

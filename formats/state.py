@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 import parallel
 import sharding
@@ -41,7 +40,7 @@ def save_state(folder: Path | str, state: dict, weights: dict[str, Tensor] | Non
     plain = take_tensors(state, "state", tensors)
     mine = {name: sharding.local(weight).detach().cpu().contiguous()
             for name, weight in (weights or {}).items()
-            if isinstance(weight, DTensor) or parallel.rank() == 0}
+            if sharding.is_sharded(weight) or parallel.rank() == 0}
     part = f"weights-{parallel.rank() + 1:05}-of-{parallel.world():05}.safetensors"
     with contextlib.ExitStack() as stack:  # the folder's new name comes last, when all have written
         out = parallel.once(lambda: stack.enter_context(atomic_folder(Path(folder))))
