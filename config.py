@@ -17,7 +17,7 @@ from typing import ClassVar, get_args, get_type_hints
 
 VERSION = "0.2"
 TRANSIENT = {  # options that do not change a result
-    "resume", "overwrite", "dry_run", "save_every", "log_every", "tensorboard"}
+    "resume", "overwrite", "dry_run", "gpus", "save_every", "log_every", "tensorboard"}
 
 
 def option(default, help: str, choices: tuple | None = None, least: float = 0):
@@ -84,6 +84,7 @@ class Run:
     skip_bad_rows: bool = option(False, "list unusable rows and leave them out")
     from_scratch: bool = option(False, "make the built-in models here, not use the shipped")
     dry_run: bool = option(False, "print the planned runs and the training rows, and stop")
+    gpus: int = option(0, "with --dry_run: print the memory that each of so many GPUs needs")
     resume: bool = option(False, "continue the interrupted run in the output folder")
     overwrite: bool = option(False, "replace the run in the output folder")
 

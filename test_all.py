@@ -62,8 +62,8 @@ from annotation.diff import Units, compare
 from data import Example, Response, collate
 from evaluation import amber as ambers
 from evaluation import (
-    answers, benchmarks, builtin, charts, coco, metrics, parts, preview, report, suite, synonyms,
-    vqa,
+    answers, benchmarks, builtin, charts, coco, memory, metrics, parts, preview, report, suite,
+    synonyms, vqa,
 )
 from formats import (
     Conversation, DataError, Pair, checkpoint, features, files, fingerprint, latest_state, layouts,
@@ -3132,25 +3132,31 @@ def test_sft_learns_every_answer_of_mixed_rows(tiny_world, tokenizer, tmp_path):
 # ---------------------------------------------------------------------------------------- dry run
 
 
+@pytest.mark.parametrize("half", [False, True])  # bfloat16 products over float32 weights
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activation_estimate_is_near_what_autograd_keeps(checkpointing):
+def test_activation_estimate_is_near_what_autograd_keeps(checkpointing, half):
     text = TextConfig(100, 64, 176, 3, 4, 2, 256)
     model = make_model(text)
     model.decoder.gradient_checkpointing = checkpointing
     kept, weights = {}, {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    copied = {weight.shape for weight in model.parameters()}  # by autocast
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in weights and not {tensor.shape, tensor.mT.shape} & copied:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     x = torch.randn(1, 200, 64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
         model.decoder(x, torch.arange(200)[None])
-    estimate = preview.activation_bytes(text, 200, 4, checkpointing)
+    size = lambda text, recompute: preview.activation_bytes(
+        text, 200, 2 if half else 4, recompute, half)
+    estimate = size(text, checkpointing)
     if checkpointing:  # the block that is computed again is kept in the backward pass only
-        estimate -= 200 * 4 * (6 * 64 + 2 * 32 + 3 * 176)
+        more = replace(text, num_hidden_layers=4)
+        estimate -= size(more, False) - size(text, False)
     assert 0.9 < estimate / sum(kept.values()) < 1.1
 
 
@@ -3169,6 +3175,62 @@ def test_memory_estimate_counts_what_is_trained(tiny_world, tokenizer, tmp_path)
                  f"row of {len(example.prompt) + len(example.responses[0].tokens)} tokens",
                  f"{PATCHES * 16 * 4} bytes for 1 images, in memory"):
         assert part in text
+
+
+@pytest.mark.parametrize("lora", [0, 64])
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_memory_of_gpus_by_hand(gpus, lora):
+    D, I, V, L = 4096, 11008, 32064, 32  # Vicuna-7B
+    matrices = L * (4 * D * D + 3 * D * I) + V * D
+    root = V * D + (2 * L + 1) * D + (1024 + D + 2) * D  # embedding, norms, projector
+    tower, adapters = 303_507_456, L * lora * (4 * 2 * D + 3 * (D + I))
+    found = memory.per_gpu(memory.SHAPES["7B"], gpus, lora, rows=2, recompute=True)
+    if lora:
+        trained, weights = 4 * adapters, 2 * tower + (2 * (matrices + root) + 4 * adapters) / gpus
+        whole = 2 * root + 2 * 2 * 3 * D * I
+    else:
+        trained, weights = 4 * (matrices + root), 4 * (tower + (matrices + root) / gpus)
+        whole = 2 * 4 * root + (2 * 2 + 2 + 4) * 3 * D * I
+    if gpus == 1:  # nothing is gathered; autocast copies float32 matrices
+        whole = 0 if lora else 2 * matrices
+    assert found["weights"] == weights and found["whole"] == whole
+    assert found["gradients"] == trained / gpus and found["optimizer"] == 2 * trained / gpus
+    assert found["in all"] == sum(found[name] for name in found.keys() - {"in all"})
+    lines = memory.memory_table(memory.SHAPES, gpus, 64, ddpo.DDPOConfig(micro_batch=2)).split("\n")
+    row = next(line for line in lines if line.startswith(
+        f"7B {'LoRA 64' if lora else 'full'}, recomputing"))
+    assert row.split()[-1] == f"{found['in all'] / 1e9:.2f}" and "not measured" in lines[0]
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_memory_of_one_gpu_is_that_of_the_tensors(tokenizer, tmp_path, lora):
+    run = config.Run(lora=lora, dtype="bfloat16")
+    start = recipes.load_start(run, sft.SFTConfig(), sft.SFT, torch.device("cpu"), tmp_path)
+    recipes.select_weights(start, sft.SFT)
+    vision = start.model.config.vision
+    talk = Conversation("row 1", b"x", [("What?", "A car.")])
+    example = Example("row 1", torch.zeros(vision.patches, vision.hidden_size),
+                      *data.conversation_tokens(talk, start.tokenizer, vision.patches))
+    algorithm = sft.SFT(start, sft.SFTConfig(steps=1), Data([example]))
+    one = loop.Loop(algorithm, start)
+    one.one_step()
+    weights, bytes_of = list(start.model.parameters()), lambda of: sum(each.nbytes for each in of)
+    moments = [value for _, each in one.moments() for key, value in each.items() if key != "step"]
+    found = memory.per_gpu(start.model.config, 1, lora, rows=1, recompute=False)
+    assert found["weights"] == bytes_of(weights)
+    assert found["optimizer"] == bytes_of(moments) > 0
+    assert found["gradients"] == bytes_of(w.grad for w in weights if w.grad is not None)
+
+
+def test_dry_run_prints_the_memory_of_gpus(run_train, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shown = run_train("--dry_run", "--gpus", 8)
+    assert shown.count("\n") == 12 and "13B LoRA 64, recomputing" in shown
+    shown = run_train("--dry_run", "--gpus", 2, "--lora", 8, "--model", recipes.SHIPPED["base"])
+    assert "each of 2 GPUs" in shown and "base LoRA 8 " in shown and "7B" not in shown
+    with pytest.raises(SystemExit):
+        train.parse(["--gpus", "2"])
+    assert "--gpus goes with --dry_run" in capsys.readouterr().err
 
 
 def test_training_on_conversations(tiny_world, tokenizer, tmp_path, monkeypatch, run_train):

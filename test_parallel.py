@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 import parallel
 import recipes
 import train
-from formats import latest_state, load_state
+from evaluation import memory
+from formats import latest_state, load_llava, load_state
 from test_all import ROOT, photos  # noqa: F401
 
 # ==================================================================================== parallel.py
@@ -159,6 +160,11 @@ def test_any_number_of_processes_resumes(parallel_runs):
     for cut in (parallel_runs / "2/cut by 2", parallel_runs / "1/cut by 1"):
         assert [path.name for path in cut.glob("*checkpoint*")] == ["checkpoint-4"]
         assert not list(cut.rglob("*.pt"))  # nothing is pickled
+    stored = load_file(parallel_runs / "2/cut by 2/checkpoint-4/weights-00001-of-00002.safetensors")
+    model = load_llava(recipes.SHIPPED["base"])[0]
+    said = memory.per_gpu(model.config, 2, lora=0, rows=1, recompute=False)
+    said = said["gradients"] + said["optimizer"]  # as large as the trained weights and the moments
+    assert said <= sum(rows.nbytes for rows in stored.values()) < 1.01 * said
     for before, after in ((2, 1), (1, 3), (2, 3)):
         resumed = parallel_runs / f"{after}/cut by {before}"
         assert not list(resumed.glob("checkpoint-*"))

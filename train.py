@@ -26,8 +26,8 @@ import reward
 import sft
 from algorithm import Algorithm, Start
 from config import Run, Training, add_options, from_options
-from evaluation import table, write_report, write_results
-from formats import find_device, latest_state, save_adapter, save_llava
+from evaluation import SHAPES, memory_table, table, write_report, write_results
+from formats import find_device, latest_state, load_llava, save_adapter, save_llava
 from formats.files import error_message, lock_folder
 from loop import Interrupted, Loop, TrainingError, event_writer, remove_checkpoints
 from world import pretraining
@@ -125,17 +125,23 @@ def parse(arguments: list[str] | None) -> tuple[Run, Training]:
     run = from_options(Run, found)
     if run.images and run.on_world():
         parser.error("--images is the folder of the images that --data names; give --data too")
+    if run.gpus and not run.dry_run:
+        parser.error("--gpus goes with --dry_run; torchrun --nproc_per_node N uses N of them")
     return run, from_options(config, found)
 
 
 def run_all(run: Run, config: Training) -> None:
     """Do the planned runs in order, or list them."""
     *first, last = parallel.once(lambda: recipes.plan(run, config, ALGORITHMS))
-    if run.dry_run:
+    if run.dry_run and run.gpus:
+        own = run.model and {Path(run.model).resolve().name: load_llava(run.model)[0].config}
+        print(memory_table(own or SHAPES, run.gpus, run.lora or 64, config))
+    elif run.dry_run:
         for step, _ in (*first, last):
             print(f"--algo {step.algo} --out {step.out or f'runs/{step.algo}'}")
         if not first:
             recipes.preview(*last, ALGORITHMS[run.algo])
+    if run.dry_run:
         return
     for step, settings in first:
         print(f"{step.algo}: not found in {step.out}, making it first", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from evaluation.benchmarks import chair, mmhal, pope
 from evaluation.builtin import measure_world, world_terms
+from evaluation.memory import SHAPES, memory_table
 from evaluation.metrics import (
     comparison, listing, paired, read_results, table, with_intervals, write_results,
 )
@@ -9,7 +10,7 @@ from evaluation.preview import memory_estimate, show_rows
 from evaluation.report import save_pairs, write_report
 
 __all__ = [
-    "chair", "comparison", "listing", "measure_world", "memory_estimate", "mmhal", "paired", "pope",
-    "read_results", "save_pairs", "show_rows", "table", "with_intervals", "world_terms",
-    "write_report", "write_results",
+    "SHAPES", "chair", "comparison", "listing", "measure_world", "memory_estimate", "memory_table",
+    "mmhal", "paired", "pope", "read_results", "save_pairs", "show_rows", "table",
+    "with_intervals", "world_terms", "write_report", "write_results",
 ]

@@ -50,7 +50,8 @@ def memory_estimate(
     size = lambda of: sum(weight.nbytes for weight in of)
     longest, rows = max(map(row_length, examples)), min(config.micro_batch, config.batch_size)
     checkpointing = model.decoder.gradient_checkpointing
-    row = activation_bytes(model.config.text, longest, itemsize, checkpointing)
+    float32 = itemsize < model.head.weight.element_size()
+    row = activation_bytes(model.config.text, longest, itemsize, checkpointing, float32)
     images, patches, width = features.size(model, named)
     stored = images * patches * width * model.head.weight.element_size()
     where = "in memory" if stored <= features.LIMIT else "in a file in the run's folder"
@@ -64,19 +65,28 @@ micro-batch of {rows} such (estimated: what the decoder keeps{", checkpointed" *
 features     {readable(stored)} for {images} images, {where}"""
 
 
-def activation_bytes(config: TextConfig, tokens: int, itemsize: int, checkpointing: bool) -> int:
+def activation_bytes(
+    config: TextConfig, tokens: int, itemsize: int, checkpointing: bool, float32_norms: bool = False
+) -> int:
     """Estimate the bytes that the decoder keeps of one row for the backward pass, by counting.
 
     Per token and block: input and output of both norms (4 D); queries, keys and values (D + 2 KV);
     the attention's output (D); gate, up, and their product (3 I). Gradient checkpointing keeps the
     block's input (D) and recomputes one block at a time. Once per token: the last norm's input (D),
     and the rotary cosines and sines.
+
+    Args:
+        float32_norms: half-precision products over float32 weights (autocast): the norms' inputs
+            are float32, and each of the five products of their outputs keeps a copy for itself.
     """
     width, inner = config.hidden_size, config.intermediate_size
-    block = 6 * width + 2 * config.num_key_value_heads * config.head_dim + 3 * inner
-    blocks = config.num_hidden_layers * (width if checkpointing else block)
-    once = width + 2 * config.head_dim + (block if checkpointing else 0)
-    return tokens * itemsize * (blocks + once)
+    state = width * (4 if float32_norms else itemsize)  # bytes of a block's input
+    products = (7 if float32_norms else 4) * width + 3 * inner
+    products += 2 * config.num_key_value_heads * config.head_dim
+    block = 2 * state + itemsize * products
+    blocks = config.num_hidden_layers * (state if checkpointing else block)
+    once = state + itemsize * 2 * config.head_dim + (block if checkpointing else 0)
+    return tokens * (blocks + once)
 
 
 def readable(number: float) -> str:
