@@ -85,6 +85,10 @@ class Algorithm:
         """The number of things that the loss averages: the weight of a micro-batch in its step."""
         return len(batch.names)
 
+    def peak_rate(self, name: str) -> float:
+        """Peak learning rate of a weight, by its name in `modules`."""
+        return self.config.learning_rate
+
     def measure(self, world: Callable, means: Callable) -> tuple[dict, list[dict]] | None:
         """(metrics, records) of the model as it is; None measures nothing.
 

@@ -96,6 +96,7 @@ def generate(
     generator: "torch.Generator | Draws | None" = None,
     on_token: Callable[[Tensor], None] | None = None,
     compiled: bool = False,
+    on_logp: Callable[[Tensor], None] | None = None,
 ) -> list[Tensor]:
     """Decode a batch of prompts: each prompt is computed once, its samples are branches of it.
 
@@ -109,6 +110,8 @@ def generate(
         on_token: called with each step's (B, samples) tokens, for streaming; padding after the end.
         compiled: decode with `torch.compile`, as CUDA graphs on a GPU. Worth its compile time for
             many or long answers.
+        on_logp: called once with the (R,) float32 log-probabilities of the tokens of all answers,
+            one answer after another, at the temperature (1 if that is 0).
 
     Returns:
         len(prompts) * samples 1-D token tensors, the samples of one prompt side by side. The draws
@@ -122,18 +125,24 @@ def generate(
     if steps < 1:
         raise ValueError(f"a prompt of {width} tokens leaves no room for an answer in a context of "
                          f"{context}")
-    answers = decode_steps(
+    answers, logp = decode_steps(
         model, *prefill(model, images, prompts, samples, steps), width, steps, temperature,
-        generator, on_token, compiled)
+        generator, on_token, compiled, on_logp is not None)
     with torch.inference_mode(False):  # tensors made here can be trained on again
+        if on_logp:
+            on_logp(logp[answers != model.config.pad_token])
         return [answer[answer != model.config.pad_token] for answer in answers.flatten(0, 1)]
 
 
 def decode_steps(
     model: LLaVA, logits: Tensor, now: Decoding, width: int, steps: int, temperature: float,
     generator: "torch.Generator | Draws | None", on_token: Callable | None, compiled: bool,
-) -> Tensor:
-    """Up to `steps` tokens of every sample, (B, samples, steps), padded after the end."""
+    keep_logp: bool,
+) -> tuple[Tensor, Tensor]:
+    """Up to `steps` tokens of every sample, padded after the end, and their log-probabilities.
+
+    Both (B, samples, steps); the latter are 0 unless they are to be kept.
+    """
     config, device = model.config, logits.device
     rows, samples = now.finished.shape
     next_logits = compiled_decode(now.cache) if compiled else decode
@@ -141,6 +150,7 @@ def decode_steps(
     banned[[config.image_token, config.pad_token]] = -torch.inf  # never sampled
     own_slot_mask = now.mask.new_full((samples, samples), -torch.inf).fill_diagonal_(0)
     answers = now.row.new_full((rows, samples, steps), config.pad_token)
+    logp = torch.zeros(answers.shape, device=device)
     for step in range(steps):
         draw = None
         if isinstance(generator, Draws):
@@ -149,6 +159,9 @@ def decode_steps(
             draw = torch.rand((rows, samples), generator=generator, device=device)[now.row]
         token = sample_token(logits + banned, temperature, draw)
         answers[now.row, :, step] = token.masked_fill(now.finished, config.pad_token)
+        if keep_logp:  # of all tokens, as in training: those never sampled keep their share
+            every = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+            logp[now.row, :, step] = every.gather(-1, token[..., None]).squeeze(-1)
         if on_token:
             on_token(answers[:, :, step])
         now.finished |= token == config.eos_token
@@ -169,7 +182,7 @@ def decode_steps(
         )
         now.position += 1
         now.slots += samples
-    return answers
+    return answers, logp
 
 
 def prefill(

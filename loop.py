@@ -10,7 +10,7 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -42,7 +42,7 @@ class Loop:
         self.algorithm, self.start = algorithm, start
         self.run, self.folder = start.run, start.folder
         self.weights = {n: p for n, p in algorithm.modules.named_parameters() if p.requires_grad}
-        self.optimizers = make_optimizers(self.weights, algorithm.config)
+        self.optimizers = make_optimizers(self.weights, algorithm.config, algorithm.peak_rate)
         self.step = 0
         self.stop = False
 
@@ -206,7 +206,7 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def make_optimizers(
-    weights: dict[str, nn.Parameter], config: Training
+    weights: dict[str, nn.Parameter], config: Training, peak_rate: Callable[[str], float]
 ) -> list[torch.optim.Optimizer]:
     """AdamW; where the config asks for it, Muon (orthogonalised momentum) for the blocks' matrices.
 
@@ -216,15 +216,16 @@ def make_optimizers(
         name: weight for name, weight in weights.items()
         if config.optimizer == "muon" and ".layers." in name and weight.ndim == 2
     }
-    rest = [weight for name, weight in weights.items() if name not in muon]
-    groups = [  # sharded and replicated weights apart: an optimizer cannot update both at once
-        {"params": [w for w in rest if (w.ndim > 1, sharding.is_sharded(w)) == (matrix, sharded)],
-         "weight_decay": config.weight_decay if matrix else 0.0}
-        for matrix in (True, False) for sharded in (True, False)
-    ]
+    groups: dict[tuple, dict] = {}  # matrices first
+    for name, weight in sorted(weights.items(), key=lambda item: item[1].ndim <= 1):
+        if name not in muon:  # an optimizer cannot update sharded and replicated weights at once
+            key = weight.ndim > 1, peak_rate(name), sharding.is_sharded(weight)
+            group = groups.setdefault(key, {"params": [], "lr": key[1]})
+            group["params"].append(weight)
+            group["weight_decay"] = config.weight_decay if weight.ndim > 1 else 0.0
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(  # fused: one pass over the weights, and no temporaries of their size
-            [g for g in groups if g["params"]], config.learning_rate, betas=(0.9, 0.95), fused=True)
+            list(groups.values()), betas=(0.9, 0.95), fused=True)
     ]
     if muon:
         optimizers.append(torch.optim.Muon(

@@ -8,16 +8,23 @@ One iteration (Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, 1909
                A_t = sum_l (gamma lambda)^l delta_{t+l},  delta_t = r_t + gamma V_{t+1} - V_t
     optimise   a few passes over them in minibatches, with ratio w_t = pi / pi_old:
                L = mean max(-w_t A_t, -clip(w_t, 1 - eps, 1 + eps) A_t)
-                 + c/2 mean max((V_t - R_t)^2, (clip(V_t, V_old +- eps) - R_t)^2),  R_t = A_t + V_t
+
+The baseline V is what the return is compared with:
+
+    group      the mean return of the other completions of the prompt (RLOO, arXiv 2402.14740): the
+               same for all tokens of a completion. Nothing is learned, nothing is kept in memory.
+    critic     a value for every token, as in the release; it learns R_t = A_t + V_t by
+               L_V = c/2 mean max((V_t - R_t)^2, (clip(V_t, V_old +- eps) - R_t)^2)
+               and starts as the reward model with a zero head.
 
 With `--lora` policy, reward model and critic are adapters over one base, which is also the
-reference, so that memory holds it once; otherwise they are four models. The critic starts as the
-reward model with a zero head.
+reference, so that memory holds it once; otherwise they are models of their own.
 
 The constants are those of the released code (llava-rlhf/LLaVA-RLHF) unless the options say so.
 What this file does differently, and why:
-1. Several completions per prompt: image and prompt are computed once for all of them. The release
-   samples one; `--samples 1 --rollout_size 512 --batch_size 256` is its arrangement.
+1. Several completions per prompt: image and prompt are computed once for all of them, and they are
+   each other's baseline. The release samples one and trains a critic:
+   `--baseline critic --samples 1 --rollout_size 512 --batch_size 256`.
 2. Losses are means over the tokens of a minibatch; padding counts nowhere, whitening included.
 3. With LoRA the reference is the base without adapter, which is what an untrained adapter computes.
 4. The logged entropy is the sampled tokens' mean -log p: unbiased, and no (R, V) tensor.
@@ -28,22 +35,17 @@ What this file does differently, and why:
 """
 
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from random import Random
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import parallel
-from algorithm import Algorithm, Data, Start
-from config import Training, option
-from data import Batch, Epochs, shared_batches, split, trunk_tokens
-from rollouts import (
-    Roles, check_room, completion_batch, completion_table, make_roles, per_token, sample, summary,
-    write_samples,
-)
+from algorithm import Data, Start
+from config import option
+from data import Batch
+from rollouts import OnPolicy, RolloutConfig, Roles, Scored, make_roles
+
+EXPLAINED, PATIENCE = 0.05, 4  # warn of a baseline that explains less, for so many rollouts
 
 # -------------------------------------------------------------------------- the parts, as functions
 
@@ -103,6 +105,20 @@ def gae(
         value = values[:, t]
         advantages[:, t] = last_gae
     return advantages, advantages + values
+
+
+def sibling_mean(returns: Tensor, samples: int) -> Tensor:
+    """Mean return of the other completions of the same prompt (RLOO, arXiv 2402.14740, Eq. 9).
+
+    Args:
+        returns: (N,), the completions of a prompt side by side.
+        samples: completions per prompt, at least 2.
+
+    Returns:
+        (N,); a completion's own return has no influence on its entry.
+    """
+    groups = returns.view(-1, samples)  # (P, k)
+    return ((groups.sum(1, keepdim=True) - groups) / (samples - 1)).flatten()
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
@@ -167,16 +183,13 @@ def adaptive_kl_coef(
 
 
 @dataclass
-class PPOConfig(Training):
+class PPOConfig(RolloutConfig):
     learning_rate: float = option(1e-4, "peak learning rate (release, LoRA on 13B: 3e-5)")
-    epochs: int = option(1, "passes over the prompts")
-    rollout_size: int = option(64, "prompts per rollout", least=1)
-    samples: int = option(4, "completions per prompt (release: 1, of 512 prompts)", least=1)
-    batch_size: int = option(32, "prompts per optimizer step, with all their completions", least=1)
-    num_ppo_epochs: int = option(2, "passes over a rollout (release)", least=1)
-    generate_batch: int = option(64, "prompts decoded at a time", least=1)
-    max_new_tokens: int = option(128, "completions are cut off here (release: 896)", least=1)
-    temperature: float = option(1.0, "of sampling and of all log-probabilities (release)")
+    baseline: str = option("group", "what a return is compared with: the mean return of the other "
+                           "completions of its prompt, or a critic's value (release)",
+                           choices=("group", "critic"))
+    critic_learning_rate: float = option(
+        1e-4, "peak learning rate of --baseline critic (release: the policy's)")
     kl_coef: float = option(0.1, "coefficient of the KL penalty (release)")
     kl_estimator: str = option("k1_clamped", "of the penalty (release: k1_clamped, or k3)",
                                choices=("k1_clamped", "k1", "k3"))
@@ -184,166 +197,101 @@ class PPOConfig(Training):
     kl_horizon: int = option(10000, "completions over which the adaptive kl_coef settles")
     gamma: float = option(1.0, "discount (release)")
     lam: float = option(1.0, "GAE's lambda (release)")
-    cliprange: float = option(0.2, "of the ratio (release)")
-    cliprange_value: float = option(0.2, "of the values (release)")
-    vf_coef: float = option(0.1, "of the value loss (release)")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm (release)")
-    symbolic_bonus: float = option(2.0, "scales the reward of right options, yes and no (release)")
-    length_penalty: float = option(10.0, "for a completion of --length_penalty_tokens (release)")
-    length_penalty_tokens: int = option(896, "tokens that cost the whole length penalty (release)")
-    missing_eos_penalty: float = option(
-        -8.0, "for a completion without end-of-sequence (release)", least=-float("inf"))
-    facts: bool = option(False, "give the reward model the image's captions")
-    captions: str | None = option(None, "image_to_caption.json, for --facts with --data")
-    reward_model: str | None = option(None, "folder of a run of --algo rm")
-    prompts: int = option(2000, "prompts to make on the built-in world")
+    cliprange_value: float = option(0.2, "of the critic's values (release)")
+    vf_coef: float = option(0.1, "of the critic's loss (release)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.baseline == "group" and self.samples < 2:
+            raise ValueError("--baseline group compares the completions of a prompt: --samples "
+                             "should be at least 2 (or take --baseline critic)")
 
 
 # ------------------------------------------------------------------------------------ the algorithm
 
 
 @dataclass
-class RolloutBatch(Batch):
+class PPOBatch(Batch):
     """A batch of completions; each (R,), as it was when they were sampled."""
 
     old_logp: Tensor | None = None
-    old_values: Tensor | None = None
-    advantages: Tensor | None = None
+    advantages: Tensor | None = None  # whitened
+    old_values: Tensor | None = None  # only with a critic, like the returns
     returns: Tensor | None = None
 
 
-@dataclass
-class Rollout:
-    """N = P k completions and all that optimising takes; right-padded where (N, T)."""
-
-    rows: list[int]  # (P,) places of the prompts in the data
-    tokens: list[list[list[int]]]  # k completions of each prompt
-    mask: Tensor  # (N, T) bool, True = token
-    logp: Tensor  # (N, T) of the policy that sampled
-    values: Tensor  # (N, T)
-    advantages: Tensor  # (N, T) whitened
-    returns: Tensor  # (N, T)
-    metrics: dict[str, float]
-
-
-class PPO(Algorithm):
+class PPO(OnPolicy):
     """Train a policy on rewards by proximal policy optimisation (PPO)."""
 
     Config = PPOConfig
-    reads = "prompts"
-    first = ("base", "rm")
+    Minibatch = PPOBatch
 
     def __init__(self, start: Start, config: PPOConfig, data: Data, roles: Roles | None = None):
-        if config.rollout_size % config.batch_size:
-            raise ValueError(f"--rollout_size {config.rollout_size} is no multiple of --batch_size "
-                             f"{config.batch_size}")
-        check_room(start, config, data)
-        self.start, self.config, self.seed, self.data = start, config, start.run.seed, data
-        self.roles = roles or make_roles(start, config)
-        self.modules = nn.ModuleDict(
-            {"policy": self.roles.policy.model, "critic": self.roles.critic})
-        per_rollout = replace(config, batch_size=config.rollout_size, steps=0)
-        places = list(range(len(data.train)))
-        self.source = Epochs(places, per_rollout, self.seed, length=lambda place: 0)
-        self.minibatches = config.rollout_size // config.batch_size
-        self.per_rollout = config.num_ppo_epochs * self.minibatches  # optimizer steps
-        self.steps = config.steps or self.source.steps * self.per_rollout
+        with_critic = config.baseline == "critic"
+        super().__init__(start, config, data, roles or make_roles(start, config, with_critic))
+        if with_critic:
+            self.modules["critic"] = self.roles.critic
         self.kl_coef = config.kl_coef
-        self.rollout: Rollout | None = None
-        self.warned = False
+        self.unexplained = 0  # rollouts in a row whose baseline explained nothing
 
-    @staticmethod
-    def tokens(row, tokenizer, patches: int, config: PPOConfig):
-        return trunk_tokens(tokenizer, (), row.question, patches), []
+    def peak_rate(self, name: str) -> float:
+        """The critic's weights, which with LoRA are an adapter in the policy, have their own."""
+        critic = name.startswith("critic.") or ".adapters.critic." in name
+        return self.config.critic_learning_rate if critic else self.config.learning_rate
 
-    def batches(self, step: int) -> list[RolloutBatch]:
-        """Minibatches of the current rollout, or of a new one if that is used up."""
-        index, inner = divmod(step, self.per_rollout)
-        if inner == 0:
-            self.rollout = self.roll_out(index, step)
-        epoch, part = divmod(inner, self.minibatches)
-        order = list(range(self.config.rollout_size))
-        Random(f"minibatches {self.seed} {index} {epoch}").shuffle(order)
-        chosen = split(order, self.config.batch_size)[part]
-        chosen.sort(key=lambda row: sum(map(len, self.rollout.tokens[row])))  # like length together
-        return shared_batches(self.minibatch, chosen, self.config.micro_batch)
-
-    def size(self, batch: Batch) -> int:
-        return len(batch.target)
-
-    def loss(self, batch: RolloutBatch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: PPOBatch) -> tuple[Tensor, dict[str, float]]:
         config = self.config
         logp = self.roles.policy.logp(batch, config.temperature)
-        values = self.roles.critic(batch)
         losses, clipped, kl = policy_loss(logp, batch.old_logp, batch.advantages, config.cliprange)
-        errors, value_clipped = value_loss(
-            values, batch.old_values, batch.returns, config.cliprange_value)
-        return losses.mean() + config.vf_coef * errors.mean(), {
-            "policy/loss": losses.detach().mean().item(), "policy/approxkl": kl.mean().item(),
+        loss = losses.mean()
+        metrics = {
+            "policy/loss": loss.item(), "policy/approxkl": kl.mean().item(),
             "policy/clipfrac": clipped.float().mean().item(),
-            "val/loss": errors.detach().mean().item(),
-            "val/clipfrac": value_clipped.float().mean().item(),
             "padding": batch.padding, **self.rollout.metrics,
         }
+        if self.roles.critic is not None:
+            errors, clipped = value_loss(
+                self.roles.critic(batch), batch.old_values, batch.returns, config.cliprange_value)
+            loss = loss + config.vf_coef * errors.mean()
+            metrics |= {"val/loss": errors.detach().mean().item(),
+                        "val/clipfrac": clipped.float().mean().item()}
+        return loss, metrics
+
+    def credit(self, found: Scored) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The whitened advantage of every token, and what a critic learns."""
+        config, mask, values = self.config, found.mask, found.values
+        kl = kl_estimate(found.logp, found.reference, config.kl_estimator)
+        rewards = shaped_rewards(found.scores, kl, mask, self.kl_coef)
+        if values is None:
+            values = sibling_mean(rewards.sum(1), config.samples)[:, None].expand_as(rewards)
+        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+        explained = explained_variance(values[mask], returns[mask])
+        self.watch(explained)
+        metrics = {"objective/kl_coefficient": self.kl_coef, "val/explained_variance": explained,
+                   "objective/rlhf_reward": rewards.sum(1).mean().item()}
+        if config.target_kl:
+            mean = (found.logp - found.reference).sum(1).mean().item()
+            self.kl_coef = adaptive_kl_coef(
+                self.kl_coef, mean, config.target_kl, len(mask), config.kl_horizon)
+        credited = {"old_logp": found.logp, "advantages": whiten(advantages, mask)}
+        if self.roles.critic is not None:
+            credited |= {"old_values": values, "returns": returns}
+        return credited, metrics
+
+    def watch(self, explained: float) -> None:
+        """Warn if the baseline has explained next to nothing for some rollouts."""
+        self.unexplained = self.unexplained + 1 if explained < EXPLAINED else 0
+        if self.unexplained == PATIENCE:
+            remedy = {"critic": "--baseline group needs no learning; or raise "
+                                "--critic_learning_rate",
+                      "group": "completions of one prompt are rewarded no more alike than others"}
+            print(f"warning: val/explained_variance of --baseline {self.config.baseline} has been "
+                  f"below {EXPLAINED} for {PATIENCE} rollouts; {remedy[self.config.baseline]}",
+                  file=sys.stderr)
 
     def state(self) -> dict:
-        return {"kl_coef": self.kl_coef, "rollout": vars(self.rollout) if self.rollout else None}
+        return {"kl_coef": self.kl_coef, **super().state()}
 
     def load_state(self, state: dict) -> None:
+        super().load_state(state)
         self.kl_coef = state["kl_coef"]
-        self.rollout = Rollout(**state["rollout"]) if state["rollout"] else None
-
-    def minibatch(self, rows: Sequence[int]) -> RolloutBatch:
-        """The completions of the rollout's prompts number `rows`, as one batch."""
-        rollout, k = self.rollout, self.config.samples
-        batch = completion_batch(self.start.model, [
-            (self.data.train[rollout.rows[row]], rollout.tokens[row]) for row in rows])
-        places = torch.tensor([row * k + i for row in rows for i in range(k)])
-        flat = lambda x: x[places][rollout.mask[places]]  # (R,)
-        return RolloutBatch(
-            **vars(batch), old_logp=flat(rollout.logp), old_values=flat(rollout.values),
-            advantages=flat(rollout.advantages), returns=flat(rollout.returns))
-
-    @torch.no_grad()
-    def roll_out(self, index: int, step: int) -> Rollout:
-        """Sample and score completions; compute the advantage of every token."""
-        started, config, roles = time.perf_counter(), self.config, self.roles
-        rows = self.source.examples(index)
-        prompts = [self.data.train[row] for row in rows]
-        tokens = sample(roles.policy, prompts, config, self.seed, index)
-        sampled = time.perf_counter()
-        mask, logp, reference, values = per_token(
-            [lambda batch: roles.policy.logp(batch, config.temperature),
-             lambda batch: roles.reference.logp(batch, config.temperature), roles.critic],
-            self.start.model, prompts, tokens, config.micro_batch)
-        parts = roles.reward(list(zip(prompts, tokens)), (self.seed, index))
-        scores = torch.stack(list(parts.values())).sum(0)  # (N,)
-        kl = kl_estimate(logp, reference, config.kl_estimator)
-        rewards = shaped_rewards(scores, kl, mask, self.kl_coef)
-        advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-        table = completion_table(self.start.tokenizer, prompts, tokens, parts,
-                                 (logp - reference).sum(1), self.data.false_parts)
-        parallel.once(lambda: write_samples(self.start.folder, step + 1, table))
-        now = time.perf_counter()
-        metrics = {
-            **summary(table),
-            **{f"score/{name}": part.mean().item() for name, part in parts.items()},
-            "objective/kl_coefficient": self.kl_coef,
-            "objective/rlhf_reward": rewards.sum(1).mean().item(),
-            "objective/entropy": -logp[mask].mean().item(),
-            "val/explained_variance": explained_variance(values[mask], returns[mask]),
-            "seconds/rollout": now - started, "seconds/sampling": sampled - started,
-            "tokens_per_second/rollout": mask.sum().item() / (now - started),
-        }
-        self.warn(1 - metrics["response/ended"])
-        if config.target_kl:
-            self.kl_coef = adaptive_kl_coef(self.kl_coef, metrics["objective/kl"],
-                                            config.target_kl, len(table), config.kl_horizon)
-        return Rollout(rows, tokens, mask, logp, values, whiten(advantages, mask), returns, metrics)
-
-    def warn(self, truncated: float) -> None:
-        """Warn once if most completions are truncated; EOS is then never learned."""
-        if truncated > 0.5 and not self.warned:
-            self.warned = True
-            print(f"warning: {100 * truncated:.0f} % of the completions were cut off at "
-                  f"--max_new_tokens {self.config.max_new_tokens}; raise it", file=sys.stderr)

@@ -94,8 +94,8 @@ def reward_folder(run: Run, config: Training) -> Path:
     if config.reward_model:
         return Path(config.reward_model)
     if not run.on_world():
-        raise ValueError("PPO needs a reward model: --reward_model with the folder of a run of "
-                         "python train.py --algo rm")
+        raise ValueError(f"--algo {run.algo} needs a reward model: --reward_model with the folder "
+                         "of a run of python train.py --algo rm")
     kind = "facts" if config.facts else "plain"
     kind += f"-lora{run.lora}" if run.lora else ""
     base = f"-{Path(run.model).resolve().name}" if run.model else ""

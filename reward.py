@@ -1,4 +1,4 @@
-"""The reward of an answer: a reward model trained on ranked pairs, and rules without a model.
+"""The reward model: a model that scores an answer, trained on ranked pairs.
 
 The reward model is the supervised model with a scalar head (LLaVA-RLHF, arXiv 2309.14525). A
 request to rate is appended to the answer; the reward is read at its last token, the last ":" of
@@ -232,43 +232,6 @@ def agreement(records: Sequence[dict]) -> np.ndarray:
     """(N,) 1 where the chosen answer has the higher reward, 1/2 for a tie, else 0."""
     rewards = np.array([record["rewards"] for record in records])
     return (np.sign(rewards[:, 0] - rewards[:, 1]) + 1) / 2
-
-
-# --------------------------------------------------------------------------- rules, without a model
-
-
-def symbolic_reward(text: str, truth: str | None) -> float:
-    """Whether an answer to a question with a known truth is right, as the release scores it.
-
-    Args:
-        text: the answer.
-        truth: "A".."D", the right option: 1 if the answer starts with "A." or contains "correct
-            option is A.", else 0. "no": +0.5 for an answer that starts with "No", -0.5 for "Yes",
-            else 0: saying yes to everything is the fault to be cured. "yes" and None: 0.
-    """
-    text = text.strip()
-    if truth == "no":
-        return 0.5 * text.startswith("No") - 0.5 * text.startswith("Yes")
-    if truth in ("A", "B", "C", "D"):
-        return float(text.startswith(f"{truth}.") or f"correct option is {truth}." in text)
-    return 0.0
-
-
-def length_penalty(length: int, full: int, factor: float = 1.0, weight: float = 10.0) -> float:
-    """-`weight` for an answer of `full` tokens, in proportion for other lengths (release).
-
-    Args:
-        length: tokens of the answer.
-        full: tokens that cost the whole penalty.
-        factor: the prompt's own scale (`length_bonus` in the files); 0: no penalty.
-        weight: the release's 10.
-    """
-    return -weight * factor * length / full
-
-
-def missing_eos_penalty(ended: bool, penalty: float = -8.0) -> float:
-    """The penalty for an answer without end-of-sequence, cut off at the length limit (release)."""
-    return 0.0 if ended else penalty
 
 
 # ----------------------------------------------------------------------------------- on the disk

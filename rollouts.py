@@ -1,28 +1,52 @@
-"""Shared by RL algorithms: models, sampled completions, their rewards and log-probabilities."""
+"""What algorithms share that learn from a model's own completions: models, sampling, rollouts."""
 
+import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from random import Random
 
 import torch
 from torch import Tensor, nn
 
 import parallel
 import sharding
-from algorithm import Data, Start
-from data import Batch, Example, Response, collate_for, split
+from algorithm import Algorithm, Data, Start
+from config import option
+from data import (
+    Batch, Epochs, Example, Response, collate_for, shared_batches, split, trunk_tokens,
+)
 from formats.files import jsonl
 from formats.rows import DataError
 from formats.tokenizer import Tokenizer
 from generation import Draws, generate
 from lora import lora_layers, select_trainable, use_adapter
 from model import LLaVA
-from reward import (
-    RewardModel, Row, length_penalty, load_reward_model, missing_eos_penalty, rate, symbolic_reward,
-)
+from reward import RewardModel, load_reward_model
+from scoring import SamplingConfig, Scorer
 
 SHOWN = 8  # completions of every rollout that go into samples.jsonl
+
+
+@dataclass
+class RolloutConfig(SamplingConfig):
+    """Options of algorithms that learn from rollouts, a few passes over each."""
+
+    epochs: int = option(1, "passes over the prompts")
+    rollout_size: int = option(64, "prompts per rollout", least=1)
+    batch_size: int = option(32, "prompts per optimizer step, with all their completions", least=1)
+    inner_epochs: int = option(2, "passes over a rollout (PPO's release; GRPO's paper: 1)", least=1)
+    cliprange: float = option(0.2, "of the ratio (release)")
+
+    def __post_init__(self):
+        if self.rollout_size % self.batch_size:
+            raise ValueError(f"--rollout_size {self.rollout_size} is no multiple of --batch_size "
+                             f"{self.batch_size}")
+
+
+# --------------------------------------------------------------------------- models and completions
 
 
 @dataclass
@@ -44,76 +68,46 @@ class Roles:
 
     policy: AdaptedModel
     reference: AdaptedModel
-    critic: nn.Module  # batch -> (R,) values
     reward: Callable[[Sequence, tuple], dict[str, Tensor]]  # parts of the reward, see Scorer
+    critic: nn.Module | None = None  # batch -> (R,) values
 
 
-def make_roles(start: Start, config) -> Roles:
-    """Load the reward model, copy it as the critic, and copy the start as the reference.
+def make_roles(start: Start, config: SamplingConfig, with_critic: bool = False) -> Roles:
+    """Load the reward model, copy the start as the reference, and make a critic if wanted.
 
-    With LoRA they are adapters over the one base. The critic's head starts at zero.
-
-    Args:
-        config: has facts and the rules' settings (see Scorer).
+    With LoRA they are adapters over the one base. The critic is a copy of the reward model whose
+    head starts at zero.
     """
-    model, folder = start.model, start.reward_model
+    model, folder, critic = start.model, start.reward_model, None
     if start.run.lora:
         policy, reference = AdaptedModel(model, "default"), AdaptedModel(model, None)
         reward_model = load_reward_model(start, folder, config.facts, "reward")
-        critic = load_reward_model(start, folder, config.facts, "critic")
+        if with_critic:
+            critic = load_reward_model(start, folder, config.facts, "critic")
         select_trainable(model, "default")
-        for module in lora_layers(model, "critic"):
+        for module in lora_layers(model, "critic") if critic else ():
             module.adapters["critic"].requires_grad_(True)
     else:
         policy = AdaptedModel(model)
         reference = AdaptedModel(sharding.duplicate(model).requires_grad_(False))
         reward_model = load_reward_model(start, folder, config.facts)
-        critic = RewardModel(sharding.duplicate(reward_model.model))
-        select_trainable(critic.model)
-        critic.model.head.requires_grad_(False)  # the critic has no use for a vocabulary
+        if with_critic:
+            critic = RewardModel(sharding.duplicate(reward_model.model))
+            select_trainable(critic.model)
+            critic.model.head.requires_grad_(False)  # the critic has no use for a vocabulary
         reward_model.requires_grad_(False)
-    with torch.no_grad():  # values start at 0, whatever the level of the rewards
-        critic.weight.zero_(), critic.bias.zero_()
-    return Roles(policy, reference, critic,
-                 Scorer(reward_model, start.tokenizer, config))
+    if critic:
+        with torch.no_grad():  # values start at 0, whatever the level of the rewards
+            critic.weight.zero_(), critic.bias.zero_()
+    return Roles(policy, reference, Scorer(reward_model, start.tokenizer, config), critic)
 
 
-class Scorer:
-    """The reward of completions: the reward model's score and the rules."""
-
-    def __init__(self, reward_model: RewardModel, tokenizer: Tokenizer, config):
-        """`config` has the rules' settings (see ppo.PPOConfig)."""
-        self.reward_model, self.tokenizer, self.config = reward_model, tokenizer, config
-
-    def __call__(self, rows: Sequence[Row], seeds: tuple) -> dict[str, Tensor]:
-        """Parts of the reward, each (N,), the completions of all examples one after another.
-
-        Raises:
-            ValueError: the reward model returned NaN or infinity.
-        """
-        scores = rate(self.reward_model, self.tokenizer, rows, self.config.micro_batch, seeds)
-        names = [example.name for example, completions in rows for _ in completions]
-        bad = [name for name, finite in zip(names, scores.isfinite().tolist()) if not finite]
-        if bad:
-            raise ValueError(
-                f"the reward model gave NaN or infinity for {len(bad)} of {len(names)} answers (to "
-                f"{', '.join(dict.fromkeys(bad[:8]))}); train it with a smaller --learning_rate")
-        rules = [self.rules(example, each) for example, completions in rows for each in completions]
-        symbolic, length, no_end = torch.tensor(rules).T
-        return {"rm": scores, "symbolic": symbolic, "length": length, "no_end": no_end}
-
-    def rules(self, example: Example, completion: Sequence[int]) -> tuple[float, float, float]:
-        config, text = self.config, self.tokenizer.decode(completion)
-        ended = self.tokenizer.eos_token in completion
-        return (
-            config.symbolic_bonus * symbolic_reward(text, example.truth),
-            length_penalty(len(completion), config.length_penalty_tokens, example.length_factor,
-                           config.length_penalty),
-            missing_eos_penalty(ended, config.missing_eos_penalty),
-        )
+def prompt_only(row, tokenizer: Tokenizer, patches: int, config) -> tuple[list[int], list]:
+    """The tokens of a row's prompt, and no response; see `Algorithm.tokens`."""
+    return trunk_tokens(tokenizer, (), row.question, patches), []
 
 
-def check_room(start: Start, config, data: Data) -> None:
+def check_room(start: Start, config: SamplingConfig, data: Data) -> None:
     """Raise DataError if a prompt leaves no room for a completion in the model's context."""
     longest = max(len(example.prompt) for example in data.train)
     context = start.model.config.text.max_position_embeddings
@@ -124,30 +118,38 @@ def check_room(start: Start, config, data: Data) -> None:
 
 
 def sample(
-    policy: AdaptedModel, examples: Sequence[Example], config, seed: int, rollout: int
-) -> list[list[list[int]]]:
-    """Tokens of `config.samples` completions of each example; seed and rollout decide the draws.
+    policy: AdaptedModel, examples: Sequence[Example], config: SamplingConfig, seed: int,
+    rollout: int,
+) -> tuple[list[list[list[int]]], Tensor]:
+    """Sample completions; on a GPU decoding is compiled.
 
     Args:
-        config: has samples, temperature, max_new_tokens and generate_batch.
+        seed, rollout: decide the draws.
+
+    Returns:
+        tokens of `config.samples` completions of each example; (R,) their log-probabilities, one
+        completion after another, as decoding computed them.
     """
     like = policy.model.head.weight
     generator = torch.Generator(like.device).manual_seed(seed * 1_000_003 + rollout)
-    completions = []
+    completions, logp, compiled = [], [], like.device.type == "cuda"
     with use_adapter(policy.model, policy.adapter), sharding.gathered(policy.model):
         for part in split(examples, config.generate_batch):
             rows = parallel.rows_of(len(part))  # of this process
-            draws, mine, found = Draws(generator, len(part), rows), part[rows], []
+            draws, mine, found, own = Draws(generator, len(part), rows), part[rows], [], []
             if mine:
                 images = torch.stack([example.image for example in mine]).to(like)
                 prompts = [torch.tensor(example.prompt) for example in mine]
-                found = generate(policy.model, images, prompts, config.max_new_tokens,
-                                 config.temperature, config.samples, draws)
-            steps, found = zip(*parallel.gather([(draws.steps, [each.tolist() for each in found])]))
+                found = generate(
+                    policy.model, images, prompts, config.max_new_tokens, config.temperature,
+                    config.samples, draws, compiled=compiled, on_logp=own.append)
+            own, found = [each.cpu() for each in own], [each.tolist() for each in found]
+            steps, found, own = zip(*parallel.gather([(draws.steps, found, own)]))
             for _ in range(max(steps) - draws.steps):  # all draw as often
                 draws(config.samples)
             completions += chain.from_iterable(found)
-    return split(completions, config.samples)
+            logp += chain.from_iterable(own)
+    return split(completions, config.samples), torch.cat(logp)
 
 
 def completion_batch(
@@ -221,3 +223,126 @@ def write_samples(folder: Path, step: int, table: list[dict]) -> None:
     """Append some completions of a rollout to the run's samples.jsonl."""
     with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
         file.write(jsonl({"step": step, **row} for row in table[:: max(1, len(table) // SHOWN)]))
+
+
+# ------------------------------------------------------------------------ learning from completions
+
+
+@dataclass
+class Rollout:
+    """N = P k completions and all that optimising takes; right-padded where (N, T)."""
+
+    rows: list[int]  # (P,) places of the prompts in the data
+    tokens: list[list[list[int]]]  # k completions of each prompt
+    mask: Tensor  # (N, T) bool, True = token
+    per_token: dict[str, Tensor]  # (N, T) each: the fields that `OnPolicy.Minibatch` adds
+    metrics: dict[str, float]
+
+
+@dataclass
+class Scored:
+    """N = P k sampled completions, k to a prompt side by side; (N, T) is right-padded with 0."""
+
+    mask: Tensor  # (N, T) bool, True = token
+    logp: Tensor  # (N, T) of the policy that sampled
+    reference: Tensor  # (N, T) log-probabilities of the reference
+    values: Tensor | None  # (N, T) of the critic, if there is one
+    scores: Tensor  # (N,)
+
+
+class OnPolicy(Algorithm):
+    """Learn from rewarded completions of the policy itself."""
+
+    Minibatch: type[Batch]  # adds a (R,) field for each tensor that `credit` returns
+    config: RolloutConfig
+    reads = "prompts"
+    first = ("base", "rm")
+    tokens = staticmethod(prompt_only)
+
+    def __init__(self, start: Start, config: RolloutConfig, data: Data, roles: Roles | None = None):
+        check_room(start, config, data)
+        self.start, self.config, self.seed, self.data = start, config, start.run.seed, data
+        self.roles = roles or make_roles(start, config)
+        self.modules = nn.ModuleDict({"policy": self.roles.policy.model})
+        per_rollout = replace(config, batch_size=config.rollout_size, steps=0)
+        places = list(range(len(data.train)))
+        self.source = Epochs(places, per_rollout, self.seed, length=lambda place: 0)
+        self.minibatches = config.rollout_size // config.batch_size
+        self.per_rollout = config.inner_epochs * self.minibatches  # optimizer steps
+        self.steps = config.steps or self.source.steps * self.per_rollout
+        self.rollout: Rollout | None = None
+        self.warned = False
+
+    def credit(self, found: Scored) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """(N, T) tensors, the fields that `Minibatch` adds; and metrics of the rollout."""
+        raise NotImplementedError
+
+    def batches(self, step: int) -> list[Batch]:
+        """Minibatches of the current rollout, or of a new one if that is used up."""
+        index, inner = divmod(step, self.per_rollout)
+        if inner == 0:
+            self.rollout = self.roll_out(index, step)
+        epoch, part = divmod(inner, self.minibatches)
+        order = list(range(self.config.rollout_size))
+        Random(f"minibatches {self.seed} {index} {epoch}").shuffle(order)
+        chosen = split(order, self.config.batch_size)[part]
+        chosen.sort(key=lambda row: sum(map(len, self.rollout.tokens[row])))  # like length together
+        return shared_batches(self.minibatch, chosen, self.config.micro_batch)
+
+    def size(self, batch: Batch) -> int:
+        return len(batch.target)
+
+    def state(self) -> dict:
+        return {"rollout": vars(self.rollout) if self.rollout else None}
+
+    def load_state(self, state: dict) -> None:
+        self.rollout = Rollout(**state["rollout"]) if state["rollout"] else None
+
+    def minibatch(self, rows: Sequence[int]) -> Batch:
+        """The completions of the rollout's prompts number `rows`, as one batch."""
+        rollout, k = self.rollout, self.config.samples
+        batch = completion_batch(self.start.model, [
+            (self.data.train[rollout.rows[row]], rollout.tokens[row]) for row in rows])
+        places = torch.tensor([row * k + i for row in rows for i in range(k)])
+        inside = rollout.mask[places]
+        added = {name: x[places][inside] for name, x in rollout.per_token.items()}  # (R,) each
+        return self.Minibatch(**vars(batch), **added)
+
+    @torch.no_grad()
+    def roll_out(self, index: int, step: int) -> Rollout:
+        """Sample and score completions; decide what every token is to learn."""
+        started, config, roles = time.perf_counter(), self.config, self.roles
+        rows = self.source.examples(index)
+        prompts = [self.data.train[row] for row in rows]
+        tokens, sampled_logp = sample(roles.policy, prompts, config, self.seed, index)
+        sampled = time.perf_counter()
+        functions = [lambda batch: roles.policy.logp(batch, config.temperature),
+                     lambda batch: roles.reference.logp(batch, config.temperature)]
+        mask, logp, reference, *values = per_token(
+            functions + [roles.critic] * (roles.critic is not None), self.start.model, prompts,
+            tokens, config.micro_batch)
+        parts = roles.reward(list(zip(prompts, tokens)), (self.seed, index))
+        scores = torch.stack(list(parts.values())).sum(0)  # (N,)
+        table = completion_table(self.start.tokenizer, prompts, tokens, parts,
+                                 (logp - reference).sum(1), self.data.false_parts)
+        parallel.once(lambda: write_samples(self.start.folder, step + 1, table))
+        credited, metrics = self.credit(
+            Scored(mask, logp, reference, values[0] if values else None, scores))
+        now = time.perf_counter()
+        metrics = {
+            **summary(table), **metrics,
+            **{f"score/{name}": part.mean().item() for name, part in parts.items()},
+            "objective/entropy": -logp[mask].mean().item(),
+            "rollout/logp_mismatch": (sampled_logp - logp[mask]).abs().mean().item(),
+            "seconds/rollout": now - started, "seconds/sampling": sampled - started,
+            "tokens_per_second/rollout": mask.sum().item() / (now - started),
+        }
+        self.warn(1 - metrics["response/ended"])
+        return Rollout(rows, tokens, mask, credited, metrics)
+
+    def warn(self, truncated: float) -> None:
+        """Warn once if most completions are truncated; EOS is then never learned."""
+        if truncated > 0.5 and not self.warned:
+            self.warned = True
+            print(f"warning: {100 * truncated:.0f} % of the completions were cut off at "
+                  f"--max_new_tokens {self.config.max_new_tokens}; raise it", file=sys.stderr)

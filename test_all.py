@@ -46,12 +46,14 @@ import ddpo
 import evaluate
 import evaluation
 import generation
+import grpo
 import kernels
 import loop
 import ppo
 import recipes
 import reward
 import rollouts
+import scoring
 import sft
 import train
 import world
@@ -376,8 +378,8 @@ def test_tensorboard_has_what_the_log_has(photos, tmp_path, monkeypatch, run_tra
         return one_step(loop) | {"loss": 9.0}  # steps that will be made again, with other numbers
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Loop, "one_step", killed)
-        patch.setattr(train.Loop, "save", lambda loop: save(loop) if loop.step == 2 else None)
+        patch.setattr(loop.Loop, "one_step", killed)
+        patch.setattr(loop.Loop, "save", lambda loop: save(loop) if loop.step == 2 else None)
         run_train(*command, status=130)
     run_train(*command, "--resume")
     found = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -404,8 +406,8 @@ def test_corrections_are_true_and_reproducible(tmp_path):
 
 FLOORS = [  # an import only ever points down this list; within a folder, to other files of it
     r"kernels\.bench.*", "train|evaluate|annotate", "annotation", "recipes|loop", "evaluation",
-    "world", "ppo|grpo", "rollouts", "reward", "ddpo|sft", "algorithm", "generation", "data", "formats",
-    "model", "lora", "vision|kernels|config|sharding", "parallel",
+    "world", "grpo|online_ddpo", "ppo", "rollouts", "scoring", "reward", "ddpo|sft", "algorithm",
+    "generation", "data", "formats", "model", "lora", "vision|kernels|config|sharding", "parallel",
 ]
 
 
@@ -527,7 +529,8 @@ def test_options_of_optimiser_and_images(tiny, tmp_path):
     muon = SimpleNamespace(optimizer="muon", muon_rate=0.1, learning_rate=0.01, weight_decay=0.5)
     weights = {n: p for n, p in tiny.named_parameters() if n.startswith("decoder")}
     found = [(group["peak"], group["weight_decay"], {p.ndim for p in group["params"]})
-             for each in loop.make_optimizers(weights, muon) for group in each.param_groups]
+             for each in loop.make_optimizers(weights, muon, lambda name: 0.01)
+             for group in each.param_groups]
     assert found == [(0.01, 0.5, {2}), (0.01, 0.0, {1}), (0.1, 0.5, {2})]  # AdamW twice, Muon
     for mode in ("pad", "crop"):
         given = train.parse(["--image_mode", mode])
@@ -735,16 +738,16 @@ def test_a_reward_model_learns_a_simple_preference(tiny_world, tokenizer, tmp_pa
     (" No.", "no", 0.5), ("", "no", 0.0),
 ])
 def test_symbolic_reward(text, truth, expected):
-    assert reward.symbolic_reward(text, truth) == expected
+    assert scoring.symbolic_reward(text, truth) == expected
 
 
 def test_scorer_adds_the_rules(tiny_world, tokenizer):
-    assert reward.length_penalty(896, 896) == -10
-    assert reward.length_penalty(448, 896, factor=0.5) == -2.5
-    assert reward.length_penalty(100, 100, weight=0.0) == 0
-    assert reward.missing_eos_penalty(True) == 0 and reward.missing_eos_penalty(False) == -8
+    assert scoring.length_penalty(896, 896) == -10
+    assert scoring.length_penalty(448, 896, factor=0.5) == -2.5
+    assert scoring.length_penalty(100, 100, weight=0.0) == 0
+    assert scoring.missing_eos_penalty(True) == 0 and scoring.missing_eos_penalty(False) == -8
     reward_model = make_reward_model(tiny_world, tokenizer)
-    scorer = rollouts.Scorer(reward_model, tokenizer, ppo.PPOConfig(micro_batch=2))
+    scorer = scoring.Scorer(reward_model, tokenizer, ppo.PPOConfig(micro_batch=2))
     completions = [tokenizer.encode("No.", eos=True), [9, 9]]
     parts = scorer([(make_prompt(tokenizer, truth="no"), completions)], (0, 0))
     assert parts["symbolic"].tolist() == [1.0, 0.0]  # 2.0 x 0.5
@@ -810,6 +813,19 @@ def test_padding_contributes_nothing_and_whitening_is_over_all_tokens():
 def test_score_comes_at_the_last_token():
     rewards = ppo.shaped_rewards(torch.tensor([2.0, -1.0]), torch.ones(2, 3), padded(3, 1), 0.1)
     torch.testing.assert_close(rewards, torch.tensor([[-0.1, -0.1, 1.9], [-1.1, 0.0, 0.0]]))
+
+
+def test_group_baseline_is_the_siblings_mean_return():
+    """REINFORCE leave-one-out (arXiv 2402.14740): A_i = R_i - mean of R_j over the siblings j."""
+    returns = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0])
+    assert ppo.sibling_mean(returns, 3).tolist() == [4.0, 3.5, 1.5, 1.5, 1.5, 0.0]
+    mask, scores = padded(3, 1, 2, 2), torch.tensor([1.0, 2.0, -1.0, 0.5])
+    rewards = ppo.shaped_rewards(scores, torch.rand(4, 3), mask, 0.1)
+    values = ppo.sibling_mean(rewards.sum(1), 2)[:, None].expand_as(rewards)
+    advantages, returns = ppo.gae(rewards, values, mask, 1.0, 1.0)
+    whole = rewards.sum(1)
+    torch.testing.assert_close(advantages[:, 0], whole - whole[[1, 0, 3, 2]])  # at first tokens
+    torch.testing.assert_close(returns[0, 2], rewards[0, 2])  # later ones: what is still to come
 
 
 def test_kl_estimators_against_exact_kl():
@@ -892,24 +908,23 @@ def test_temperature_divides_the_logits(tiny_world, tokenizer):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def make_ppo(model, tokenizer, folder, prompt_count=8, score=lambda completion: len(completion),
-             **changes):
-    """PPO on given rewards; 4 prompts per rollout, 2 completions of each."""
+def on_policy(model, tokenizer, folder, kind=ppo.PPO, prompt_count=8, score=len, **changes):
+    """An algorithm on given rewards; 4 prompts per rollout, 2 completions of each."""
     settings = {"rollout_size": 4, "batch_size": 2, "samples": 2, "micro_batch": 2,
                 "max_new_tokens": 4, "epochs": 4, **changes}
     model = copy.deepcopy(model)
     scores = lambda rows, seeds: {"rm": torch.tensor(
         [float(score(each)) for _, completions in rows for each in completions])}
-    roles = rollouts.Roles(
-        rollouts.AdaptedModel(model), rollouts.AdaptedModel(copy.deepcopy(model)),
-        reward.RewardModel(copy.deepcopy(model)), scores)
+    critic = reward.RewardModel(copy.deepcopy(model)) if changes.get("baseline") == "critic" else None
+    roles = rollouts.Roles(rollouts.AdaptedModel(model),
+                           rollouts.AdaptedModel(copy.deepcopy(model)), scores, critic)
     prompts = [make_prompt(tokenizer, i) for i in range(prompt_count)]
     known = Data(prompts, false_parts=lambda example, text: ["x"] if "car" in text else [])
-    return ppo.PPO(make_start(model, tokenizer, folder), ppo.PPOConfig(**settings), known, roles)
+    return kind(make_start(model, tokenizer, folder), kind.Config(**settings), known, roles)
 
 
 def test_first_step_has_ratio_1_and_no_kl(tiny_world, tokenizer, tmp_path):
-    algorithm = make_ppo(tiny_world, tokenizer, tmp_path)
+    algorithm = on_policy(tiny_world, tokenizer, tmp_path)
     for batch in algorithm.batches(0):
         logp = algorithm.roles.policy.logp(batch, 1.0)
         torch.testing.assert_close(logp, batch.old_logp, atol=1e-5, rtol=0)
@@ -924,54 +939,143 @@ def test_first_step_has_ratio_1_and_no_kl(tiny_world, tokenizer, tmp_path):
 
 def test_minibatches_hold_every_completion_once(tiny_world, tokenizer, tmp_path):
     """With its own numbers."""
-    algorithm = make_ppo(tiny_world, tokenizer, tmp_path, num_ppo_epochs=2)
+    algorithm = on_policy(tiny_world, tokenizer, tmp_path, inner_epochs=2)
     for first in (0, 2):  # two steps are an inner epoch
         seen = torch.cat([batch.old_logp for step in (first, first + 1)
                           for batch in algorithm.batches(step)])
-        kept = algorithm.rollout.logp[algorithm.rollout.mask]
+        kept = algorithm.rollout.per_token["old_logp"][algorithm.rollout.mask]
         assert torch.equal(seen.sort().values, kept.sort().values)
     rollout, batch = algorithm.rollout, algorithm.minibatch([3, 1])
     expected = [t for row in (3, 1) for completion in rollout.tokens[row] for t in completion]
     assert batch.target.tolist() == expected
     order = torch.tensor([6, 7, 2, 3])
-    assert torch.equal(batch.advantages, rollout.advantages[order][rollout.mask[order]])
+    for name, each in rollout.per_token.items():
+        assert torch.equal(getattr(batch, name), each[order][rollout.mask[order]])
 
 
 BANDIT = {"prompt_count": 1, "rollout_size": 1, "batch_size": 1, "samples": 32, "max_new_tokens": 1,
           "epochs": 40}  # one prompt, completions of one token
 
 
-def test_ppo_finds_the_optimum_of_a_bandit(tiny_world, tokenizer, tmp_path):
+@pytest.mark.parametrize("kind", [ppo.PPO, grpo.GRPO])
+def test_the_optimum_of_a_bandit_is_found(kind, tiny_world, tokenizer, tmp_path):
     """A reward for one of four tokens: it must take over."""
     model, prompt = copy.deepcopy(tiny_world), make_prompt(tokenizer)
     with torch.no_grad():  # only tokens 5 to 8 are likely at first
         states = model(prompt.image[None], torch.tensor([prompt.prompt]))[0, -1]
         model.head.weight[5:9] += 6 * states / states.square().sum()
-    algorithm = make_ppo(model, tokenizer, tmp_path, score=lambda completion: completion[0] == 7,
-                         kl_coef=0.0, **BANDIT)
+    algorithm = on_policy(model, tokenizer, tmp_path, kind, kl_coef=0.0,
+                          score=lambda completion: completion[0] == 7, **BANDIT)
     history = optimise(algorithm, 30, 5e-3)
     assert history[0]["objective/scores"] < 0.6
     assert history[-1]["objective/scores"] > 0.95
 
 
+def test_group_advantages_and_both_means_by_hand():
+    scores = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
+    plain = [-2.0, -1.0, 3.0, 0.0, 0.0, 0.0]
+    assert grpo.group_advantages(scores, 3, divide_by_std=False).tolist() == plain
+    std = math.sqrt((4 + 1 + 9) / 2) + 1e-4  # the second group has no spread: 0, not NaN
+    found = grpo.group_advantages(scores, 3).tolist()
+    assert found == pytest.approx([each / std for each in plain])
+    losses, group = torch.tensor([1.0, 2.0, 3.0, 10.0]), torch.tensor([0, 0, 0, 1])
+    assert grpo.answer_mean(losses, group, 2).item() == (2 + 10) / 2
+
+
+@pytest.mark.parametrize("loss_mean", ["tokens", "answers"])
+def test_grpo_loss_by_hand_whatever_the_micro_batch(loss_mean, tiny_world, tokenizer, tmp_path):
+    """And its first gradient is the policy gradient, the ratio being 1 and the KL 0."""
+    found = []
+    for micro_batch in (1, 2, 4):
+        algorithm = on_policy(tiny_world, tokenizer, tmp_path, grpo.GRPO, batch_size=4,
+                              micro_batch=micro_batch, loss_mean=loss_mean, max_new_tokens=6,
+                              score=lambda completion: len(completion) + completion[0])
+        batches = algorithm.batches(0)
+        total = sum(map(algorithm.size, batches))
+        for batch in batches:
+            loss, _ = algorithm.loss(batch)
+            (loss * algorithm.size(batch) / total).backward()
+        found.append(algorithm.roles.policy.model.head.weight.grad)
+    batch = algorithm.minibatch(range(4))
+    logp, share = algorithm.roles.policy.logp(batch, 1.0), torch.ones(len(batch.target))
+    if loss_mean == "answers":
+        share = 1 / batch.group.bincount()[batch.group]
+    algorithm.modules.zero_grad()
+    (-(batch.advantages * logp * share).sum() / share.sum()).backward()
+    expected = algorithm.roles.policy.model.head.weight.grad
+    assert expected.abs().max() > 1e-4
+    for each in found:
+        torch.testing.assert_close(each, expected, atol=1e-6, rtol=1e-4)
+    batch.reference = batch.reference + 0.5  # x = log ref - log pi
+    assert algorithm.loss(batch)[1]["policy/kl"] == pytest.approx(math.exp(0.5) - 1.5, abs=1e-4)
+
+
 def test_kl_penalty_pulls_the_policy_back(tiny_world, tokenizer, tmp_path):
-    algorithm = make_ppo(tiny_world, tokenizer, tmp_path, score=lambda completion: 0, kl_coef=1.0,
+    algorithm = on_policy(tiny_world, tokenizer, tmp_path, score=lambda completion: 0, kl_coef=1.0,
                          kl_estimator="k1", **BANDIT)
     with torch.no_grad():
         algorithm.roles.policy.model.decoder.norm.weight.mul_(2.0)
-    history = optimise(algorithm, 40, 1e-3)
-    assert history[0]["objective/kl"] > 0.5
-    assert history[-1]["objective/kl"] < 0.6 * history[0]["objective/kl"]
+    kl = [found["objective/kl"] for found in optimise(algorithm, 40, 1e-3)]
+    assert kl[0] > 0.5 and np.mean(kl[-10:]) < 0.5 * np.mean(kl[:10])
+
+
+def test_a_critic_is_made_and_trained_only_if_asked_for(tiny_world, tokenizer, tmp_path):
+    """It has a learning rate of its own; both baselines say what they explain."""
+    for baseline, rates in (("group", {1e-4}), ("critic", {1e-4, 0.5})):
+        algorithm = on_policy(tiny_world, tokenizer, tmp_path, baseline=baseline,
+                              critic_learning_rate=0.5)
+        assert ("critic" in algorithm.modules) == ("val/loss" in optimise(algorithm, 1, 0)[0]) == (
+            "returns" in algorithm.rollout.per_token) == (baseline == "critic")
+        assert algorithm.rollout.metrics["val/explained_variance"] < 1
+        weights = dict(algorithm.modules.named_parameters())
+        groups = [group for each in loop.make_optimizers(weights, algorithm.config,
+                                                          algorithm.peak_rate)
+                  for group in each.param_groups]
+        assert {group["lr"] for group in groups} == rates
+        for group in groups:
+            for weight in group["params"]:
+                name = next(name for name, each in weights.items() if each is weight)
+                assert (group["lr"] == 0.5) == name.startswith("critic.")
+    assert algorithm.peak_rate("policy.layers.0.adapters.critic.A") == 0.5  # with LoRA
+
+
+@pytest.mark.parametrize("kind", [ppo.PPO, grpo.GRPO])
+def test_sampled_log_probabilities_are_those_of_training(kind, tiny_world, tokenizer, tmp_path):
+    algorithm = on_policy(tiny_world, tokenizer, tmp_path, kind, temperature=0.8, generate_batch=3,
+                          max_new_tokens=9)
+    algorithm.batches(0)
+    rollout = algorithm.rollout
+    assert rollout.metrics["rollout/logp_mismatch"] < 1e-5
+    prompts = [algorithm.data.train[row] for row in rollout.rows]
+    tokens, logp = rollouts.sample(algorithm.roles.policy, prompts, algorithm.config, 0, 0)
+    assert tokens == rollout.tokens
+    old = rollout.per_token["old_logp"][rollout.mask]
+    torch.testing.assert_close(logp, old, atol=1e-5, rtol=0)
+    _, warmer = rollouts.sample(
+        algorithm.roles.policy, prompts, replace(algorithm.config, temperature=0.9), 0, 0)
+    assert len(warmer) != len(old) or (warmer - old).abs().max() > 1e-3
 
 
 def test_unfit_rollouts_are_refused_or_reported_once(tiny_world, tokenizer, tmp_path, capsys):
-    with pytest.raises(ValueError, match="no multiple of --batch_size 3"):
-        make_ppo(tiny_world, tokenizer, tmp_path, batch_size=3)
-    algorithm = make_ppo(tiny_world, tokenizer, tmp_path, max_new_tokens=1)
+    for kind, changes, phrase in (
+        (ppo.PPO, {"batch_size": 3}, "no multiple of --batch_size 3"),
+        (ppo.PPO, {"samples": 1}, "--samples should be at least 2 .or take --baseline critic"),
+        (grpo.GRPO, {"samples": 1}, "--samples should be at least 2$")):
+        with pytest.raises(ValueError, match=phrase):
+            on_policy(tiny_world, tokenizer, tmp_path, kind, **changes)
+    on_policy(tiny_world, tokenizer, tmp_path, samples=1, baseline="critic")
+    algorithm = on_policy(tiny_world, tokenizer, tmp_path, max_new_tokens=1)
     for step in (0, 4):  # a rollout each
         algorithm.batches(step)
     shown = capsys.readouterr().err
     assert shown.count("were cut off at --max_new_tokens 1") == 1 and "%" in shown
+    for baseline, remedy in (("group", "no more alike"), ("critic", "--baseline group")):
+        algorithm = on_policy(tiny_world, tokenizer, tmp_path, baseline=baseline)
+        for explained in (0.01, 0.04, 0.06, 0.0, -1.0, 0.04):
+            algorithm.watch(explained)
+        assert not capsys.readouterr().err  # three in a row are not enough
+        algorithm.watch(0.04), algorithm.watch(0.04)
+        assert capsys.readouterr().err.count(remedy) == 1
 
 
 # ========================================================================= from rows to examples
@@ -1084,47 +1188,55 @@ def run_on(material, tmp_path, run_train):
             "--algo", algo, "--model", material / "base", "--data", material / "rows.json",
             "--images", material / "images", "--captions", material / "captions.json", "--facts",
             "--out", tmp_path / out, "--log_every", 1, "--batch_size", 4,
-            *(rollout if algo == "ppo" else ("--steps", 2)), *more, status=status)
+            *(("--steps", 2) if algo == "rm" else rollout), *more, status=status)
 
     return run
 
 
-@pytest.mark.parametrize("lora", [(), ("--lora", 2)], ids=["full", "lora"])
-def test_reward_model_and_ppo_from_files_to_files(run_on, tmp_path, monkeypatch, lora):
-    """PPO is also stopped in the middle of a rollout and resumed: the same to the bit."""
+@pytest.mark.parametrize("algo, lora, own", [
+    ("ppo", (), ("--target_kl", 1, "--kl_horizon", 10)),
+    ("ppo", ("--lora", 2), ("--baseline", "critic")),
+    ("grpo", (), ("--loss_mean", "answers", "--no-divide_by_std")),
+], ids=["ppo", "ppo-critic-lora", "grpo"])
+def test_reinforcement_from_files_to_files(run_on, tmp_path, monkeypatch, algo, lora, own):
+    """Also stopped in the middle of a rollout and resumed: the same to the bit."""
     run_on("rm", "rm", *lora)
     results = json.loads((tmp_path / "rm" / "results.json").read_text())
     assert 0 <= results["after"]["metrics"]["agreement"]["value"] <= 1
-    more = ("--reward_model", tmp_path / "rm", "--target_kl", 1, "--kl_horizon", 10,
-            "--learning_rate", 1e-3, *lora)
-    run_on("ppo", "whole", *more)
-    one_step = train.Loop.one_step
+    more = ("--reward_model", tmp_path / "rm", "--learning_rate", 1e-3, *lora, *own)
+    run_on(algo, "whole", *more)
+    one_step = loop.Loop.one_step
 
-    def stopped(loop):
-        loop.stop = loop.step == 2  # of two steps per rollout: in the middle of the second
-        return one_step(loop)
+    def stopped(running):
+        running.stop = running.step == 2  # of two steps per rollout: in the middle of the second
+        return one_step(running)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Loop, "one_step", stopped)
-        run_on("ppo", "cut", *more, status=130)
-    run_on("ppo", "cut", *more, "--resume")
+        patch.setattr(loop.Loop, "one_step", stopped)
+        run_on(algo, "cut", *more, status=130)
+    _, saved = load_state(latest_state(tmp_path / "cut"))
+    critic = any("critic" in name for name in saved)
+    run_on(algo, "cut", *more, "--resume")
     for name in ("model/model.safetensors", "samples.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     whole, cut = (read_log(tmp_path / name) for name in ("whole", "cut"))
     assert [line["step"] for line in cut] == [1, 2, 3, 4, 5]
-    assert {"objective/kl", "objective/scores", "objective/rlhf_reward", "objective/entropy",
-            "policy/approxkl", "policy/clipfrac", "val/clipfrac", "val/explained_variance",
-            "response/length", "response/ended", "tokens_per_second/rollout", "score/rm",
-            "seconds/optimisation"} <= cut[-1].keys()
-    coefficients = [[line["objective/kl_coefficient"] for line in lines] for lines in (whole, cut)]
-    assert coefficients[0] == coefficients[1] and len({*coefficients[0]}) == 3  # it adapts
+    assert critic == ("val/clipfrac" in cut[-1]) == ("critic" in own)
+    assert {"objective/kl", "objective/scores", "objective/entropy", "policy/approxkl",
+            "policy/clipfrac", "response/length", "response/ended", "tokens_per_second/rollout",
+            "score/rm", "rollout/logp_mismatch", "seconds/optimisation"} <= cut[-1].keys()
+    if algo == "ppo":
+        assert {"objective/rlhf_reward", "val/explained_variance"} <= cut[-1].keys()
+        coefficients = [[line["objective/kl_coefficient"] for line in log] for log in (whole, cut)]
+        assert coefficients[0] == coefficients[1]
+        assert len({*coefficients[0]}) == (3 if "--target_kl" in own else 1)  # it adapts
 
 
 def test_runs_say_what_is_missing(material, run_on, tmp_path):
     run_on("rm", "rm", "--no-facts")
     given = ("--reward_model", tmp_path / "rm")
     for more, phrase in (
-        ((), "PPO needs a reward model"), (("--reward_model", material), "no reward model ("),
+        ((), "--algo ppo needs a reward model"), (("--reward_model", material), "no reward model ("),
         (given, "without facts, not with facts"),
         ((*given, "--no-facts", "--lora", 2), "without adapter"),
         ((*given, "--no-facts", "--max_new_tokens", 9999), "use a smaller --max_new_tokens"),

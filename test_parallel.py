@@ -84,7 +84,9 @@ PARALLEL_RUNS = {  # sizes that neither 2 nor 3 divides
     "rm": ("--algo", "rm", *RANKINGS),
     "rm_lora": ("--algo", "rm", *RANKINGS, "--lora", 4),
     "ppo": ("--algo", "ppo", "--reward_model", "../2/rm", *PROMPTS),
-    "ppo_lora": ("--algo", "ppo", "--reward_model", "../2/rm_lora", *PROMPTS, "--lora", 4),
+    "ppo_lora": ("--algo", "ppo", "--reward_model", "../2/rm_lora", *PROMPTS, "--lora", 4,
+                 "--baseline", "critic"),
+    "grpo": ("--algo", "grpo", "--reward_model", "../2/rm", *PROMPTS, "--loss_mean", "answers"),
 }
 COMPARED = [(name, count) for count in (2, 3) for name in PARALLEL_RUNS
             if count == 2 or name not in ("rm_lora", "ppo_lora")]

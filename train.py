@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import ddpo
+import grpo
 import parallel
 import ppo
 import recipes
@@ -38,6 +39,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "ddpo": ddpo.DDPO,
     "rm": reward.RewardTraining,
     "ppo": ppo.PPO,
+    "grpo": grpo.GRPO,
     "vision": pretraining.Tower,
     "base": pretraining.Base,
     "rm_init": pretraining.RMInit,

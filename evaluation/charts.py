@@ -16,7 +16,7 @@ CURVES = (  # title, unit of the y axis, metrics drawn together
     ("Length of completions", "tokens", "response/length"),
     ("Entropy", "nats per token", "objective/entropy"),
     ("Clipped", "share of the tokens", "policy/clipfrac val/clipfrac"),
-    ("Variance explained by the critic", "share", "val/explained_variance"),
+    ("Variance explained by the baseline", "share", "val/explained_variance"),
     ("Kinds recognised", "share", "accuracy/kind"),
     ("Gradient norm", "before clipping", "grad_norm"),
     ("Learning rate", "per step", "learning_rate"),

@@ -6,7 +6,7 @@
     LLaVA-Human-Preference-10K   image, conversations, output_1, output_2,
                                  preference: 1 or 2, the better one                -> Pair
     LLaVA instruct (JSON)        image (may be absent), conversations              -> Conversation
-    prompts for PPO (JSON)       image, conversations, caption_type, length_bonus  -> Prompt
+    prompts for PPO, GRPO (JSON) image, conversations, caption_type, length_bonus  -> Prompt
     image_to_caption.json        {file name: [captions]}                           -> read_captions
 
 The fields of a row decide which it is. A preference also serves as a conversation (with its better
