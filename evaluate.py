@@ -138,10 +138,13 @@ def answer(args: Namespace, questions: list[ImageQuestion], path: Path, limit: i
     how = f"max_new_tokens={limit} temperature={args.temperature} seed={args.seed}"
     if args.dtype != "auto":
         how += f" dtype={args.dtype}"
+    steps = len(questions) / args.batch_size * limit
+    compiled = generation.worth_compiling(model.head.weight.device, steps)
 
     def respond(images: list, texts: list[str], seed: int) -> list[str]:
         return generation.answers(model, tokenizer, settings, images, texts, limit,
-                                  args.temperature, seed=seed, batch_size=args.batch_size)
+                                  args.temperature, seed=seed, batch_size=args.batch_size,
+                                  compiled=compiled)
 
     by = f"{fingerprint(model)} {how}"
     path.parent.mkdir(parents=True, exist_ok=True)

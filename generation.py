@@ -12,6 +12,7 @@ of them, so that no shape changes and CUDA graphs can replay the step.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,17 +24,18 @@ from tqdm import tqdm
 
 from data import prompt_text, prompt_tokens
 from model import LLaVA, TextConfig, product_dtype, rotary
+from parallel import Draws
 from vision import ImageSettings, preprocess
 
 SLOTS = 64  # buffers are multiples of this, so that prompts of like length share a compiled step
+MANY_STEPS = 4096  # fewer do not repay compilation (a guess; to be measured on a GPU)
 CHECK_EVERY = 16  # steps on a GPU between questions whether all are done: each waits for the device
 
 
 class KVCache:
     """Keys and values of all layers in static buffers, and the rotary tables of their positions.
 
-    The buffers start as zeros and not as unwritten memory: a NaN in a masked slot would still reach
-    the result (0 * NaN).
+    The buffers start as zeros: a NaN in a masked slot would still reach the result (0 * NaN).
     """
 
     def __init__(self, config: TextConfig, rows: int, slots: int, device, dtype: torch.dtype):
@@ -72,19 +74,6 @@ class Decoding:
         self.cache.keep(alive)
 
 
-class Draws:
-    """Random numbers of some rows of a batch: the same whichever process decodes a row."""
-
-    def __init__(self, generator: torch.Generator, batch: int, rows: slice):
-        self.generator, self.batch, self.rows, self.steps = generator, batch, rows, 0
-
-    def __call__(self, samples: int) -> Tensor:
-        """(rows, samples) numbers in [0, 1)."""
-        self.steps += 1
-        shape, device = (self.batch, samples), self.generator.device
-        return torch.rand(shape, generator=self.generator, device=device)[self.rows]
-
-
 @torch.inference_mode()
 def generate(
     model: LLaVA,
@@ -93,7 +82,7 @@ def generate(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     samples: int = 1,
-    generator: "torch.Generator | Draws | None" = None,
+    generator: torch.Generator | Draws | None = None,
     on_token: Callable[[Tensor], None] | None = None,
     compiled: bool = False,
     on_logp: Callable[[Tensor], None] | None = None,
@@ -108,10 +97,9 @@ def generate(
         samples: answers per prompt.
         generator: of the draws; `Draws` if these prompts are a part of a batch.
         on_token: called with each step's (B, samples) tokens, for streaming; padding after the end.
-        compiled: decode with `torch.compile`, as CUDA graphs on a GPU. Worth its compile time for
-            many or long answers.
-        on_logp: called once with the (R,) float32 log-probabilities of the tokens of all answers,
-            one answer after another, at the temperature (1 if that is 0).
+        compiled: decode with `torch.compile`, as CUDA graphs on a GPU (see `worth_compiling`).
+        on_logp: called once with (R,) float32 log-probabilities of the answers' tokens, one answer
+            after another, at the temperature (1 if that is 0).
 
     Returns:
         len(prompts) * samples 1-D token tensors, the samples of one prompt side by side. The draws
@@ -128,20 +116,21 @@ def generate(
     answers, logp = decode_steps(
         model, *prefill(model, images, prompts, samples, steps), width, steps, temperature,
         generator, on_token, compiled, on_logp is not None)
+    inside = answers != model.config.pad_token
     with torch.inference_mode(False):  # tensors made here can be trained on again
         if on_logp:
-            on_logp(logp[answers != model.config.pad_token])
-        return [answer[answer != model.config.pad_token] for answer in answers.flatten(0, 1)]
+            on_logp(logp[inside])
+        return [row[kept] for row, kept in zip(answers.flatten(0, 1), inside.flatten(0, 1))]
 
 
 def decode_steps(
     model: LLaVA, logits: Tensor, now: Decoding, width: int, steps: int, temperature: float,
-    generator: "torch.Generator | Draws | None", on_token: Callable | None, compiled: bool,
+    generator: torch.Generator | Draws | None, on_token: Callable | None, compiled: bool,
     keep_logp: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Up to `steps` tokens of every sample, padded after the end, and their log-probabilities.
+    """Tokens of every sample, padded after the end, and if kept their log-probabilities.
 
-    Both (B, samples, steps); the latter are 0 unless they are to be kept.
+    Both (B, samples, steps).
     """
     config, device = model.config, logits.device
     rows, samples = now.finished.shape
@@ -223,6 +212,11 @@ def decode(
     return model.head(model(None, token, position, mask=mask, cache=cache, slots=slots))
 
 
+def worth_compiling(device: torch.device, steps: float = math.inf) -> bool:
+    """Whether so many decoding steps repay compiling one: on a GPU, thousands do."""
+    return device.type == "cuda" and steps >= MANY_STEPS
+
+
 @functools.cache
 def compiled() -> Callable:
     return torch.compile(decode, mode="reduce-overhead", dynamic=False)
@@ -260,10 +254,8 @@ def sample_token(logits: Tensor, temperature: float, draw: Tensor | None) -> Ten
 
 def pixels_of(images: Sequence[Image.Image], settings: ImageSettings) -> Tensor:
     """(N, 3, size, size), the tower's input."""
-    return torch.stack([
-        preprocess(image, settings.size, settings.mean, settings.std, settings.mode)
-        for image in images
-    ])
+    return torch.stack([preprocess(image, settings.size, settings.mean, settings.std, settings.mode)
+                        for image in images])
 
 
 @torch.no_grad()
@@ -287,6 +279,7 @@ def answers(
     model: LLaVA, tokenizer, settings: ImageSettings, images: Sequence[Image.Image] | Tensor,
     questions: Sequence[str], max_new_tokens: int = 128, temperature: float = 0.0,
     samples: int = 1, seed: int = 0, batch_size: int = 64, progress: str | None = None,
+    compiled: bool | None = None,
 ) -> list[str]:
     """Answer questions about images, one image and one question each.
 
@@ -298,6 +291,7 @@ def answers(
         samples: answers per question.
         batch_size: questions per batch; prompts of about one length go together.
         progress: label of a progress bar; None shows none.
+        compiled: see `generate`; None: if it pays.
 
     Returns:
         len(questions) * samples texts in the order of the questions, samples of one side by side.
@@ -305,10 +299,10 @@ def answers(
     if len(images) != len(questions):
         raise ValueError(f"{len(images)} images for {len(questions)} questions")
     patches, like = model.config.vision.patches, model.head.weight
-    prompts = [
-        torch.tensor(prompt_tokens(tokenizer, prompt_text(question), patches))
-        for question in questions
-    ]
+    prompts = [torch.tensor(prompt_tokens(tokenizer, prompt_text(question), patches))
+               for question in questions]
+    if compiled is None:
+        compiled = worth_compiling(like.device, len(prompts) / batch_size * max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * (len(prompts) * samples)
     with progress_bar(len(prompts), progress) as bar:
@@ -321,7 +315,7 @@ def answers(
             generator = torch.Generator(like.device).manual_seed(seed * 1_000_003 + index)
             out = generate(
                 model, batch.to(like), [prompts[i] for i in rows], max_new_tokens, temperature,
-                samples, generator,
+                samples, generator, compiled=compiled,
             )
             for k, tokens in enumerate(out):
                 row = rows[k // samples] * samples + k % samples
@@ -348,10 +342,8 @@ def stream(
 
     prompt = torch.tensor(
         prompt_tokens(tokenizer, prompt_text(question), model.config.vision.patches))
-    out = generate(
-        model, pixels_of([image], settings).to(like), [prompt], max_new_tokens, temperature, 1,
-        torch.Generator(like.device).manual_seed(seed), on_token,
-    )
+    out = generate(model, pixels_of([image], settings).to(like), [prompt], max_new_tokens,
+                   temperature, 1, torch.Generator(like.device).manual_seed(seed), on_token)
     whole = tokenizer.decode(out[0])
     write(whole[len(text) :] + "\n")
     return whole.strip()

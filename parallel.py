@@ -20,6 +20,7 @@ from itertools import pairwise
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
@@ -186,3 +187,16 @@ def rows_of(length: int) -> slice:
     """This process's rows of so many, which are cut as DTensor cuts a dimension."""
     step = math.ceil(length / world())
     return slice(min(step * rank(), length), min(step * (rank() + 1), length))
+
+
+class Draws:
+    """Random numbers of some rows of a batch: the same whichever process decodes a row."""
+
+    def __init__(self, generator: torch.Generator, batch: int, rows: slice):
+        self.generator, self.batch, self.rows, self.steps = generator, batch, rows, 0
+
+    def __call__(self, samples: int) -> Tensor:
+        """(rows, samples) numbers in [0, 1)."""
+        self.steps += 1
+        shape, device = (self.batch, samples), self.generator.device
+        return torch.rand(shape, generator=self.generator, device=device)[self.rows]

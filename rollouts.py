@@ -21,7 +21,7 @@ from data import (
 from formats.files import jsonl
 from formats.rows import DataError
 from formats.tokenizer import Tokenizer
-from generation import Draws, generate
+from generation import generate, worth_compiling
 from lora import lora_layers, select_trainable, use_adapter
 from model import LLaVA
 from reward import RewardModel, load_reward_model
@@ -132,11 +132,11 @@ def sample(
     """
     like = policy.model.head.weight
     generator = torch.Generator(like.device).manual_seed(seed * 1_000_003 + rollout)
-    completions, logp, compiled = [], [], like.device.type == "cuda"
+    completions, logp, compiled = [], [], worth_compiling(like.device)
     with use_adapter(policy.model, policy.adapter), sharding.gathered(policy.model):
         for part in split(examples, config.generate_batch):
             rows = parallel.rows_of(len(part))  # of this process
-            draws, mine, found, own = Draws(generator, len(part), rows), part[rows], [], []
+            draws, mine, found, own = parallel.Draws(generator, len(part), rows), part[rows], [], []
             if mine:
                 images = torch.stack([example.image for example in mine]).to(like)
                 prompts = [torch.tensor(example.prompt) for example in mine]

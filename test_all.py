@@ -915,7 +915,8 @@ def on_policy(model, tokenizer, folder, kind=ppo.PPO, prompt_count=8, score=len,
     model = copy.deepcopy(model)
     scores = lambda rows, seeds: {"rm": torch.tensor(
         [float(score(each)) for _, completions in rows for each in completions])}
-    critic = reward.RewardModel(copy.deepcopy(model)) if changes.get("baseline") == "critic" else None
+    with_critic = changes.get("baseline") == "critic"
+    critic = reward.RewardModel(copy.deepcopy(model)) if with_critic else None
     roles = rollouts.Roles(rollouts.AdaptedModel(model),
                            rollouts.AdaptedModel(copy.deepcopy(model)), scores, critic)
     prompts = [make_prompt(tokenizer, i) for i in range(prompt_count)]
@@ -3065,6 +3066,25 @@ def test_compiled_decoding_is_one_graph_for_all_steps(tiny, monkeypatch):
     for _ in range(2):
         assert completions(tiny, None, short_prompts(3), 12, samples=2, compiled=True) == plain
     assert len(graphs) == 1
+
+
+def test_decoding_compiles_itself_where_that_pays(tiny_world, tokenizer, monkeypatch, tmp_path):
+    """On a GPU; here the step stays eager, but its slots and masks are those of compiled steps."""
+    cuda, cpu = torch.device("cuda:0"), torch.device("cpu")
+    devices = (cuda, 4096), (cuda,), (cuda, 9), (cpu,)
+    assert [generation.worth_compiling(*each) for each in devices] == [True, True, False, False]
+    picture = world.draw(world.make_scene(0), 12)
+    ask = lambda: generation.answers(tiny_world, tokenizer, IMAGES, [picture] * 3, ["Why?"] * 3, 4,
+                                     batch_size=2)
+    roll = lambda: on_policy(tiny_world, tokenizer, tmp_path).roll_out(0, 0).tokens
+    eager, asked = [ask(), roll()], []
+    monkeypatch.setattr(generation, "compiled", lambda: generation.decode)
+    for module in (generation, rollouts):
+        monkeypatch.setattr(module, "worth_compiling", lambda *given: asked.append(given) or True)
+    steps, step = [], generation.compiled_decode
+    monkeypatch.setattr(generation, "compiled_decode", lambda cache: steps.append(1) or step(cache))
+    assert [ask(), roll()] == eager and len(steps) == 3
+    assert asked == [(cpu, 6), (cpu,)]  # one batch and a half of four steps
 
 
 def test_answers_keep_the_order_of_the_questions(tiny_world, tokenizer):
