@@ -52,6 +52,8 @@ class Data:
     held_out: list[Example] = field(default_factory=list)  # for an algorithm's own measure
     # What is false in an answer to an example, where the truth is known; for logs only.
     false_parts: Callable[[Example, str], list[str] | None] = lambda example, answer: None
+    # What an annotator makes of an answer to an example; None: nobody is there to ask.
+    correct: Callable[[Example, str], str | None] = lambda example, answer: None
 
 
 class Algorithm:
@@ -67,6 +69,11 @@ class Algorithm:
     config: Training
     modules: nn.ModuleDict  # holds all weights that are trained
     steps: int  # optimizer steps
+
+    @classmethod
+    def depends(cls, config: Training) -> tuple[str, ...]:
+        """Built-in runs that a run with these settings depends on."""
+        return cls.first
 
     @staticmethod
     def tokens(row, tokenizer: Tokenizer, patches: int, config) -> tuple[list[int], list[Response]]:

@@ -43,6 +43,7 @@ from config import Training, option
 from data import Batch, Epochs, Example, collate_for, micro_batches, pair_tokens, row_length
 from formats.checkpoint import fingerprint
 from formats.files import read_json, write_atomic
+from model import LLaVA
 
 
 def response_scores(
@@ -115,13 +116,14 @@ class DDPO(Algorithm):
 
     Config = DDPOConfig
 
-    def __init__(self, start: Start, config: DDPOConfig, data: Data):
+    def __init__(self, start: Start, config: DDPOConfig, data: Data, reference: dict | None = None):
+        """`reference` holds scores as `reference_scores` gives them; None: to be computed here."""
         self.model, self.config = start.model, config
         self.modules = nn.ModuleDict({"model": self.model})
         self.source = Epochs(data.train, config, start.run.seed)
         self.steps = self.source.steps
         self.fused = config.fused == "on" or config.fused == "auto" and start.device.type == "cuda"
-        self.reference = reference_scores(start, config, data)
+        self.reference = reference_scores(start, config, data) if reference is None else reference
 
     @staticmethod
     def tokens(row, tokenizer, patches: int, config: DDPOConfig):
@@ -167,7 +169,6 @@ class DPO(DDPO):
     Config = DPOConfig
 
 
-@torch.no_grad()
 def reference_scores(start: Start, config: DDPOConfig, data: Data) -> dict[str, list[float]]:
     """The frozen reference's scores [chosen, rejected] of every pair, by the pair's name.
 
@@ -187,16 +188,22 @@ def reference_scores(start: Start, config: DDPOConfig, data: Data) -> dict[str, 
         if saved["key"] != key:
             raise ValueError(f"{path} belongs to another model, other data or settings; delete it")
         return saved["scores"]
+    scores = pair_scores(start.model, data.train, start, config, "reference")
+    parallel.once(lambda: write_atomic(path, {"key": key, "scores": scores}))
+    return scores
 
+
+@torch.no_grad()
+def pair_scores(
+    model: LLaVA, pairs: list[Example], start: Start, config: DDPOConfig, progress: str = ""
+) -> dict[str, list[float]]:
+    """Scores [chosen, rejected] of pairs by their names, under the autocast of training."""
     def score(part: list[Example]) -> list[tuple[str, list[float]]]:
-        batch = collate_for(start.model, part).to(start.device)
+        batch = collate_for(model, part).to(start.device)
         with start.autocast():
-            logp = start.model.response_logp(batch)
+            logp = model.response_logp(batch)
         values = response_scores(logp, batch.weight, batch.group, batch.groups, config.normalize)
         return list(zip(batch.names, values.view(-1, 2).tolist()))
 
-    pairs = sorted(data.train, key=row_length)
-    found = parallel.in_parts(score, pairs, config.micro_batch, "reference")
-    scores = dict(chain.from_iterable(found))
-    parallel.once(lambda: write_atomic(path, {"key": key, "scores": scores}))
-    return scores
+    rows = sorted(pairs, key=row_length)
+    return dict(chain.from_iterable(parallel.in_parts(score, rows, config.micro_batch, progress)))

@@ -20,6 +20,7 @@ the rewards hardly differ as much as others: `--no-divide_by_std`.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -112,14 +113,10 @@ class GRPO(OnPolicy):
         losses, clipped, moved = policy_loss(
             logp, batch.old_logp, batch.advantages, config.cliprange)
         kl = kl_estimate(logp, batch.reference, "k3")
-        losses = losses + config.kl_coef * kl
-        if config.loss_mean == "answers":
-            loss = answer_mean(losses, batch.group, batch.groups)
-        else:
-            loss = losses.mean()
-        return loss, {
-            "policy/approxkl": moved.mean().item(),
-            "policy/clipfrac": clipped.float().mean().item(),
-            "policy/kl": kl.detach().mean().item(),
+        mean = Tensor.mean if config.loss_mean == "tokens" else partial(
+            answer_mean, group=batch.group, groups=batch.groups)
+        return mean(losses + config.kl_coef * kl), {
+            "policy/approxkl": mean(moved).item(), "policy/clipfrac": mean(clipped.float()).item(),
+            "policy/kl": mean(kl.detach()).item(),
             "padding": batch.padding, **self.rollout.metrics,
         }

@@ -54,7 +54,7 @@ def plan(
     steps = []
     if parallel.world() > 1 and not algorithms[run.algo].reads:
         raise ValueError(f"--algo {run.algo} runs in one process: python train.py")
-    for name in algorithms[run.algo].first:
+    for name in algorithms[run.algo].depends(config):
         folder = dependency(name, run, config)
         if folder is None or (folder / "model" / "config.json").exists():
             continue
@@ -126,7 +126,7 @@ def load_start(
     model.decoder.gradient_checkpointing = run.gradient_checkpointing
     if run.image_mode != "auto":
         images = replace(images, mode=run.image_mode)
-    reward_model = reward_folder(run, config) if "rm" in algorithm.first else None
+    reward_model = reward_folder(run, config) if "rm" in algorithm.depends(config) else None
     return Start(run, model, tokenizer, images, folder, fingerprint(model), reward_model)
 
 
@@ -175,7 +175,8 @@ def world_data(start: Start, config: Training, algorithm: type[Algorithm]) -> Da
         folder = WORLD / f"prompts-{config.prompts}-{start.run.seed}"
         parallel.once(lambda: (folder / "prompts.json").exists() or feedback.prompts(
             start.images, folder, config.prompts, start.run.seed))
-        return Data(read(folder, "prompts.json")[1], false_parts=feedback.false_parts(folder))
+        oracle, examples = feedback.Oracle(folder), read(folder, "prompts.json")[1]
+        return Data(examples, false_parts=oracle.false_parts, correct=oracle.correct)
     if algorithm.reads == "rankings":
         train, test = parallel.once(lambda: (
             world_rankings(start, "train", config.rankings, config.noise),

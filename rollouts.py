@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from random import Random
@@ -14,10 +15,8 @@ from torch import Tensor, nn
 import parallel
 import sharding
 from algorithm import Algorithm, Data, Start
-from config import option
-from data import (
-    Batch, Epochs, Example, Response, collate_for, shared_batches, split, trunk_tokens,
-)
+from config import Training, option
+from data import Batch, Epochs, Example, Response, collate_for, shared_batches, split, trunk_tokens
 from formats.files import jsonl
 from formats.rows import DataError
 from formats.tokenizer import Tokenizer
@@ -31,7 +30,7 @@ SHOWN = 8  # completions of every rollout that go into samples.jsonl
 
 
 @dataclass
-class RolloutConfig(SamplingConfig):
+class RolloutConfig(SamplingConfig, Training):
     """Options of algorithms that learn from rollouts, a few passes over each."""
 
     epochs: int = option(1, "passes over the prompts")
@@ -72,25 +71,29 @@ class Roles:
     critic: nn.Module | None = None  # batch -> (R,) values
 
 
+def policy_and_reference(start: Start) -> tuple[AdaptedModel, AdaptedModel]:
+    """The model to train, and the model as it is: with LoRA the base, otherwise a copy."""
+    model = start.model
+    if start.run.lora:
+        return AdaptedModel(model, "default"), AdaptedModel(model)
+    return AdaptedModel(model), AdaptedModel(sharding.duplicate(model).requires_grad_(False))
+
+
 def make_roles(start: Start, config: SamplingConfig, with_critic: bool = False) -> Roles:
-    """Load the reward model, copy the start as the reference, and make a critic if wanted.
+    """Copy the start as the reference, load the reward model, and make a critic if wanted.
 
     With LoRA they are adapters over the one base. The critic is a copy of the reward model whose
     head starts at zero.
     """
-    model, folder, critic = start.model, start.reward_model, None
+    (policy, reference), critic = policy_and_reference(start), None
+    load = partial(load_reward_model, start, start.reward_model, config.facts)
     if start.run.lora:
-        policy, reference = AdaptedModel(model, "default"), AdaptedModel(model, None)
-        reward_model = load_reward_model(start, folder, config.facts, "reward")
-        if with_critic:
-            critic = load_reward_model(start, folder, config.facts, "critic")
-        select_trainable(model, "default")
-        for module in lora_layers(model, "critic") if critic else ():
+        reward_model, critic = load("reward"), load("critic") if with_critic else None
+        select_trainable(start.model, "default")
+        for module in lora_layers(start.model, "critic") if critic else ():
             module.adapters["critic"].requires_grad_(True)
     else:
-        policy = AdaptedModel(model)
-        reference = AdaptedModel(sharding.duplicate(model).requires_grad_(False))
-        reward_model = load_reward_model(start, folder, config.facts)
+        reward_model = load()
         if with_critic:
             critic = RewardModel(sharding.duplicate(reward_model.model))
             select_trainable(critic.model)
@@ -200,21 +203,21 @@ def completion_table(
     for i, (example, completion) in enumerate(both):
         text = tokenizer.decode(completion).strip()
         score = {name: part[i].item() for name, part in parts.items()}
+        score = {"score": sum(score.values()), **score} if score else {}
         rows.append({
-            "prompt": example.name, "question": example.question, "answer": text,
-            "score": sum(score.values()), **score, "kl": kl[i].item(), "tokens": len(completion),
-            "ended": completion[-1] == tokenizer.eos_token, "false": false_parts(example, text),
+            "prompt": example.name, "question": example.question, "answer": text, **score,
+            "kl": kl[i].item(), "tokens": len(completion), "false": false_parts(example, text),
+            "ended": completion[-1] == tokenizer.eos_token,
         })
     return rows
 
 
 def summary(table: list[dict]) -> dict[str, float]:
     """Means over a table of completions, named as in other trainers."""
-    mean = lambda name: sum(row[name] for row in table) / len(table)
-    metrics = {
-        "objective/kl": mean("kl"), "objective/scores": mean("score"),
-        "response/length": mean("tokens"), "response/ended": mean("ended"),
-    }
+    names = {"objective/kl": "kl", "objective/scores": "score", "response/length": "tokens",
+             "response/ended": "ended"}
+    metrics = {shown: sum(row[name] for row in table) / len(table)
+               for shown, name in names.items() if name in table[0]}
     known = [bool(row["false"]) for row in table if row["false"] is not None]
     return metrics | ({"truth/hallucination": sum(known) / len(known)} if known else {})
 
@@ -275,7 +278,6 @@ class OnPolicy(Algorithm):
 
     def credit(self, found: Scored) -> tuple[dict[str, Tensor], dict[str, float]]:
         """(N, T) tensors, the fields that `Minibatch` adds; and metrics of the rollout."""
-        raise NotImplementedError
 
     def batches(self, step: int) -> list[Batch]:
         """Minibatches of the current rollout, or of a new one if that is used up."""

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config import Training, option
+from config import option
 from data import Example
 from formats.tokenizer import Tokenizer
 from reward import RewardModel, Row, rate
 
 
 @dataclass
-class SamplingConfig(Training):
-    """Options of algorithms that sample completions and score them."""
+class SamplingConfig:
+    """Options of algorithms that sample completions and score them, beside those of `Training`."""
 
     prompts: int = option(2000, "prompts to make on the built-in world")
     samples: int = option(4, "completions per prompt", least=1)

@@ -49,6 +49,7 @@ import generation
 import grpo
 import kernels
 import loop
+import online_ddpo
 import ppo
 import recipes
 import reward
@@ -1057,6 +1058,68 @@ def test_sampled_log_probabilities_are_those_of_training(kind, tiny_world, token
     assert len(warmer) != len(old) or (warmer - old).abs().max() > 1e-3
 
 
+def make_online(model, tokenizer, folder, prompt_count=4, correct=lambda example, text: text[:9],
+                **changes):
+    """Online DDPO on two rounds of half of the prompts, with a given annotator."""
+    settings = {"rounds": 2, "batch_size": 2, "epochs": 2, "max_new_tokens": 6, "fused": "off",
+                "learning_rate": 0.01, "temperature": 1.0, **changes}
+    data = Data([make_prompt(tokenizer, i) for i in range(prompt_count)], correct=correct)
+    start = make_start(copy.deepcopy(model), tokenizer, folder)
+    return online_ddpo.OnlineDDPO(start, online_ddpo.OnlineDDPOConfig(**settings), data)
+
+
+@pytest.mark.parametrize("reference", ["base", "last"])
+def test_online_rounds_learn_from_the_policy_as_it_is(reference, tiny_world, tokenizer, tmp_path):
+    algorithm = make_online(tiny_world, tokenizer, tmp_path, reference=reference)
+    assert (algorithm.steps, algorithm.per_round) == (4, 2)  # 2 prompts, twice, 2 to a batch
+    optimizer, rounds, policy = torch.optim.SGD(algorithm.modules.parameters(), 1.0), [], []
+    for step in range(4):
+        if step % 2 == 0:
+            policy.append(copy.deepcopy(algorithm.model))
+        (batch,) = algorithm.batches(step)
+        loss, metrics = algorithm.loss(batch)
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+        if step % 2 == 0:
+            rounds.append((algorithm.round, metrics))
+    (first, start), (second, later) = rounds
+    asked = [[algorithm.data.train[place] for place, *_ in each.pairs] for each in (first, second)]
+    assert sorted(each.name for each in asked[0] + asked[1]) == [f"row {i}" for i in range(4)]
+    for i, each in enumerate((first, second)):  # sampled from the policy of that moment
+        tokens, _ = rollouts.sample(
+            rollouts.AdaptedModel(policy[i]), asked[i], algorithm.config, 0, i)
+        assert [pair[3] for pair in each.pairs] == [
+            tokenizer.decode(answer).strip() for (answer,) in tokens]
+        assert all(chosen == rejected[:9].strip() for _, _, chosen, rejected in each.pairs)
+    assert start["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert (abs(later["rewards/margins"]) < 1e-5) == (reference == "last")
+    assert later["round"] == 2 and later["round/pairs"] == 2 and later["objective/kl"] != 0
+    assert set(batch.weight.tolist()) == {1.0, 5.0}  # gamma, where the segments differ
+
+
+def test_online_feedback_and_rounds_with_few_pairs(tiny_world, tokenizer, tmp_path, capsys):
+    picky = lambda example, text: text[:9] if example.name == "row 1" else text
+    algorithm = make_online(tiny_world, tokenizer, tmp_path, 4, picky, rounds=1, batch_size=4)
+    sizes = [len(batch.names) for step in range(2) for batch in algorithm.batches(step)]
+    assert sizes == [1, 1] and len(algorithm.round.pairs) == 1  # 2 passes in the 2 steps of 4 pairs
+    algorithm.data.correct = lambda example, text: text
+    algorithm.begin_round(1, 2)
+    assert "repeats the last one" in capsys.readouterr().err and len(algorithm.round.pairs) == 1
+    with pytest.raises(ValueError, match="none of 4 completions gave a pair"):
+        make_online(tiny_world, tokenizer, tmp_path, 4, lambda example, text: text,
+                    rounds=1).batches(0)
+    for changes, phrase in (({"correct": lambda example, text: None}, "nobody is there to correct"),
+                            ({"feedback": "reward_model", "samples": 1}, "at least 2")):
+        with pytest.raises(ValueError, match=phrase):
+            make_online(tiny_world, tokenizer, tmp_path, **changes)
+    algorithm.config = replace(algorithm.config, feedback="reward_model", samples=4)
+    choose = lambda *scores: algorithm.feedback(
+        None, [{"answer": f"text {i}", "score": score} for i, score in enumerate(scores)])
+    assert choose(0.5, -1.0, 2.0, 1.0) == [("text 2", "text 1")]
+    assert choose(1.0, 1.0) == []  # nothing to choose
+    find = online_ddpo.OnlineDDPO.depends
+    assert find(algorithm.config) == ("base", "rm") != find(online_ddpo.OnlineDDPOConfig())
+
+
 def test_unfit_rollouts_are_refused_or_reported_once(tiny_world, tokenizer, tmp_path, capsys):
     for kind, changes, phrase in (
         (ppo.PPO, {"batch_size": 3}, "no multiple of --batch_size 3"),
@@ -1146,7 +1209,8 @@ def test_world_prompts_know_their_truth(tmp_path, read_given):
     path = feedback.prompts(pretraining.WORLD_IMAGES, tmp_path, 12, 0)
     prompts = read_given(ppo.PPO, path, tmp_path / "images", "image_to_caption.json")
     assert [bool(prompt.truth) for prompt in prompts] == [i % 4 == 3 for i in range(12)]
-    find = feedback.false_parts(tmp_path)
+    oracle = feedback.Oracle(tmp_path)
+    find = oracle.false_parts
     seeds = json.loads((tmp_path / "image_to_scene.json").read_text())
     for prompt in prompts:
         scene = world.make_scene(seeds[prompt.picture])
@@ -1184,7 +1248,8 @@ def material(tiny_world, tokenizer, tmp_path_factory):
 def run_on(material, tmp_path, run_train):
     """A function that runs an algorithm on the material, with its results in tmp_path / out."""
     def run(algo, out, *more, status=0):
-        rollout = ("--rollout_size", 4, "--samples", 2, "--max_new_tokens", 6, "--steps", 5)
+        rollout = ("--samples", 2, "--max_new_tokens", 6, "--steps", 5,
+                   *(("--rollout_size", 4) if algo in ("ppo", "grpo") else ()))
         return run_train(
             "--algo", algo, "--model", material / "base", "--data", material / "rows.json",
             "--images", material / "images", "--captions", material / "captions.json", "--facts",
@@ -1198,7 +1263,9 @@ def run_on(material, tmp_path, run_train):
     ("ppo", (), ("--target_kl", 1, "--kl_horizon", 10)),
     ("ppo", ("--lora", 2), ("--baseline", "critic")),
     ("grpo", (), ("--loss_mean", "answers", "--no-divide_by_std")),
-], ids=["ppo", "ppo-critic-lora", "grpo"])
+    ("online_ddpo", (), ("--feedback", "reward_model", "--reference", "last")),
+    ("online_ddpo", ("--lora", 2), ("--feedback", "reward_model", "--rounds", 2)),
+], ids=["ppo", "ppo-critic-lora", "grpo", "online", "online-lora"])
 def test_reinforcement_from_files_to_files(run_on, tmp_path, monkeypatch, algo, lora, own):
     """Also stopped in the middle of a rollout and resumed: the same to the bit."""
     run_on("rm", "rm", *lora)
@@ -1223,9 +1290,10 @@ def test_reinforcement_from_files_to_files(run_on, tmp_path, monkeypatch, algo, 
     whole, cut = (read_log(tmp_path / name) for name in ("whole", "cut"))
     assert [line["step"] for line in cut] == [1, 2, 3, 4, 5]
     assert critic == ("val/clipfrac" in cut[-1]) == ("critic" in own)
-    assert {"objective/kl", "objective/scores", "objective/entropy", "policy/approxkl",
-            "policy/clipfrac", "response/length", "response/ended", "tokens_per_second/rollout",
-            "score/rm", "rollout/logp_mismatch", "seconds/optimisation"} <= cut[-1].keys()
+    assert {"objective/kl", "objective/scores", "response/length", "response/ended",
+            "seconds/optimisation", *({"round/pairs", "rewards/margins"} if algo == "online_ddpo"
+            else {"objective/entropy", "policy/approxkl", "policy/clipfrac", "score/rm",
+                  "tokens_per_second/rollout", "rollout/logp_mismatch"})} <= cut[-1].keys()
     if algo == "ppo":
         assert {"objective/rlhf_reward", "val/explained_variance"} <= cut[-1].keys()
         coefficients = [[line["objective/kl_coefficient"] for line in log] for log in (whole, cut)]

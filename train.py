@@ -20,6 +20,7 @@ import torch
 
 import ddpo
 import grpo
+import online_ddpo
 import parallel
 import ppo
 import recipes
@@ -37,6 +38,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "sft": sft.SFT,
     "dpo": ddpo.DPO,
     "ddpo": ddpo.DDPO,
+    "online_ddpo": online_ddpo.OnlineDDPO,
     "rm": reward.RewardTraining,
     "ppo": ppo.PPO,
     "grpo": grpo.GRPO,

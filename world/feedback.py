@@ -5,7 +5,7 @@ The oracle plays the annotators of the papers. Their work is written in the plai
 built-in data takes the same path as real data, and any tool can show and edit it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -166,15 +166,20 @@ def prompts(settings: ImageSettings, folder: Path, count: int, seed: int) -> Pat
     return folder / "prompts.json"
 
 
-def false_parts(folder: Path) -> Callable[[Example, str], list[str]]:
-    """The false parts of an answer to a prompt of the built-in world, by its oracle."""
-    seeds = read_json(folder / "image_to_scene.json")
-    scene_of = lru_cache(maxsize=None)(lambda picture: world.make_scene(seeds[picture]))
+class Oracle:
+    """What is true of an answer to one of the built-in world's prompts."""
 
-    def find(example: Example, text: str) -> list[str]:
+    def __init__(self, folder: Path):
+        """`folder` as `prompts` wrote it."""
+        self.seeds = read_json(folder / "image_to_scene.json")
+        self.scene = lru_cache(maxsize=None)(lambda picture: world.make_scene(self.seeds[picture]))
+
+    def false_parts(self, example: Example, text: str) -> list[str]:
         if example.truth:
             return [] if text.lower().startswith(example.truth.lower()) else [text]
-        spans = world.hallucinations(scene_of(example.picture), text)
+        spans = world.hallucinations(self.scene(example.picture), text)
         return [text[span.start : span.end] for span in spans]
 
-    return find
+    def correct(self, example: Example, text: str) -> str | None:
+        """The text made true; None for short questions, whose answers annotators do not correct."""
+        return None if example.truth else world.correct(self.scene(example.picture), text)

@@ -1,0 +1,189 @@
+"""Online DDPO: rounds of sampling from the current policy, feedback on it, and DDPO's steps.
+
+Corrections of the base's answers say less and less about what the policy by now gets wrong. The
+iterative form of online preference learning (Guo et al. 2024, arXiv 2402.04792) asks again:
+
+    for each of a few rounds
+        sample     k completions of each of the round's prompts, by the policy as it is
+        feedback   annotator      every completion with something false is corrected: the correction
+                                  is `chosen`, the completion `rejected` (RLHF-V; built-in world)
+                   reward_model   the best and the worst of the k completions, by the reward that
+                                  PPO has (see scoring.py), with facts if `--facts`
+        learn      some passes over the round's pairs with DDPO's loss, which is ddpo.py's own
+
+The segments that weigh gamma are found as in ddpo.py, for two samples of one prompt as well. The
+reference is the base in all rounds, or the policy at the beginning of the round
+(`--reference last`: each round may move as far from the last one).
+
+A round has as many steps as its prompts would need if all of them gave a pair. Where fewer do, its
+batches are smaller, so that no pair is seen more often than `--epochs` says. A round without any
+new pair learns from the pairs of the one before.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import parallel
+from algorithm import Data, Start
+from config import option
+from data import Epochs, Example
+from ddpo import DDPO, DDPOConfig, PreferenceBatch, pair_scores
+from formats.readers import Pair
+from lora import use_adapter
+from rollouts import (
+    check_room, completion_table, make_roles, per_token, policy_and_reference, prompt_only, sample,
+    summary, write_samples,
+)
+from scoring import SamplingConfig
+
+
+@dataclass
+class OnlineDDPOConfig(SamplingConfig, DDPOConfig):
+    epochs: int = option(3, "passes over the pairs of a round")
+    rounds: int = option(4, "the prompts are divided among so many rounds", least=1)
+    feedback: str = option("annotator", "the built-in world's annotator corrects completions; or a "
+                           "reward model picks the best and the worst of a prompt's",
+                           choices=("annotator", "reward_model"))
+    reference: str = option("base", "of the loss: the base, or the policy at the round's beginning",
+                            choices=("base", "last"))
+    samples: int = option(0, "completions per prompt; 0: 1 to be corrected, or 4 to choose from")
+    temperature: float = option(0.5, "of sampling (as for offline corrections)", least=0.01)
+
+    def __post_init__(self):
+        self.samples = self.samples or (1 if self.feedback == "annotator" else 4)
+        if self.feedback == "reward_model" and self.samples < 2:
+            raise ValueError("--feedback reward_model picks the best and the worst completion of a "
+                             "prompt: --samples should be at least 2")
+
+
+@dataclass
+class Round:
+    """What a round learns from."""
+
+    pairs: list[tuple[int, int, str, str]]  # place and number of the prompt, chosen, rejected
+    scores: dict[str, list[float]]  # of the reference, by name (see ddpo.pair_scores)
+    metrics: dict[str, float]
+
+
+class OnlineDDPO(DDPO):
+    """Align by DDPO with feedback on the current policy's own answers, in rounds (online DDPO)."""
+
+    Config = OnlineDDPOConfig
+    reads = "prompts"
+    tokens = staticmethod(prompt_only)
+
+    def __init__(self, start: Start, config: OnlineDDPOConfig, data: Data):
+        if config.feedback == "annotator":  # knows descriptions only
+            known = [each for each in data.train if data.correct(each, "") is not None]
+            data = replace(data, train=known)
+            if not known:
+                raise ValueError("nobody is there to correct answers to your own prompts; use "
+                                 "--feedback reward_model")
+            (self.policy, self.base), self.reward = policy_and_reference(start), None
+        else:
+            roles = make_roles(start, config)
+            self.policy, self.base, self.reward = roles.policy, roles.reference, roles.reward
+        super().__init__(start, config, Data([]), reference={})
+        check_room(start, config, data)
+        self.start, self.data, self.seed = start, data, start.run.seed
+        size = math.ceil(len(data.train) / config.rounds)  # prompts of a round
+        places = list(range(len(data.train)))
+        self.prompts = Epochs(places, replace(config, batch_size=size), self.seed, lambda place: 0)
+        pairs = size * (config.samples if config.feedback == "annotator" else 1)  # at most
+        whole = config.steps or config.rounds * math.ceil(config.epochs * pairs / config.batch_size)
+        self.per_round = math.ceil(whole / config.rounds)
+        self.steps = config.steps or whole
+        self.round = Round([], {}, {})
+
+    @classmethod
+    def depends(cls, config: OnlineDDPOConfig) -> tuple[str, ...]:
+        return ("base", "rm") if config.feedback == "reward_model" else ("base",)
+
+    def batches(self, step: int) -> list[PreferenceBatch]:
+        """Batches of the current round, or of a new one if that is used up."""
+        index, inner = divmod(step, self.per_round)
+        if inner == 0:
+            self.begin_round(index, step)
+        return super().batches(inner)
+
+    def loss(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, float]]:
+        loss, metrics = super().loss(batch)
+        return loss, metrics | self.round.metrics
+
+    def state(self) -> dict:
+        return vars(self.round)
+
+    def load_state(self, state: dict) -> None:
+        self.round = Round(**state)
+        self.learn_from_round()
+
+    @torch.no_grad()
+    def begin_round(self, index: int, step: int) -> None:
+        """Sample completions of the round's prompts, and make pairs of them by the feedback."""
+        started, config, data = time.perf_counter(), self.config, self.data
+        places = self.prompts.examples(index)
+        prompts = [data.train[place] for place in places]
+        tokens, _ = sample(self.policy, prompts, config, self.seed, index)
+        mask, logp, reference = per_token(
+            [lambda batch: self.policy.logp(batch, config.temperature),
+             lambda batch: self.base.logp(batch, config.temperature)],
+            self.model, prompts, tokens, config.micro_batch)
+        parts = self.reward(list(zip(prompts, tokens)), (self.seed, index)) if self.reward else {}
+        table = completion_table(self.start.tokenizer, prompts, tokens, parts,
+                                 (logp - reference).sum(1), data.false_parts)
+        parallel.once(lambda: write_samples(self.start.folder, step + 1, table))
+        k = config.samples
+        pairs = [(place, i * k + j, *texts) for i, place in enumerate(places)
+                 for j, texts in enumerate(self.feedback(data.train[place], table[i * k :][:k]))]
+        if not pairs and not self.round.pairs:
+            raise ValueError(f"none of {len(table)} completions gave a pair to learn from; is "
+                             "there anything to correct, or do the completions ever differ?")
+        if not pairs:
+            print(f"warning: round {index + 1} has no new pair and repeats the last one",
+                  file=sys.stderr)
+        metrics = {**summary(table), "round": index + 1, "round/pairs": len(pairs),
+                   "round/pairs_per_completion": len(pairs) / len(table),
+                   "seconds/round": time.perf_counter() - started}
+        self.round = Round(pairs or self.round.pairs, {}, metrics)
+        reference = self.base if config.reference == "base" else self.policy
+        with use_adapter(reference.model, reference.adapter):
+            self.round.scores = pair_scores(
+                reference.model, self.examples(), self.start, config, f"round {index + 1}")
+        self.learn_from_round()
+
+    def feedback(self, prompt: Example, rows: Sequence[dict]) -> list[tuple[str, str]]:
+        """Pairs (chosen, rejected) from the rows of a prompt's completions (`completion_table`)."""
+        if self.config.feedback == "annotator":
+            texts = [row["answer"] for row in rows]
+            found = [(self.data.correct(prompt, text).strip(), text) for text in texts]
+        else:
+            ranked = sorted(rows, key=lambda row: row["score"])
+            best, worst = ranked[-1], ranked[0]
+            found = [(best["answer"], worst["answer"])] * (best["score"] > worst["score"])
+        return [(good, bad) for good, bad in found if good and bad and good != bad]
+
+    def examples(self) -> list[Example]:
+        """The round's pairs with the weights of their segments; none that the context cuts."""
+        examples, config = [], self.model.config
+        for place, number, chosen, rejected in self.round.pairs:
+            prompt = self.data.train[place]
+            name = f"{prompt.name}, completion {number}"
+            pair = Pair(name, None, prompt.question, chosen, rejected)
+            _, responses = DDPO.tokens(
+                pair, self.start.tokenizer, config.vision.patches, self.config)
+            longest = len(prompt.prompt) + max(len(response.tokens) for response in responses)
+            if longest <= config.text.max_position_embeddings:
+                examples.append(replace(prompt, name=name, responses=responses))
+        return examples
+
+    def learn_from_round(self) -> None:
+        """Set what `DDPO.batches` reads: the order of the round's pairs, and their scores."""
+        examples, self.reference = self.examples(), self.round.scores
+        size = max(1, math.ceil(self.config.epochs * len(examples) / self.per_round))
+        self.source = Epochs(examples, replace(self.config, batch_size=size), self.seed)
