@@ -86,6 +86,9 @@ PARALLEL_RUNS = {  # sizes that neither 2 nor 3 divides
     "ppo": ("--algo", "ppo", "--reward_model", "../2/rm", *PROMPTS),
     "ppo_lora": ("--algo", "ppo", "--reward_model", "../2/rm_lora", *PROMPTS, "--lora", 4,
                  "--baseline", "critic"),
+    "online_ddpo": ("--algo", "online_ddpo", "--prompts", 7, "--rounds", 2, "--batch_size", 3,
+                    "--feedback", "reward_model", "--reward_model", "../2/rm", "--samples", 3,
+                    "--test_scenes", 2, "--generate_batch", 2, "--max_new_tokens", 12),
     "grpo": ("--algo", "grpo", "--reward_model", "../2/rm", *PROMPTS, "--loss_mean", "answers"),
 }
 COMPARED = [(name, count) for count in (2, 3) for name in PARALLEL_RUNS
