@@ -134,7 +134,7 @@ class OnlineDDPO(DDPO):
             [lambda batch: self.policy.logp(batch, config.temperature),
              lambda batch: self.base.logp(batch, config.temperature)],
             self.model, prompts, tokens, config.micro_batch)
-        parts = self.reward(list(zip(prompts, tokens)), (self.seed, index)) if self.reward else {}
+        parts = self.reward(list(zip(prompts, tokens))) if self.reward else {}
         table = completion_table(self.start.tokenizer, prompts, tokens, parts,
                                  (logp - reference).sum(1), data.false_parts)
         parallel.once(lambda: write_samples(self.start.folder, step + 1, table))

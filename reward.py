@@ -5,9 +5,9 @@ request to rate is appended to the answer; the reward is read at its last token,
 
     USER: <image>\\n{question} ASSISTANT: {answer} USER: Is this true? Facts: ...; ... . ASSISTANT:
 
-*Factual augmentation* puts captions of the image into the request, shuffled, in training and in
-use, so that a reward model no better at seeing than the policy can still detect errors. Two answers
-to a prompt are two branches of one trunk. With the score r of each, a ranked pair's loss is
+*Factual augmentation* puts captions of the image into the request, in training and in use, so that
+a reward model no better at seeing than the policy can still detect errors. Two answers to a prompt
+are two branches of one trunk. With the score r of each, a ranked pair's loss is
 
     L = -log sigmoid(r_chosen - r_rejected) + c |mean(r_chosen + r_rejected)|
 
@@ -21,6 +21,8 @@ What this file does differently from the released code (llava-rlhf/LLaVA-RLHF), 
    weights are random and its bias starts at 0 (`--head zero` starts both at 0).
 3. The answer's end-of-sequence token is left out of the input, as in the initialisation. A rule
    penalises answers that do not end.
+4. Captions come in one order, sorted, whatever order the file has. The release shuffles them for
+   every request, and here their order alone was 21 % of the variance of the rewards.
 """
 
 import hashlib
@@ -28,7 +30,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import torch
@@ -76,17 +77,12 @@ def with_request(tokenizer: Tokenizer, answer: list[int], facts: Sequence[str]) 
 
     Args:
         answer: its tokens; end-of-sequence is left out.
-        facts: captions of the image, in the order of the request.
+        facts: captions of the image; their order has no influence.
     """
     tokens = [token for token in answer if token != tokenizer.eos_token]
-    tokens += tokenizer.encode(f"USER: {reward_request(facts)} ASSISTANT:")
+    tokens += tokenizer.encode(f"USER: {reward_request(sorted(facts))} ASSISTANT:")
     # The request's last token predicts the closing one, which the model never reads.
     return Response(tokens + [tokenizer.eos_token], [0.0] * len(tokens) + [1.0])
-
-
-def shuffled(facts: Sequence[str], *seeds) -> list[str]:
-    """The facts in the order that the seeds draw."""
-    return Random(f"facts {seeds}").sample(facts, len(facts))
 
 
 class RewardModel(nn.Module):
@@ -114,17 +110,11 @@ class RewardModel(nn.Module):
             self.weight.copy_(rows[yes] - rows[no])
 
 
-def reward_batch(
-    model: LLaVA, tokenizer: Tokenizer, rows: Sequence[Row], seeds: tuple
-) -> Batch:
-    """Collate examples with answers to each, every answer followed by the request.
-
-    All answers to an example get its facts in the same order, which `seeds` draw.
-    """
+def reward_batch(model: LLaVA, tokenizer: Tokenizer, rows: Sequence[Row]) -> Batch:
+    """Collate examples with answers to each, every answer followed by the request."""
     examples = []
     for example, answers in rows:
-        facts = shuffled(example.facts, *seeds, example.name)
-        responses = [with_request(tokenizer, answer, facts) for answer in answers]
+        responses = [with_request(tokenizer, answer, example.facts) for answer in answers]
         examples.append(Example(example.name, example.image, example.prompt, responses))
     return collate_for(model, examples)
 
@@ -166,8 +156,7 @@ class RewardTraining(Algorithm):
         return pair_tokens(row, tokenizer, patches)
 
     def batches(self, step: int) -> list[Batch]:
-        make = partial(reward_batch, self.reward_model.model, self.tokenizer,
-                       seeds=(self.seed, step))
+        make = partial(reward_batch, self.reward_model.model, self.tokenizer)
         pairs = sorted(self.source.examples(step), key=pair_length)
         return shared_batches(make, pair_rows(pairs), self.config.micro_batch)
 
@@ -204,11 +193,11 @@ def pair_rows(examples: Sequence[Example]) -> list[Row]:
 
 @torch.no_grad()
 def rate(
-    reward_model: RewardModel, tokenizer: Tokenizer, rows: Sequence[Row], size: int, seeds: tuple
+    reward_model: RewardModel, tokenizer: Tokenizer, rows: Sequence[Row], size: int
 ) -> Tensor:
     """(N,) float32, the rewards of the rows' answers, one after another; `size` rows at a time."""
     def part(rows: Sequence[Row]) -> Tensor:
-        batch = reward_batch(reward_model.model, tokenizer, rows, seeds)
+        batch = reward_batch(reward_model.model, tokenizer, rows)
         return reward_model(batch.to(reward_model.weight.device)).cpu()
 
     return torch.cat(parallel.in_parts(part, rows, size))
@@ -216,11 +205,11 @@ def rate(
 
 def rate_pairs(
     reward_model: RewardModel, tokenizer: Tokenizer, examples: Sequence[Example],
-    batch_size: int = 64, seed: int = 0,
+    batch_size: int = 64,
 ) -> list[dict]:
     """A record per ranked pair: question, both answers, and their rewards [chosen, rejected]."""
-    records, seeds = [], (seed, "agreement")
-    rewards = rate(reward_model, tokenizer, pair_rows(examples), batch_size, seeds).view(-1, 2)
+    records = []
+    rewards = rate(reward_model, tokenizer, pair_rows(examples), batch_size).view(-1, 2)
     for example, pair in zip(examples, rewards.tolist()):
         chosen, rejected = (tokenizer.decode(r.tokens) for r in example.responses)
         records.append({"name": example.name, "question": example.question,

@@ -67,7 +67,7 @@ class Roles:
 
     policy: AdaptedModel
     reference: AdaptedModel
-    reward: Callable[[Sequence, tuple], dict[str, Tensor]]  # parts of the reward, see Scorer
+    reward: Callable[[Sequence], dict[str, Tensor]]  # parts of the reward, see Scorer
     critic: nn.Module | None = None  # batch -> (R,) values
 
 
@@ -323,7 +323,7 @@ class OnPolicy(Algorithm):
         mask, logp, reference, *values = per_token(
             functions + [roles.critic] * (roles.critic is not None), self.start.model, prompts,
             tokens, config.micro_batch)
-        parts = roles.reward(list(zip(prompts, tokens)), (self.seed, index))
+        parts = roles.reward(list(zip(prompts, tokens)))
         scores = torch.stack(list(parts.values())).sum(0)  # (N,)
         table = completion_table(self.start.tokenizer, prompts, tokens, parts,
                                  (logp - reference).sum(1), self.data.false_parts)

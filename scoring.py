@@ -79,13 +79,13 @@ class Scorer:
     def __init__(self, reward_model: RewardModel, tokenizer: Tokenizer, config: SamplingConfig):
         self.reward_model, self.tokenizer, self.config = reward_model, tokenizer, config
 
-    def __call__(self, rows: Sequence[Row], seeds: tuple) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Parts of the reward, each (N,), the completions of all examples one after another.
 
         Raises:
             ValueError: the reward model returned NaN or infinity.
         """
-        scores = rate(self.reward_model, self.tokenizer, rows, self.config.micro_batch, seeds)
+        scores = rate(self.reward_model, self.tokenizer, rows, self.config.micro_batch)
         names = [example.name for example, completions in rows for _ in completions]
         bad = [name for name, finite in zip(names, scores.isfinite().tolist()) if not finite]
         if bad:

@@ -655,8 +655,8 @@ def test_reward_is_read_at_the_requests_last_token(tiny_world, tokenizer, words)
     texts = [tokenizer.encode("car " * words, eos=True), tokenizer.encode("a dog", eos=True)]
     reward_model = reward.RewardModel(tiny_world)
     nn.init.normal_(reward_model.weight, generator=torch.Generator().manual_seed(0))
-    both = reward_model(reward.reward_batch(tiny_world, tokenizer, [(prompt, texts)], (0,)))
-    facts = reward.shuffled(prompt.facts, 0, prompt.name)
+    both = reward_model(reward.reward_batch(tiny_world, tokenizer, [(prompt, texts)]))
+    facts = sorted(prompt.facts)
     for text, found in zip(texts, both):
         request = tokenizer.encode(f"USER: {data.reward_request(facts)} ASSISTANT:")
         plain = torch.tensor([prompt.prompt + text[:-1] + request])
@@ -679,25 +679,22 @@ def test_request_has_the_form_that_the_initialisation_trained_on(tokenizer):
     assert without != with_facts
 
 
-def test_facts_are_shuffled_by_seed_alike_for_both_answers(tiny_world, tokenizer):
+def test_reward_does_not_depend_on_the_order_of_the_captions(tiny_world, tokenizer):
+    reward_model, answers = make_reward_model(tiny_world, tokenizer), [[5, 6], [7, 8, 9]]
+    rewards = lambda facts: reward.rate(
+        reward_model, tokenizer, [(make_prompt(tokenizer, facts=facts), answers)], 1)
     facts = [f"fact {i}" for i in range(6)]
-    orders = [reward.shuffled(facts, seed, "a") for seed in range(20)]
-    assert all(sorted(order) == facts for order in orders) and len({*map(tuple, orders)}) > 10
-    assert orders[1] == reward.shuffled(facts, 1, "a")
-
-    def tokens(facts, seed):
-        rows = [(make_prompt(tokenizer, facts=facts), [[5, 6], [7, 8, 9]])]
-        batch = reward.reward_batch(tiny_world, tokenizer, rows, (seed,))
-        return [batch.tokens[0][batch.branch[0] == k].tolist() for k in (1, 2)]
-
-    one, two = (tokenizer.decode(each).partition("Facts")[2] for each in tokens(facts, 3))
-    assert one == two != ""
-    assert tokens((), 0) == tokens((), 1)  # nothing to shuffle
+    for seed in range(3):
+        assert torch.equal(rewards(facts), rewards(Random(seed).sample(facts, 6)))
+    assert not torch.equal(rewards(facts), rewards(facts[1:]))
+    given = [dataclasses.replace(make_pair(tokenizer), facts=each) for each in (facts, facts[::-1])]
+    one, two = (reward.reward_batch(tiny_world, tokenizer, reward.pair_rows([each]))
+                for each in given)  # in training too
+    assert torch.equal(one.tokens, two.tokens)
 
 
 def test_verdict_head_is_log_odds_of_yes(tiny_world, tokenizer):
-    batch = reward.reward_batch(
-        tiny_world, tokenizer, reward.pair_rows([make_pair(tokenizer)]), (0,))
+    batch = reward.reward_batch(tiny_world, tokenizer, reward.pair_rows([make_pair(tokenizer)]))
     logits = tiny_world.head(tiny_world.response_states(batch))
     yes, no = (tokenizer.encode(word)[0] for word in ("Yes.", "No."))
     torch.testing.assert_close(make_reward_model(tiny_world, tokenizer)(batch),
@@ -750,7 +747,7 @@ def test_scorer_adds_the_rules(tiny_world, tokenizer):
     reward_model = make_reward_model(tiny_world, tokenizer)
     scorer = scoring.Scorer(reward_model, tokenizer, ppo.PPOConfig(micro_batch=2))
     completions = [tokenizer.encode("No.", eos=True), [9, 9]]
-    parts = scorer([(make_prompt(tokenizer, truth="no"), completions)], (0, 0))
+    parts = scorer([(make_prompt(tokenizer, truth="no"), completions)])
     assert parts["symbolic"].tolist() == [1.0, 0.0]  # 2.0 x 0.5
     assert parts["no_end"].tolist() == [0.0, -8.0]
     lengths = torch.tensor([len(each) for each in completions])
@@ -758,7 +755,7 @@ def test_scorer_adds_the_rules(tiny_world, tokenizer):
     for value in (math.nan, math.inf):
         nn.init.constant_(reward_model.bias, value)
         with pytest.raises(ValueError, match="NaN or infinity for 2 of 2 answers .to row 0."):
-            scorer([(make_prompt(tokenizer), [[5], [6]])], (0,))
+            scorer([(make_prompt(tokenizer), [[5], [6]])])
 
 
 def test_head_is_saved_and_refused_elsewhere(tiny_world, tokenizer, tmp_path):
@@ -914,7 +911,7 @@ def on_policy(model, tokenizer, folder, kind=ppo.PPO, prompt_count=8, score=len,
     settings = {"rollout_size": 4, "batch_size": 2, "samples": 2, "micro_batch": 2,
                 "max_new_tokens": 4, "epochs": 4, **changes}
     model = copy.deepcopy(model)
-    scores = lambda rows, seeds: {"rm": torch.tensor(
+    scores = lambda rows: {"rm": torch.tensor(
         [float(score(each)) for _, completions in rows for each in completions])}
     with_critic = changes.get("baseline") == "critic"
     critic = reward.RewardModel(copy.deepcopy(model)) if with_critic else None
