@@ -40,7 +40,7 @@ import torch
 
 import evaluation
 import generation
-from evaluation import benchmarks, judge, parts, suite
+from evaluation import benchmarks, best_of, judge, parts, suite
 from evaluation.answers import ImageQuestion, answer_file, read_questions
 from evaluation.builtin import SCENES
 from evaluation.parts import LONG_TOKENS, SUFFIX, Part
@@ -76,7 +76,10 @@ def load(args: Namespace, path: str) -> Loaded:
 
 
 def run_world(args: Namespace) -> None:
-    """Measure a run's model on the built-in world; rewrite its results.json and report.html."""
+    """Measure a run's model on the built-in world; rewrite its results.json and report.html.
+
+    With --best_of these stay, and the choice has a results.json of its own.
+    """
     folder = model_folder(args.run)
     is_run = folder.name == "model" and (folder.parent / "config.json").exists()
     path = folder.parent / "results.json"
@@ -87,29 +90,18 @@ def run_world(args: Namespace) -> None:
     if measured not in (None, scenes):
         raise ValueError(f"{path} has measures of {measured} scenes, which do not compare with "
                          f"--scenes {scenes}; leave --scenes out, or move the file away")
-    after = evaluation.measure_world(*load(args, args.run), scenes, args.seed)
+    if args.best:
+        before, path = results.get("after"), output_file(args, "results.json", folder)
+    after = evaluation.measure_world(*load(args, args.run), scenes, args.seed, args.best)
     print(evaluation.table(before[0], after[0]) if before else evaluation.listing(after[0]))
-    if is_run:
+    if is_run or args.best:
         evaluation.write_results(path, before, after)
-        print(f"wrote {path} and {evaluation.write_report(folder.parent)}", file=sys.stderr)
+        page = "" if args.best else f" and {evaluation.write_report(folder.parent)}"
+        print(f"wrote {path}{page}", file=sys.stderr)
 
 
 def run_compare(args: Namespace) -> None:
-    """Print the runs' measures and their paired differences to the first run."""
-    metrics, terms, keys = [], [], []
-    for run in args.compare:
-        path = Path(run) / "results.json"
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file; first run: python evaluate.py {run}")
-        found, records = evaluation.read_results(path)["after"]
-        keys.append([(record["scene"], record["question"]) for record in records])
-        if keys[-1] != keys[0]:
-            raise ValueError(f"{run} and {args.compare[0]} were measured on different scenes; "
-                             "measure both again with the same --scenes and --seed")
-        metrics.append(found)
-        terms.append(evaluation.world_terms(records))
-    differences = [evaluation.paired(terms[0], each, args.seed) for each in terms[1:]]
-    print(evaluation.comparison([Path(run).name for run in args.compare], metrics, differences))
+    print(evaluation.compare_runs(args.compare, args.seed))
 
 
 def run_image(args: Namespace) -> None:
@@ -122,11 +114,11 @@ def run_image(args: Namespace) -> None:
 # ------------------------------------------------------------------------------- files of questions
 
 
-def output_file(args: Namespace, name: str) -> Path:
-    """Return a file in --output, or else in `answers` in the run's folder; make the folder."""
-    model = model_folder(args.model) if args.model else Path()
-    run = model.parent if model.name == "model" else Path("runs", model.name)
-    folder = Path(args.output or run / "answers")
+def output_file(args: Namespace, name: str, model: Path | None = None) -> Path:
+    """Return a file in --output, or else in a folder of the run of a model; make the folder."""
+    model = model or (model_folder(args.model) if args.model else Path())
+    run = model.parent if (model.parent / "config.json").exists() else Path("runs", model.name)
+    folder = Path(args.output or run / (f"best_of_{args.best_of}" if args.best else "answers"))
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name
 
@@ -138,13 +130,16 @@ def answer(args: Namespace, questions: list[ImageQuestion], path: Path, limit: i
     how = f"max_new_tokens={limit} temperature={args.temperature} seed={args.seed}"
     if args.dtype != "auto":
         how += f" dtype={args.dtype}"
+    best, samples = args.best, args.best_of or 1
+    how += f" {best.label}" if best else ""
     steps = len(questions) / args.batch_size * limit
     compiled = generation.worth_compiling(model.head.weight.device, steps)
 
-    def respond(images: list, texts: list[str], seed: int) -> list[str]:
-        return generation.answers(model, tokenizer, settings, images, texts, limit,
-                                  args.temperature, seed=seed, batch_size=args.batch_size,
-                                  compiled=compiled)
+    def respond(images: list, asked: list[ImageQuestion], seed: int) -> list[str]:
+        texts = [each.question for each in asked]
+        found = generation.answers(model, tokenizer, settings, images, texts, limit,
+                                   args.temperature, samples, seed, args.batch_size, None, compiled)
+        return best.answers(asked, images, found) if best else found
 
     by = f"{fingerprint(model)} {how}"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -290,10 +285,14 @@ def make_parser() -> ArgumentParser:
     add("--judge_prompt", metavar="FILE", help="for --mmhal: the release's eval_gpt4.py; "
         "'short': this project's own prompt, which no published score uses")
     add("--replies", metavar="FILE", help="a judge's replies to MMHal's prompts")
+    add("--best_of", type=int, metavar="N", help="sample N answers, take the one with the highest "
+        "reward by --reward_model; with a run, what that gives on the built-in world")
+    add("--reward_model", metavar="DIR", help="run of train.py --algo rm, for --best_of")
+    add("--captions", metavar="FILE", help="image_to_caption.json, for one trained with facts")
     add("--output", metavar="DIR", help="folder for answers and scores")
     add("--scenes", type=int, metavar="N", help=f"of the built-in world [{SCENES}]")
     add("--max_new_tokens", type=int, metavar="N", help="longest answer; the default fits the task")
-    add("--temperature", type=float, default=0.0, metavar="T", help="of sampling; 0: greedy [0]")
+    add("--temperature", type=float, metavar="T", help="0: greedy; default: 0, with --best_of 1")
     add("--batch_size", type=int, default=16, metavar="N", help="questions at a time [16]")
     add("--seed", type=int, default=0, metavar="N", help="of sampling and intervals [0]")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
@@ -322,6 +321,8 @@ def choose_command(args: Namespace, parser: ArgumentParser) -> Callable[[Namespa
         parser.error("--image needs --prompt")
     if args.mmhal and not args.replies and not args.judge_prompt:
         parser.error("--mmhal needs --judge_prompt: the release's eval_gpt4.py, or short")
+    if fault := best_of.misuse(args):
+        parser.error(fault)
     return commands[wanted[0]]
 
 
@@ -330,7 +331,10 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     command = choose_command(args, parser)
     args.skipped = [] if args.skip_bad_rows else None
+    if args.temperature is None:
+        args.temperature = 1.0 if args.best_of else 0.0
     try:
+        args.best = best_of.load(args) if args.best_of else None
         command(args)
     except (ValueError, OSError) as error:
         print(f"error: {error_message(error)}", file=sys.stderr)

@@ -239,8 +239,17 @@ def save_head(reward_model: RewardModel, folder: Path, provenance: dict[str, str
     parallel.once(lambda: save_file(tensors, folder / HEAD, metadata))
 
 
-def load_head(reward_model: RewardModel, folder: Path, provenance: dict[str, str]) -> None:
-    """Read the scalar head in `folder`.
+def require_head(folder: Path) -> None:
+    """Raise FileNotFoundError if the folder holds no reward model."""
+    if not (folder / HEAD).exists():
+        raise FileNotFoundError(f"{folder}: no reward model ({HEAD} is missing); make one with "
+                                "python train.py --algo rm")
+
+
+def load_head(
+    reward_model: RewardModel, folder: Path, provenance: dict[str, str]
+) -> dict[str, str]:
+    """Read the scalar head in `folder`, and return its whole provenance.
 
     Raises:
         ValueError: it belongs to another tokenizer or base, or another use of facts.
@@ -253,6 +262,7 @@ def load_head(reward_model: RewardModel, folder: Path, provenance: dict[str, str
     with torch.no_grad():
         for name, tensor in tensors.items():
             getattr(reward_model, name).copy_(tensor)
+    return found
 
 
 def load_reward_model(
@@ -264,9 +274,7 @@ def load_reward_model(
         facts: whether it will be given facts; it must have been trained so.
         adapter: load it as an adapter of this name over `start.model`; None: as its own model.
     """
-    if not (folder / HEAD).exists():
-        raise FileNotFoundError(f"{folder}: no reward model ({HEAD} is missing); make one with "
-                                "python train.py --algo rm")
+    require_head(folder)
     if adapter and not (folder / "adapter").exists():
         raise ValueError(f"{folder}: a reward model without adapter; with --lora train it with "
                          "--lora too")

@@ -24,7 +24,7 @@ from generation import generate, worth_compiling
 from lora import lora_layers, select_trainable, use_adapter
 from model import LLaVA
 from reward import RewardModel, load_reward_model
-from scoring import SamplingConfig, Scorer
+from scoring import SamplingConfig, Scorer, completion_table, summary
 
 SHOWN = 8  # completions of every rollout that go into samples.jsonl
 
@@ -191,35 +191,6 @@ def per_token(
     # A batch's entries come completion by completion, token by token, as True does in the mask.
     flat = torch.cat(found, dim=1)  # (functions, R)
     return mask, *(torch.zeros(mask.shape).masked_scatter(mask, values) for values in flat)
-
-
-def completion_table(
-    tokenizer: Tokenizer, examples: Sequence[Example], tokens: Sequence[Sequence[list[int]]],
-    parts: dict[str, Tensor], kl: Tensor, false_parts: Callable[[Example, str], list[str] | None],
-) -> list[dict]:
-    """A row per completion: text, score with its parts, KL in nats, what of it is false."""
-    rows = []
-    both = [(example, each) for example, group in zip(examples, tokens) for each in group]
-    for i, (example, completion) in enumerate(both):
-        text = tokenizer.decode(completion).strip()
-        score = {name: part[i].item() for name, part in parts.items()}
-        score = {"score": sum(score.values()), **score} if score else {}
-        rows.append({
-            "prompt": example.name, "question": example.question, "answer": text, **score,
-            "kl": kl[i].item(), "tokens": len(completion), "false": false_parts(example, text),
-            "ended": completion[-1] == tokenizer.eos_token,
-        })
-    return rows
-
-
-def summary(table: list[dict]) -> dict[str, float]:
-    """Means over a table of completions, named as in other trainers."""
-    names = {"objective/kl": "kl", "objective/scores": "score", "response/length": "tokens",
-             "response/ended": "ended"}
-    metrics = {shown: sum(row[name] for row in table) / len(table)
-               for shown, name in names.items() if name in table[0]}
-    known = [bool(row["false"]) for row in table if row["false"] is not None]
-    return metrics | ({"truth/hallucination": sum(known) / len(known)} if known else {})
 
 
 def write_samples(folder: Path, step: int, table: list[dict]) -> None:

@@ -7,16 +7,21 @@
 The rules and their constants are those of LLaVA-RLHF (arXiv 2309.14525, section 2.4, and its code).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from config import option
-from data import Example
+from data import Example, trunk_tokens
+from formats.checkpoint import load_llava
 from formats.tokenizer import Tokenizer
-from reward import RewardModel, Row, rate
+from generation import image_features
+from reward import RewardModel, Row, load_head, rate, require_head
+from vision import ImageSettings
 
 
 @dataclass
@@ -73,6 +78,50 @@ def missing_eos_penalty(ended: bool, penalty: float = -8.0) -> float:
     return 0.0 if ended else penalty
 
 
+@dataclass
+class Judge:
+    """A reward model with the tokenizer and image settings of its own folder.
+
+    It reads texts and pictures, so whatever model wrote the texts may have another base.
+    """
+
+    reward_model: RewardModel
+    tokenizer: Tokenizer
+    images: ImageSettings
+    facts: bool  # whether it was trained with captions
+
+    def features(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """(N, patches, D_vision) of its own tower."""
+        return image_features(self.reward_model.model, self.images, pictures)
+
+    def rate(
+        self, questions: Sequence[str], features: Tensor, answers: Sequence[Sequence[str]],
+        facts: Sequence[Sequence[str]], batch_size: int,
+    ) -> Tensor:
+        """Rewards (N,) of answers to each question about an image, one after another.
+
+        Args:
+            features: (Q, patches, D_vision) as `features` computes them.
+            facts: captions of each image; left out if it was trained without.
+        """
+        patches, rows = self.reward_model.model.config.vision.patches, []
+        for i, question in enumerate(questions):
+            prompt = trunk_tokens(self.tokenizer, (), question, patches)
+            example = Example(f"question {i + 1}", features[i].cpu(), prompt, question=question,
+                              facts=facts[i] if self.facts else ())
+            rows.append((example, [self.tokenizer.encode(text, eos=True) for text in answers[i]]))
+        return rate(self.reward_model, self.tokenizer, rows, batch_size)
+
+
+def load_judge(folder: Path, device: torch.device) -> Judge:
+    """The reward model of a finished run, apart from any policy."""
+    require_head(folder)
+    model, tokenizer, images = load_llava(folder / "model", device)
+    reward_model = RewardModel(model.requires_grad_(False))
+    origin = load_head(reward_model, folder, {})
+    return Judge(reward_model, tokenizer, images, origin.get("facts") == "with facts")
+
+
 class Scorer:
     """The reward of completions: the reward model's score and the rules."""
 
@@ -105,3 +154,32 @@ class Scorer:
                            config.length_penalty),
             missing_eos_penalty(ended, config.missing_eos_penalty),
         )
+
+
+def completion_table(
+    tokenizer: Tokenizer, examples: Sequence[Example], tokens: Sequence[Sequence[list[int]]],
+    parts: dict[str, Tensor], kl: Tensor, false_parts: Callable[[Example, str], list[str] | None],
+) -> list[dict]:
+    """A row per completion: text, score with its parts, KL in nats, what of it is false."""
+    rows = []
+    both = [(example, each) for example, group in zip(examples, tokens) for each in group]
+    for i, (example, completion) in enumerate(both):
+        text = tokenizer.decode(completion).strip()
+        score = {name: part[i].item() for name, part in parts.items()}
+        score = {"score": sum(score.values()), **score} if score else {}
+        rows.append({
+            "prompt": example.name, "question": example.question, "answer": text, **score,
+            "kl": kl[i].item(), "tokens": len(completion), "false": false_parts(example, text),
+            "ended": completion[-1] == tokenizer.eos_token,
+        })
+    return rows
+
+
+def summary(table: list[dict]) -> dict[str, float]:
+    """Means over a table of completions, named as in other trainers."""
+    names = {"objective/kl": "kl", "objective/scores": "score", "response/length": "tokens",
+             "response/ended": "ended"}
+    metrics = {shown: sum(row[name] for row in table) / len(table)
+               for shown, name in names.items() if name in table[0]}
+    known = [bool(row["false"]) for row in table if row["false"] is not None]
+    return metrics | ({"truth/hallucination": sum(known) / len(known)} if known else {})

@@ -1599,6 +1599,11 @@ def run_evaluate(evaluated_runs, tmp_path, monkeypatch, capsys):
     ("", 2, "give one of"), ("run --pope p.jsonl", 2, "give one of"),
     ("--image a.png --model m", 2, "--image needs --prompt"), ("--poep p.jsonl", 2, "unrecognized"),
     ("--data a.jsonl --answers b.jsonl", 2, "--data needs --model"),
+    ("one --best_of 4", 2, "--best_of N and --reward_model DIR belong together"),
+    ("one --best_of 1 --reward_model rm", 2, "at least 2 samples"),
+    ("one --best_of 2 --reward_model rm --temperature 0", 2, "a --temperature above 0"),
+    ("--compare bad good --best_of 2 --reward_model rm", 2, "that are sampled here"),
+    ("one --best_of 2 --reward_model two", 1, "two: no reward model"),
 ])
 def test_evaluate_scores_answers_or_says_what_is_wrong(run_evaluate, command, status, pattern):
     shown = run_evaluate(command, status)
@@ -1625,6 +1630,42 @@ def test_evaluate_asks_a_model(run_evaluate):
     assert all(row["model_answer"] in each["prompt"] for row, each in zip(filled, prompts))
 
 
+def test_best_of_n_is_what_the_reward_model_prefers(
+        run_evaluate, tiny_world, tokenizer, monkeypatch):
+    """The reward model has another base and its own tower; its captions come from a file."""
+    judge = make_reward_model(load_llava("two/model")[0], tokenizer)
+    save_llava(judge.model, tokenizer, EVALUATION_SETTINGS, "rm/model")
+    reward.save_head(judge, Path("rm"), reward.provenance(tokenizer, "x", facts=True))
+    Path("captions.json").write_text(json.dumps({f"{i}.png": ["a car", "a dog"] for i in range(7)}))
+    choose = "--best_of 3 --reward_model rm"
+    asked = f"--data rows.jsonl --images images --max_new_tokens 5 {choose}"
+    assert "--captions image_to_caption.json" in run_evaluate(f"--model one {asked}", 1)
+    seen, pick = [], evaluation.best_of.BestOf.choose
+
+    def watched(self, questions, images, texts, facts):
+        chosen = pick(self, questions, images, texts, facts)
+        seen.append((self, questions, images, texts, facts, chosen))
+        return chosen
+
+    monkeypatch.setattr(evaluation.best_of.BestOf, "choose", watched)
+    run_evaluate(f"--model one {asked} --captions captions.json")
+    best, questions, images, texts, facts, chosen = seen[0]
+    assert len(texts) == 3 * len(questions) == 21 and len(set(texts)) > 7 and best.judge.facts
+    assert [row["answer"] for row in read_lines("one/best_of_3/rows.jsonl")] == chosen
+    for i, question in enumerate(questions):  # the reward of each alone
+        image = generation.image_features(judge.model, EVALUATION_SETTINGS, [images[i]])[0]
+        prompt = data.trunk_tokens(tokenizer, (), question, PATCHES)
+        example = Example("x", image, prompt, facts=facts[i])
+        rewards = [reward.rate(judge, tokenizer, [(example, [tokenizer.encode(text)])], 1).item()
+                   for text in texts[3 * i : 3 * i + 3]]
+        assert chosen[i] == texts[3 * i + rewards.index(max(rewards))]
+    shown = run_evaluate(f"one --scenes 3 {choose}")  # the world knows its own captions
+    assert "hallucination/any" in shown and not Path("one/results.json").exists()
+    assert len(evaluation.read_results("one/best_of_3/results.json")["after"][1]) == 3
+    assert seen[-1][4][0] and len(seen[-1][5]) == len(seen[-1][1])
+    assert "hallucination/any" in run_evaluate("--compare one/best_of_3 one/best_of_3")
+
+
 def test_evaluate_measures_a_run_again(run_evaluate):
     assert all("hallucination/any" in run_evaluate(f"{run} --scenes 4") for run in ("one", "two"))
     results = evaluation.read_results("two/results.json")
@@ -1645,9 +1686,10 @@ def test_answer_file_resumes_where_it_was_stopped(run_evaluate):
     questions = answers.read_questions(Path("rows.jsonl"), "images")
     seeds, part, path = [], Path("part.jsonl"), Path("whole.jsonl")
 
-    def respond(images, texts, seed):
+    def respond(images, asked, seed):
         seeds.append(seed)
-        return [f"{text} {image.getpixel((0, 0))[0]} {seed}" for image, text in zip(images, texts)]
+        return [f"{each.question} {image.getpixel((0, 0))[0]} {seed}"
+                for image, each in zip(images, asked)]
 
     whole = answers.answer_file(respond, "m", questions, path, 2)
     assert [row["question_id"] for row in whole] == list(range(7)) and whole[3]["image"] == "3.png"

@@ -15,7 +15,6 @@ from formats.rows import DataError, Source, open_image, whole_rows
 from formats.tokenizer import IMAGE
 from generation import progress_bar
 
-Respond = Callable[[list[Image.Image], list[str], int], list[str]]  # images, questions, seed
 OWN = ("text", "by", "answer", "error")  # fields of a row that do not go into the answers file
 
 
@@ -27,6 +26,9 @@ class ImageQuestion:
     image: Source
     question: str
     fields: dict  # fields of the row that the answers file repeats
+
+
+Respond = Callable[[list[Image.Image], list[ImageQuestion], int], list[str]]  # the last is a seed
 
 
 def read_questions(
@@ -129,13 +131,13 @@ def answer_batch(
     for question, row in zip(questions, rows):
         try:
             images.append(open_image(question.name, question.image))
-            asked.append((question.question, row))
+            asked.append((question, row))
         except DataError as error:
             if skip is None:
                 raise
             skip.append(str(error))
             row["error"] = str(error)
     if images:
-        texts = respond(images, [text for text, _ in asked], seed)
+        texts = respond(images, [question for question, _ in asked], seed)
         for (_, row), text in zip(asked, texts, strict=True):
             row["answer"] = text

@@ -9,13 +9,17 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 import generation
 import world
 from evaluation.benchmarks import MMHAL_KINDS, mmhal_terms, pope_answer, pope_terms
-from evaluation.metrics import PER_KIND, Terms, grouped, with_intervals
+from evaluation.best_of import BestOf
+from evaluation.metrics import (
+    PER_KIND, Terms, comparison, grouped, paired, read_results, with_intervals,
+)
 from formats.tokenizer import Tokenizer
 from model import LLaVA
 from vision import ImageSettings
@@ -37,13 +41,15 @@ SHORT_TOKENS = 16  # enough for every true answer to a short question
 
 
 def measure_world(
-    model: LLaVA, tokenizer: Tokenizer, settings: ImageSettings, scenes: int = SCENES, seed: int = 0
+    model: LLaVA, tokenizer: Tokenizer, settings: ImageSettings, scenes: int = SCENES,
+    seed: int = 0, best: BestOf | None = None,
 ) -> tuple[dict, list[dict]]:
     """Measure a model on held-out scenes, greedily and with wordings that training never uses.
 
     Args:
         scenes: how many; scene i is `world.make_scene(i, "test")`.
-        seed: of the choice of questions, and of the bootstrap.
+        seed: of the choice of questions, of sampling and of the bootstrap.
+        best: samples several answers to everything and chooses; None decodes greedily.
 
     Returns:
         metrics, {name: {"value", "low", "high"}} (see `world_terms`); and a record per scene with
@@ -53,12 +59,18 @@ def measure_world(
     records = questionnaire(drawn, seed)
     pictures = [world.draw(scene, settings.size) for scene in drawn]
     features = generation.image_features(model, settings, pictures)
+    if best:
+        sampling = {"samples": best.samples, "temperature": best.temperature, "seed": seed}
+        facts = [world.facts(scene, random.Random(scene.seed)) for scene in drawn]
+        seen = best.judge.features(pictures)
 
     def ask(items: list[tuple[int, dict]], tokens: int, label: str) -> None:
         """Add the model's answers to items (scene, {"question": text})."""
-        texts = generation.answers(
-            model, tokenizer, settings, features[[i for i, _ in items]],
-            [item["question"] for _, item in items], tokens, progress=label)
+        places, questions = [i for i, _ in items], [item["question"] for _, item in items]
+        texts = generation.answers(model, tokenizer, settings, features[places], questions, tokens,
+                                   progress=label, **(sampling if best else {}))
+        if best:
+            texts = best.choose(questions, seen[places], texts, [facts[i] for i in places])
         for (_, item), text in zip(items, texts):
             item["answer"] = text
 
@@ -70,6 +82,24 @@ def measure_world(
     for scene, record in zip(drawn, records):
         score_record(scene, record)
     return with_intervals(world_terms(records), seed), records
+
+
+def compare_runs(runs: Sequence[str], seed: int = 0) -> str:
+    """Format the runs' measures in results.json, and their paired differences to the first run."""
+    found, terms, keys = [], [], []
+    for run in runs:
+        path = Path(run) / "results.json"
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file; first run: python evaluate.py {run}")
+        values, records = read_results(path)["after"]
+        keys.append([(record["scene"], record["question"]) for record in records])
+        if keys[-1] != keys[0]:
+            raise ValueError(f"{run} and {runs[0]} were measured on different scenes; "
+                             "measure both again with the same --scenes and --seed")
+        found.append(values)
+        terms.append(world_terms(records))
+    differences = [paired(terms[0], each, seed) for each in terms[1:]]
+    return comparison([Path(run).name for run in runs], found, differences)
 
 
 def questionnaire(scenes: Sequence[world.Scene], seed: int = 0) -> list[dict]:

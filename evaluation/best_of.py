@@ -1,0 +1,88 @@
+"""Best of n: of several sampled answers the one that a reward model scores highest.
+
+What a reward model is worth before any training on it: the policy stays as it is, and only the
+choice among its own samples changes. With a reward model that was trained with facts, the captions
+of the images that are asked about go into the choice.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from evaluation.answers import ImageQuestion
+from formats.checkpoint import find_device, fingerprint
+from formats.readers import captions_of, read_captions
+from scoring import Judge, load_judge
+
+BATCH = 64  # questions whose answers are scored at a time
+
+
+@dataclass
+class BestOf:
+    """A choice among `samples` answers to each question, drawn at a temperature."""
+
+    judge: Judge
+    samples: int
+    temperature: float
+    captions: dict[str, list[str]] = field(default_factory=dict)  # by image
+
+    @property
+    def label(self) -> str:
+        """What identifies the choice in a file of answers."""
+        return f"best_of={self.samples} reward_model={fingerprint(self.judge.reward_model.model)}"
+
+    def answers(
+        self, asked: Sequence[ImageQuestion], images: Sequence[Image.Image], texts: Sequence[str]
+    ) -> list[str]:
+        """`choose` for questions of a file; DataError if an image's captions are missing."""
+        facts = [captions_of(each.name, each.image, self.captions) if self.judge.facts else ()
+                 for each in asked]
+        return self.choose([each.question for each in asked], images, texts, facts)
+
+    @torch.no_grad()
+    def choose(
+        self, questions: Sequence[str], images: Sequence[Image.Image] | Tensor,
+        texts: Sequence[str], facts: Sequence[Sequence[str]],
+    ) -> list[str]:
+        """One text per question, of its `samples` that stand side by side in `texts`.
+
+        Args:
+            images: one per question; or the judge's own features of them (see `Judge.features`).
+            facts: captions of each image, for a judge that was trained with them.
+        """
+        features = images if isinstance(images, Tensor) else self.judge.features(images)
+        groups = [texts[i : i + self.samples] for i in range(0, len(texts), self.samples)]
+        rewards = self.judge.rate(questions, features, groups, facts, BATCH)
+        best = rewards.view(-1, self.samples).argmax(1).tolist()  # the first of equal ones
+        return [group[place] for group, place in zip(groups, best)]
+
+
+def misuse(args: Namespace) -> str:
+    """What is wrong with the options of a choice; "": nothing."""
+    if bool(args.best_of) != bool(args.reward_model):
+        return "--best_of N and --reward_model DIR belong together"
+    if args.best_of and (args.best_of < 2 or args.temperature == 0):
+        return "--best_of needs at least 2 samples, and a --temperature above 0"
+    if args.best_of and (args.compare or args.image or args.answers or args.replies):
+        return "--best_of chooses among answers that are sampled here"
+    return ""
+
+
+def load(args: Namespace) -> BestOf:
+    """Load the reward model that the command line names, and the captions if it needs them.
+
+    Raises:
+        ValueError: it needs captions, and there is no file of them.
+    """
+    judge, known = load_judge(Path(args.reward_model), find_device(args.device)), {}
+    if judge.facts and not args.run:  # the built-in world knows its own
+        if not args.captions:
+            raise ValueError(f"{args.reward_model}: a reward model that was trained with facts; "
+                             "give the images' captions with --captions image_to_caption.json")
+        known = read_captions(args.captions)
+    return BestOf(judge, args.best_of, args.temperature, known)
