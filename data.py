@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import parallel
-from formats.rows import DataError
+from formats.rows import DataError, Source
 from formats.readers import Conversation, Pair, Turn
 from formats.tokenizer import IMAGE, Tokenizer
 from model import LLaVA
@@ -56,6 +56,7 @@ class Example:
     truth: str | None = None  # the right answer: an option A-D, "yes", "no"; None: a free answer
     length_factor: float = 1.0  # scales the length penalty of this prompt
     picture: str = ""  # file name of the image
+    source: Source | None = None  # where the image is, for a reward model with a tower of its own
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -231,10 +232,7 @@ def prompt_text(question: str, image: bool = True) -> str:
 
 
 def reward_request(facts: Sequence[str] = ()) -> str:
-    """The question behind an answer that is to be judged, with the image's captions if given.
-
-    LLaVA-RLHF's factual augmentation: the judge is shown the facts (arXiv 2309.14525, section 2.3).
-    """
+    """The question behind an answer to be judged, with the image's captions if given (reward.py)."""
     return "Is this true?" + (f" Facts: {'; '.join(facts)}." if facts else "")
 
 

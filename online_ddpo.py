@@ -129,7 +129,8 @@ class OnlineDDPO(DDPO):
         started, config, data = time.perf_counter(), self.config, self.data
         places = self.prompts.examples(index)
         prompts = [data.train[place] for place in places]
-        tokens, _ = sample(self.policy, prompts, config, self.seed, index)
+        tokens, _ = sample(
+            self.policy, prompts, config, self.seed, index, self.start.tokenizer)
         mask, logp, reference = per_token(
             [lambda batch: self.policy.logp(batch, config.temperature),
              lambda batch: self.base.logp(batch, config.temperature)],

@@ -244,7 +244,8 @@ def read_examples(
         with skipping(skipped):
             prompt, responses = algorithm.tokens(row, start.tokenizer, patches, config)
             check_lengths(row.name, prompt, responses, model.config.text.max_position_embeddings)
-            facts = captions_of(row.name, row.image, known) if known is not None else ()
+            facts = () if known is None else captions_of(
+                row.name, row.image, known, row.facts_prefix)
             rows.append(row)
             made.append((prompt, responses, row.question, facts))
     if encode:
@@ -257,7 +258,7 @@ def read_examples(
                 open_image(row.name, row.image)
             image = features[i] if encode else None
             rules = (row.truth, row.length_bonus) if isinstance(row, Prompt) else (None, 1.0)
-            examples.append(Example(row.name, image, *made[i], *rules, row.picture))
+            examples.append(Example(row.name, image, *made[i], *rules, row.picture, row.image))
             usable.append(row)
     report_skipped(skipped)
     if not examples:

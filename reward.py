@@ -15,16 +15,20 @@ where the second term keeps the scores near 0: differences alone leave their lev
 
 What this file does differently from the released code (llava-rlhf/LLaVA-RLHF), and why:
 1. The request is one short question instead of four criteria (accurate, helpful, natural, concise):
-   the built-in reward model was initialised on exactly this one.
+   the built-in reward model was initialised on exactly this one. `--request FILE` takes the
+   release's (RLHF/prompts/fact_rlhf_reward_prompt.txt of a checkout), best with `--head zero`.
 2. The head starts as the difference of the vocabulary's rows for "Yes" and "No", so that the first
    reward is the model's own verdict and training corrects it. In the released code the head's
    weights are random and its bias starts at 0 (`--head zero` starts both at 0).
-3. The answer's end-of-sequence token is left out of the input, as in the initialisation. A rule
-   penalises answers that do not end.
+3. The answer's end-of-sequence token is left out of the input, as in the initialisation (with
+   `--request` it stays, as in the release). A rule penalises answers that do not end.
 4. Captions come in one order, sorted, whatever order the file has. The release shuffles them for
    every request, and here their order alone was 21 % of the variance of the rewards.
+5. The learning rate falls in a cosine; the release's is constant after 3 % of warm-up, and its
+   published reward model is that of step 200. AdamW's betas are (0.9, 0.95), not (0.9, 0.999).
 """
 
+import ast
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,12 +50,15 @@ from data import (
 )
 from formats.adapters import load_adapter
 from formats.checkpoint import load_llava
-from formats.files import open_file
+from formats.files import open_file, write_atomic
 from formats.tokenizer import Tokenizer
 from lora import use_adapter
 from model import LLaVA
 
 HEAD = "reward_head.safetensors"  # beside the folder of the reward model's weights
+FACTS_LABELS = ("without facts", "with facts")
+REQUEST = "request.txt"  # the same, if it is not the short one
+FACTS = "{factual_prompt}"  # stands for the captions in a request's file
 Row = tuple[Example, Sequence[Sequence[int]]]  # and the tokens of answers to it
 
 # --------------------------------------------------------------------------------- the reward model
@@ -72,15 +79,44 @@ def pairwise_loss(
     return -F.logsigmoid(chosen - rejected).mean() + centring * size
 
 
-def with_request(tokenizer: Tokenizer, answer: list[int], facts: Sequence[str]) -> Response:
+def read_request(path: str, facts: bool) -> str:
+    """The release's request from a file; FACTS stands where its captions go, if there are any.
+
+    The sentence that introduces them is FACTUAL_PROMPT in data_utils/constants.py of the same
+    checkout, which is parsed and never run; a file elsewhere can have it before FACTS.
+
+    Raises:
+        ValueError: the file does not exist, or has no place for the captions.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"--request {path}: no such file")
+    text, constants = file.read_text(encoding="utf-8").strip(), ""
+    if facts and FACTS not in text:
+        raise ValueError(f"--request {path}: has no {FACTS} where the captions should go")
+    beside = file.parent.parent / "data_utils" / "constants.py"
+    for node in ast.parse(beside.read_text(encoding="utf-8")).body if beside.exists() else ():
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FACTUAL_PROMPT":
+            constants = ast.literal_eval(node.value)
+    return text.replace(FACTS, constants + FACTS if facts else "")
+
+
+def with_request(
+    tokenizer: Tokenizer, answer: list[int], facts: Sequence[str], request: str = ""
+) -> Response:
     """An answer and the request to rate it, as a branch with one entry: where the reward is read.
 
     Args:
-        answer: its tokens; end-of-sequence is left out.
+        answer: its tokens; end-of-sequence is left out before the short request.
         facts: captions of the image; their order has no influence.
+        request: as `read_request` returns it; "": the short one.
     """
-    tokens = [token for token in answer if token != tokenizer.eos_token]
-    tokens += tokenizer.encode(f"USER: {reward_request(sorted(facts))} ASSISTANT:")
+    if request:
+        listed = "".join(f"  - {fact}\n" for fact in sorted(facts))
+        tokens = list(answer) + tokenizer.encode(request.replace(FACTS, listed))
+    else:
+        tokens = [token for token in answer if token != tokenizer.eos_token]
+        tokens += tokenizer.encode(f"USER: {reward_request(sorted(facts))} ASSISTANT:")
     # The request's last token predicts the closing one, which the model never reads.
     return Response(tokens + [tokenizer.eos_token], [0.0] * len(tokens) + [1.0])
 
@@ -88,10 +124,10 @@ def with_request(tokenizer: Tokenizer, answer: list[int], facts: Sequence[str]) 
 class RewardModel(nn.Module):
     """A LLaVA with a scalar head instead of the vocabulary; also PPO's critic."""
 
-    def __init__(self, model: LLaVA, adapter: str | None = None):
-        """`adapter` over a base that other models may share; None: without an adapter."""
+    def __init__(self, model: LLaVA, adapter: str | None = None, request: str = ""):
+        """`adapter` over a base that other models may share; `request`: see `with_request`."""
         super().__init__()
-        self.model, self.adapter = model, adapter
+        self.model, self.adapter, self.request = model, adapter, request
         weight = model.head.weight
         self.weight = nn.Parameter(torch.zeros(weight.shape[1], device=weight.device))  # (D,)
         self.bias = nn.Parameter(torch.zeros((), device=weight.device))
@@ -110,13 +146,14 @@ class RewardModel(nn.Module):
             self.weight.copy_(rows[yes] - rows[no])
 
 
-def reward_batch(model: LLaVA, tokenizer: Tokenizer, rows: Sequence[Row]) -> Batch:
+def reward_batch(reward_model: RewardModel, tokenizer: Tokenizer, rows: Sequence[Row]) -> Batch:
     """Collate examples with answers to each, every answer followed by the request."""
     examples = []
     for example, answers in rows:
-        responses = [with_request(tokenizer, answer, example.facts) for answer in answers]
+        responses = [with_request(tokenizer, answer, example.facts, reward_model.request)
+                     for answer in answers]
         examples.append(Example(example.name, example.image, example.prompt, responses))
-    return collate_for(model, examples)
+    return collate_for(reward_model.model, examples)
 
 
 @dataclass
@@ -125,9 +162,10 @@ class RMConfig(Training):
     epochs: int = option(1, "passes over the pairs; one, since more overfit (release)")
     facts: bool = option(False, "factual augmentation: put the image's captions into the request")
     captions: str | None = option(None, "image_to_caption.json, for --facts with --data")
+    request: str | None = option(None, "file of the request to rate (release: prompts/*.txt)")
     centring: float = option(1e-3, "weight of |mean reward| in the loss (release)")
     head: str = option("verdict", "the scalar head starts from the rows of Yes and No, or from "
-                       "zero (release)", choices=("verdict", "zero"))
+                       "zero (release: random)", choices=("verdict", "zero"))
     rankings: int = option(4000, "ranked pairs to collect on the built-in world (release: 10k)")
     noise: float = option(0.1, "share of pairs that the built-in world's annotator ranks wrongly")
     held_out: int = option(500, "pairs to measure agreement on; at most a tenth of your own data")
@@ -144,7 +182,9 @@ class RewardTraining(Algorithm):
         self.tokenizer, self.config, self.seed = start.tokenizer, config, start.run.seed
         self.held_out = data.held_out
         self.provenance = provenance(start.tokenizer, start.base, config.facts)
-        self.reward_model = RewardModel(start.model, "default" if start.run.lora else None)
+        request = read_request(config.request, config.facts) if config.request else ""
+        self.reward_model = RewardModel(
+            start.model, "default" if start.run.lora else None, request)
         if config.head == "verdict":
             self.reward_model.start_from_verdict(start.tokenizer)
         self.modules = nn.ModuleDict({"reward_model": self.reward_model})
@@ -156,7 +196,7 @@ class RewardTraining(Algorithm):
         return pair_tokens(row, tokenizer, patches)
 
     def batches(self, step: int) -> list[Batch]:
-        make = partial(reward_batch, self.reward_model.model, self.tokenizer)
+        make = partial(reward_batch, self.reward_model, self.tokenizer)
         pairs = sorted(self.source.examples(step), key=pair_length)
         return shared_batches(make, pair_rows(pairs), self.config.micro_batch)
 
@@ -181,6 +221,8 @@ class RewardTraining(Algorithm):
 
     def save(self, folder: Path) -> None:
         save_head(self.reward_model, folder, self.provenance)
+        if request := self.reward_model.request:
+            parallel.once(lambda: write_atomic(folder / REQUEST, request))
 
 
 def pair_length(example: Example) -> int:
@@ -197,7 +239,7 @@ def rate(
 ) -> Tensor:
     """(N,) float32, the rewards of the rows' answers, one after another; `size` rows at a time."""
     def part(rows: Sequence[Row]) -> Tensor:
-        batch = reward_batch(reward_model.model, tokenizer, rows)
+        batch = reward_batch(reward_model, tokenizer, rows)
         return reward_model(batch.to(reward_model.weight.device)).cpu()
 
     return torch.cat(parallel.in_parts(part, rows, size))
@@ -229,7 +271,7 @@ def agreement(records: Sequence[dict]) -> np.ndarray:
 def provenance(tokenizer: Tokenizer, base: str, facts: bool) -> dict[str, str]:
     """What a reward model must have in common with a policy that uses it."""
     return {"tokenizer": hashlib.sha256(tokenizer.model_proto).hexdigest()[:16], "base": base,
-            "facts": "with facts" if facts else "without facts"}
+            "facts": FACTS_LABELS[facts]}
 
 
 def save_head(reward_model: RewardModel, folder: Path, provenance: dict[str, str]) -> None:
@@ -240,7 +282,12 @@ def save_head(reward_model: RewardModel, folder: Path, provenance: dict[str, str
 
 
 def require_head(folder: Path) -> None:
-    """Raise FileNotFoundError if the folder holds no reward model."""
+    """Raise FileNotFoundError if the folder holds no reward model that can be read."""
+    if (folder / "reward_head").exists() and not (folder / HEAD).exists():
+        raise FileNotFoundError(
+            f"{folder}: the release's reward_head is a pickle; convert it there: python -c 'import "
+            "torch, safetensors.torch as s; s.save_file(torch.load(\"reward_head\", "
+            f"weights_only=True), \"{HEAD}\")'")
     if not (folder / HEAD).exists():
         raise FileNotFoundError(f"{folder}: no reward model ({HEAD} is missing); make one with "
                                 "python train.py --algo rm")
@@ -249,19 +296,24 @@ def require_head(folder: Path) -> None:
 def load_head(
     reward_model: RewardModel, folder: Path, provenance: dict[str, str]
 ) -> dict[str, str]:
-    """Read the scalar head in `folder`, and return its whole provenance.
+    """Read the scalar head and the request in `folder`; return the whole provenance.
+
+    A published head has none, and is not checked.
 
     Raises:
         ValueError: it belongs to another tokenizer or base, or another use of facts.
     """
     tensors, found = open_file(folder / HEAD)
-    for key, value in provenance.items():
+    for key, value in provenance.items() if "base" in found else ():
         if found.get(key) != value:
             raise ValueError(f"{folder}: a reward model for another {key} ({found.get(key)}, not "
                              f"{value}); train one with python train.py --algo rm")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            getattr(reward_model, name).copy_(tensor)
+            own = getattr(reward_model, name)
+            own.copy_(tensor.view_as(own))  # the release's are (1, D) and (1,)
+    request = folder / REQUEST
+    reward_model.request = request.read_text(encoding="utf-8") if request.exists() else ""
     return found
 
 

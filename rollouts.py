@@ -24,7 +24,9 @@ from generation import generate, worth_compiling
 from lora import lora_layers, select_trainable, use_adapter
 from model import LLaVA
 from reward import RewardModel, load_reward_model
-from scoring import SamplingConfig, Scorer, completion_table, summary
+from scoring import (
+    SamplingConfig, Scorer, completion_table, has_own_base, load_judge, summary,
+)
 
 SHOWN = 8  # completions of every rollout that go into samples.jsonl
 
@@ -83,8 +85,16 @@ def make_roles(start: Start, config: SamplingConfig, with_critic: bool = False) 
     """Copy the start as the reference, load the reward model, and make a critic if wanted.
 
     With LoRA they are adapters over the one base. The critic is a copy of the reward model whose
-    head starts at zero.
+    head starts at zero. A reward model that the user names may have another base than the policy:
+    then it reads texts and pictures, by its own tokenizer and tower.
     """
+    if config.reward_model and has_own_base(start.reward_model, start):
+        if with_critic:
+            raise ValueError(f"{start.reward_model}: a reward model over another base cannot be "
+                             "the critic's start; use --baseline group")
+        judge = load_judge(start.reward_model, start.device, config.facts)
+        print(f"{start.reward_model}: a reward model over a base of its own", file=sys.stderr)
+        return Roles(*policy_and_reference(start), Scorer(judge, start.tokenizer, config))
     (policy, reference), critic = policy_and_reference(start), None
     load = partial(load_reward_model, start, start.reward_model, config.facts)
     if start.run.lora:
@@ -122,12 +132,13 @@ def check_room(start: Start, config: SamplingConfig, data: Data) -> None:
 
 def sample(
     policy: AdaptedModel, examples: Sequence[Example], config: SamplingConfig, seed: int,
-    rollout: int,
+    rollout: int, tokenizer: Tokenizer | None = None,
 ) -> tuple[list[list[list[int]]], Tensor]:
     """Sample completions; on a GPU decoding is compiled.
 
     Args:
         seed, rollout: decide the draws.
+        tokenizer: knows what a "?" is, where completions are to be cut there.
 
     Returns:
         tokens of `config.samples` completions of each example; (R,) their log-probabilities, one
@@ -152,6 +163,13 @@ def sample(
                 draws(config.samples)
             completions += chain.from_iterable(found)
             logp += chain.from_iterable(own)
+    if config.cut_at_question:
+        ends = {tokenizer.encode(text)[-1] for text in ("?", "a?")}  # with and without a space
+        kept = [next((i for i, token in enumerate(each, 1) if token in ends), len(each))
+                for each in completions]
+        pieces = torch.cat(logp).split([len(each) for each in completions])
+        logp = [piece[:length] for piece, length in zip(pieces, kept)]
+        completions = [each[:length] for each, length in zip(completions, kept)]
     return split(completions, config.samples), torch.cat(logp)
 
 
@@ -287,7 +305,8 @@ class OnPolicy(Algorithm):
         started, config, roles = time.perf_counter(), self.config, self.roles
         rows = self.source.examples(index)
         prompts = [self.data.train[row] for row in rows]
-        tokens, sampled_logp = sample(roles.policy, prompts, config, self.seed, index)
+        tokens, sampled_logp = sample(
+            roles.policy, prompts, config, self.seed, index, self.start.tokenizer)
         sampled = time.perf_counter()
         functions = [lambda batch: roles.policy.logp(batch, config.temperature),
                      lambda batch: roles.reference.logp(batch, config.temperature)]

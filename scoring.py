@@ -15,12 +15,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from algorithm import Start
 from config import option
 from data import Example, trunk_tokens
 from formats.checkpoint import load_llava
+from formats.files import open_file
+from formats.rows import open_image
 from formats.tokenizer import Tokenizer
 from generation import image_features
-from reward import RewardModel, Row, load_head, rate, require_head
+from reward import FACTS_LABELS, HEAD, RewardModel, Row, load_head, rate, require_head
 from vision import ImageSettings
 
 
@@ -34,7 +37,9 @@ class SamplingConfig:
     max_new_tokens: int = option(128, "completions are cut off here (release: 896)", least=1)
     temperature: float = option(
         1.0, "of sampling and of all log-probabilities (release)", least=0.01)
-    reward_model: str | None = option(None, "folder of a run of --algo rm")
+    cut_at_question: bool = option(
+        False, "cut completions behind their first '?', so that they do not end (release)")
+    reward_model: str | None = option(None, "folder of a run of --algo rm, of any base")
     facts: bool = option(False, "give the reward model the image's captions")
     captions: str | None = option(None, "image_to_caption.json, for --facts with --data")
     symbolic_bonus: float = option(2.0, "scales the reward of right options, yes and no (release)")
@@ -88,7 +93,7 @@ class Judge:
     reward_model: RewardModel
     tokenizer: Tokenizer
     images: ImageSettings
-    facts: bool  # whether it was trained with captions
+    facts: bool | None  # whether it was trained with captions; None: nobody knows
 
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
         """(N, patches, D_vision) of its own tower."""
@@ -113,19 +118,49 @@ class Judge:
         return rate(self.reward_model, self.tokenizer, rows, batch_size)
 
 
-def load_judge(folder: Path, device: torch.device) -> Judge:
-    """The reward model of a finished run, apart from any policy."""
+    def rate_completions(
+        self, rows: Sequence[Row], tokenizer: Tokenizer, batch_size: int
+    ) -> Tensor:
+        """`reward.rate` for the completions of a policy with a tokenizer of its own."""
+        examples = [example for example, _ in rows]
+        features = self.features([open_image(each.name, each.source) for each in examples])
+        texts = [[tokenizer.decode(tokens).strip() for tokens in answers] for _, answers in rows]
+        return self.rate([each.question for each in examples], features, texts,
+                         [each.facts for each in examples], batch_size)
+
+
+def load_judge(folder: Path, device: torch.device, facts: bool | None = None) -> Judge:
+    """The reward model of a finished run, or a published one, apart from any policy.
+
+    Args:
+        folder: has the merged weights in `model`, the head, and the request if it is not ours.
+        facts: whether it will be given captions; None: as it was trained.
+
+    Raises:
+        ValueError: it was trained the other way.
+    """
     require_head(folder)
-    model, tokenizer, images = load_llava(folder / "model", device)
+    dtype = torch.float32 if device.type == "cpu" else None
+    model, tokenizer, images = load_llava(folder / "model", device, dtype)
     reward_model = RewardModel(model.requires_grad_(False))
-    origin = load_head(reward_model, folder, {})
-    return Judge(reward_model, tokenizer, images, origin.get("facts") == "with facts")
+    wanted = {} if facts is None else {"facts": FACTS_LABELS[facts]}
+    trained = load_head(reward_model, folder, wanted).get("facts")
+    return Judge(reward_model, tokenizer, images,
+                 facts if trained is None else trained == FACTS_LABELS[True])
+
+
+def has_own_base(folder: Path, start: Start) -> bool:
+    """Whether a reward model has another base than the policy, or nobody knows which."""
+    require_head(folder)
+    return open_file(folder / HEAD)[1].get("base") != start.base
 
 
 class Scorer:
     """The reward of completions: the reward model's score and the rules."""
 
-    def __init__(self, reward_model: RewardModel, tokenizer: Tokenizer, config: SamplingConfig):
+    def __init__(
+        self, reward_model: RewardModel | Judge, tokenizer: Tokenizer, config: SamplingConfig
+    ):
         self.reward_model, self.tokenizer, self.config = reward_model, tokenizer, config
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -134,7 +169,11 @@ class Scorer:
         Raises:
             ValueError: the reward model returned NaN or infinity.
         """
-        scores = rate(self.reward_model, self.tokenizer, rows, self.config.micro_batch)
+        size = self.config.micro_batch
+        if isinstance(self.reward_model, Judge):
+            scores = self.reward_model.rate_completions(rows, self.tokenizer, size)
+        else:
+            scores = rate(self.reward_model, self.tokenizer, rows, size)
         names = [example.name for example, completions in rows for _ in completions]
         bad = [name for name, finite in zip(names, scores.isfinite().tolist()) if not finite]
         if bad:

@@ -655,7 +655,7 @@ def test_reward_is_read_at_the_requests_last_token(tiny_world, tokenizer, words)
     texts = [tokenizer.encode("car " * words, eos=True), tokenizer.encode("a dog", eos=True)]
     reward_model = reward.RewardModel(tiny_world)
     nn.init.normal_(reward_model.weight, generator=torch.Generator().manual_seed(0))
-    both = reward_model(reward.reward_batch(tiny_world, tokenizer, [(prompt, texts)]))
+    both = reward_model(reward.reward_batch(reward_model, tokenizer, [(prompt, texts)]))
     facts = sorted(prompt.facts)
     for text, found in zip(texts, both):
         request = tokenizer.encode(f"USER: {data.reward_request(facts)} ASSISTANT:")
@@ -688,17 +688,18 @@ def test_reward_does_not_depend_on_the_order_of_the_captions(tiny_world, tokeniz
         assert torch.equal(rewards(facts), rewards(Random(seed).sample(facts, 6)))
     assert not torch.equal(rewards(facts), rewards(facts[1:]))
     given = [dataclasses.replace(make_pair(tokenizer), facts=each) for each in (facts, facts[::-1])]
-    one, two = (reward.reward_batch(tiny_world, tokenizer, reward.pair_rows([each]))
+    one, two = (reward.reward_batch(reward_model, tokenizer, reward.pair_rows([each]))
                 for each in given)  # in training too
     assert torch.equal(one.tokens, two.tokens)
 
 
 def test_verdict_head_is_log_odds_of_yes(tiny_world, tokenizer):
-    batch = reward.reward_batch(tiny_world, tokenizer, reward.pair_rows([make_pair(tokenizer)]))
+    reward_model = make_reward_model(tiny_world, tokenizer)
+    batch = reward.reward_batch(reward_model, tokenizer, reward.pair_rows([make_pair(tokenizer)]))
     logits = tiny_world.head(tiny_world.response_states(batch))
     yes, no = (tokenizer.encode(word)[0] for word in ("Yes.", "No."))
-    torch.testing.assert_close(make_reward_model(tiny_world, tokenizer)(batch),
-                               logits[:, yes] - logits[:, no], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        reward_model(batch), logits[:, yes] - logits[:, no], atol=1e-5, rtol=1e-4)
 
 
 def optimise(algorithm, steps, rate):
@@ -769,6 +770,39 @@ def test_head_is_saved_and_refused_elsewhere(tiny_world, tokenizer, tmp_path):
         ("facts", "without facts", "with facts, not without facts")):
         with pytest.raises(ValueError, match=phrase):
             reward.load_head(again, tmp_path, {**origin, key: wrong})
+
+
+def test_the_releases_request_and_head_are_read(tiny_world, tokenizer, tmp_path):
+    """From a checkout of the release: the prompt's file, and the constant for its captions."""
+    for folder in ("prompts", "data_utils", "rm"):
+        (tmp_path / folder).mkdir()
+    file = tmp_path / "prompts" / "fact.txt"
+    file.write_text("USER: 1. Right. {factual_prompt}\n2. Short. ASSISTANT: My score is\n")
+    constants = "FACTUAL_PROMPT = 'By captions:\\n'\n1 / 0"  # not run
+    (tmp_path / "data_utils" / "constants.py").write_text(constants)
+    request, answer = reward.read_request(file, facts=True), tokenizer.encode("A car.", eos=True)
+    plain = reward.read_request(file, facts=False)
+    assert plain == request.replace("By captions:\n" + reward.FACTS, "") != request
+    found = reward.with_request(tokenizer, answer, ["two", "one"], request)
+    written = "USER: 1. Right. By captions:\n  - one\n  - two\n\n2. Short. ASSISTANT: My score is"
+    assert found.tokens == answer + tokenizer.encode(written) + [EOS]  # the answer's end stays
+    (tmp_path / "plain.txt").write_text("USER: Good? ASSISTANT:")
+    for path, phrase in (("plain.txt", "has no {factual_prompt}"), ("none.txt", "no such file")):
+        with pytest.raises(ValueError, match=phrase):
+            reward.read_request(tmp_path / path, facts=True)
+    # the release's head: other shapes, and it does not say what it belongs to
+    head = {"weight": torch.randn(1, 32), "bias": torch.randn(1)}
+    torch.save(head, tmp_path / "rm" / "reward_head")
+    save_llava(tiny_world, tokenizer, IMAGES, tmp_path / "rm" / "model")
+    (tmp_path / "rm" / reward.REQUEST).write_text(request)
+    with pytest.raises(FileNotFoundError, match="a pickle; convert it there: (.*)") as told:
+        scoring.load_judge(tmp_path / "rm", torch.device("cpu"))
+    subprocess.run(str(told.value).partition("there: ")[2], shell=True, check=True,
+                   cwd=tmp_path / "rm", env=os.environ | {"PATH": f"{Path(sys.executable).parent}"})
+    judge = scoring.load_judge(tmp_path / "rm", torch.device("cpu"))
+    assert torch.equal(judge.reward_model.weight, head["weight"][0]) and judge.facts is None
+    assert judge.reward_model.bias == head["bias"][0] and judge.reward_model.request == request
+    assert scoring.has_own_base(tmp_path / "rm", make_start(tiny_world, tokenizer, tmp_path))
 
 
 # ================================================================================ ppo.py: its parts
@@ -1055,6 +1089,23 @@ def test_sampled_log_probabilities_are_those_of_training(kind, tiny_world, token
     assert len(warmer) != len(old) or (warmer - old).abs().max() > 1e-3
 
 
+def test_completions_are_cut_behind_a_question_mark(tiny_world, tokenizer, tmp_path, monkeypatch):
+    mark, spaced = tokenizer.encode("a?")[-1], tokenizer.encode("?")[-1]
+    given = [[5, mark, 7, EOS], [8, EOS], [9, spaced, mark], [spaced, 6, EOS]]
+
+    def sampled(*_, on_logp, **__):
+        on_logp(torch.arange(12.0))
+        return list(map(torch.tensor, given))
+
+    monkeypatch.setattr(rollouts, "generate", sampled)
+    for cut, expected, logp in ((False, given, range(12)), (
+            True, [[5, mark], [8, EOS], [9, spaced], [spaced]], [0, 1, 4, 5, 6, 7, 9])):
+        config = ppo.PPOConfig(samples=2, cut_at_question=cut)
+        found = rollouts.sample(rollouts.AdaptedModel(tiny_world), [make_prompt(tokenizer)] * 2,
+                                config, 0, 0, tokenizer)
+        assert sum(found[0], []) == expected and found[1].tolist() == list(logp)
+
+
 def make_online(model, tokenizer, folder, prompt_count=4, correct=lambda example, text: text[:9],
                 **changes):
     """Online DDPO on two rounds of half of the prompts, with a given annotator."""
@@ -1171,6 +1222,15 @@ def test_rows_become_examples_with_their_facts(read_given, tokenizer, tmp_path):
     assert (prompt.truth, prompt.length_factor, prompt.responses) == ("no", 0.5, [])
     assert prompt.prompt == data.prompt_tokens(tokenizer, data.prompt_text("What is it?"), PATCHES)
     assert read_given(ppo.PPO, facts=False)[0].facts == ()
+    assert prompt.source == tmp_path / "a.png"
+    (tmp_path / "both.json").write_text(json.dumps({"a.png": ["a car"], "aok_a.png": ["it barks"]}))
+    asked = [{"from": "human", "value": "<image>\nWhat is it? A. a car B. a dog"}]
+    for kind, expected in ((1, ["a car"]), (3, ["it barks"]), (7, ["a car"])):  # LLaVA-RLHF's keys
+        (example,) = read_given(
+            ppo.PPO, captions="both.json", caption_type=kind, conversations=asked)
+        assert example.facts == expected
+    with pytest.raises(ValueError, match="no captions for image .*aok_a.png"):
+        read_given(ppo.PPO, caption_type=2, conversations=asked)
     (tmp_path / "other.json").write_text(json.dumps({"b.png": ["a car"]}))
     for captions, phrase in (("other.json", r"rows.json row 1: no captions for .*a\.png"),
                              (None, "--facts needs captions")):
@@ -1298,11 +1358,42 @@ def test_reinforcement_from_files_to_files(run_on, tmp_path, monkeypatch, algo, 
         assert len({*coefficients[0]}) == (3 if "--target_kl" in own else 1)  # it adapts
 
 
+def test_a_reward_model_over_another_base(material, run_on, tmp_path):
+    """It has other features, more of them and other tokens than the policy, as 13B beside 7B."""
+    path = tmp_path / "tokenizer.model"
+    tokenizer_file.train_tokenizer(pretraining.world_texts(20), path, 650)
+    own, tower = tokenizer_file.Tokenizer(path), replace(TOWER, image_size=16)
+    text = replace(TEXT, vocab_size=own.vocab_size, max_position_embeddings=400)
+    other = LLaVA(LLaVAConfig(tower, text, own.image_token, own.pad_token, own.eos_token)).eval()
+    init_weights(other, 7)
+    save_llava(other, own, replace(IMAGES, size=16), tmp_path / "other")
+    (tmp_path / "ask.txt").write_text("USER: Rate it. {factual_prompt} ASSISTANT: It is")
+    run_on("rm", "rm", "--model", tmp_path / "other", "--request", tmp_path / "ask.txt")
+    given = ("--reward_model", tmp_path / "rm")
+    assert "over a base of its own" in run_on("ppo", "ppo", *given, "--length_penalty", 0)
+    judge = scoring.load_judge(tmp_path / "rm", torch.device("cpu"), facts=True)
+    assert judge.tokenizer.vocab_size == own.vocab_size
+    assert judge.reward_model.request == (tmp_path / "ask.txt").read_text()
+    captions = json.loads((material / "captions.json").read_text())
+    rows = read_log(tmp_path / "ppo", "samples.jsonl")
+    for row in rows[:4]:
+        number = int(re.search(r"row (\d+)", row["prompt"])[1]) - 1
+        image = open_image("x", material / "images" / f"{number}.png")
+        found = judge.rate([row["question"]], judge.features([image]), [[row["answer"]]],
+                           [captions[f"{number}.png"]], 1)
+        assert row["rm"] == pytest.approx(found.item(), abs=1e-4)
+    assert len({row["rm"] for row in rows}) > 1
+    for more, phrase in ((("--baseline", "critic"), "use --baseline group"),
+                         (("--no-facts",), "with facts, not without facts")):
+        assert phrase in run_on("ppo", "bad", *given, *more, status=1)
+
+
 def test_runs_say_what_is_missing(material, run_on, tmp_path):
     run_on("rm", "rm", "--no-facts")
     given = ("--reward_model", tmp_path / "rm")
     for more, phrase in (
-        ((), "--algo ppo needs a reward model"), (("--reward_model", material), "no reward model ("),
+        ((), "--algo ppo needs a reward model"),
+        (("--reward_model", material), "no reward model ("),
         (given, "without facts, not with facts"),
         ((*given, "--no-facts", "--lora", 2), "without adapter"),
         ((*given, "--no-facts", "--max_new_tokens", 9999), "use a smaller --max_new_tokens"),

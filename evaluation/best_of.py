@@ -80,6 +80,8 @@ def load(args: Namespace) -> BestOf:
         ValueError: it needs captions, and there is no file of them.
     """
     judge, known = load_judge(Path(args.reward_model), find_device(args.device)), {}
+    if judge.facts is None:  # a published one
+        judge.facts = bool(args.captions)
     if judge.facts and not args.run:  # the built-in world knows its own
         if not args.captions:
             raise ValueError(f"{args.reward_model}: a reward model that was trained with facts; "

@@ -29,6 +29,7 @@ Patterns = Sequence[str | Path]  # files or glob patterns
 Folder = str | Path | None  # of images; None: the folder of the file with the row
 Skip = list[str] | None  # collects messages about bad rows, which are left out; None raises them
 Turn = tuple[str, str]  # a question and its answer
+RATIONALE = "aok_"  # LLaVA-RLHF's captions of "aok_x.jpg": why an option of a question is right
 TRUTHS = {1: None, 2: "A", 3: "B", 4: "C", 5: "D", 6: "no", 7: "yes"}  # by caption_type
 
 
@@ -43,6 +44,11 @@ class Record:
     def picture(self) -> str:
         """File name of the image; "" if there is none."""
         return self.image.name if isinstance(self.image, Path | ParquetImage) else ""
+
+    @property
+    def facts_prefix(self) -> str:
+        """See `captions_of`."""
+        return ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,11 @@ class Prompt(Record):
     def truth(self) -> str | None:
         """The right answer: an option A-D, "yes" or "no"; None: an open question."""
         return TRUTHS[self.caption_type]
+
+    @property
+    def facts_prefix(self) -> str:
+        """What its facts are found by: a rationale's for questions with options."""
+        return RATIONALE if self.truth in ("A", "B", "C", "D") else ""
 
 
 def read_pairs(patterns: Patterns, images: Folder = None, skip: Skip = None) -> list[Pair]:
@@ -137,10 +148,17 @@ def read_captions(path: str | Path) -> dict[str, list[str]]:
     return captions
 
 
-def captions_of(name: str, image: Source, captions: dict[str, list[str]]) -> list[str]:
-    """Find an image's captions by its file name or by any longer end of its path."""
-    path = image.name if isinstance(image, ParquetImage) else image
-    parts = Path(path).parts
+def captions_of(
+    name: str, image: Source, captions: dict[str, list[str]], prefix: str = ""
+) -> list[str]:
+    """Find an image's captions by its file name or by any longer end of its path.
+
+    Args:
+        prefix: before the file's name in `captions`: RATIONALE, or "".
+    """
+    path = Path(image.name if isinstance(image, ParquetImage) else image)
+    path = path.with_name(prefix + path.name)
+    parts = path.parts
     for i in range(len(parts)):
         if "/".join(parts[i:]) in captions:
             return captions["/".join(parts[i:])]
