@@ -32,8 +32,8 @@ def memory_table(models: dict[str, LLaVAConfig], gpus: int, rank: int, config: T
     rows = min(config.micro_batch, ceil(config.batch_size / gpus))
     lines = [
         f"Computed, not measured: gigabytes on each of {gpus} GPUs, {rows} rows of {TOKENS} tokens",
-        "per forward pass, products in bfloat16, AdamW. CUDA itself takes 1 to 2 more. PPO without",
-        "LoRA holds four models. Recomputing: with --gradient_checkpointing."]
+        "per forward pass, products in bfloat16, AdamW. CUDA itself takes 1 to 2 more. Without",
+        "LoRA PPO holds three models, with a critic four. Recomputing: with --gradient_checkpointing."]
     for name, shape in models.items():
         for lora in (0, rank):
             for recompute in (False, True):
