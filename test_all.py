@@ -1018,9 +1018,12 @@ def test_group_advantages_and_both_means_by_hand():
 @pytest.mark.parametrize("loss_mean", ["tokens", "answers"])
 def test_grpo_loss_by_hand_whatever_the_micro_batch(loss_mean, tiny_world, tokenizer, tmp_path):
     """And its first gradient is the policy gradient, the ratio being 1 and the KL 0."""
-    found = []
+    found, model, prompt = [], copy.deepcopy(tiny_world), make_prompt(tokenizer)
+    with torch.no_grad():  # some completions end early
+        states = model(prompt.image[None], torch.tensor([prompt.prompt]))[0, -1]
+        model.head.weight[EOS] += 5 * states / states.square().sum()
     for micro_batch in (1, 2, 4):
-        algorithm = on_policy(tiny_world, tokenizer, tmp_path, grpo.GRPO, batch_size=4,
+        algorithm = on_policy(model, tokenizer, tmp_path, grpo.GRPO, batch_size=4,
                               micro_batch=micro_batch, loss_mean=loss_mean, max_new_tokens=6,
                               score=lambda completion: len(completion) + completion[0])
         batches = algorithm.batches(0)
@@ -1030,6 +1033,7 @@ def test_grpo_loss_by_hand_whatever_the_micro_batch(loss_mean, tiny_world, token
             (loss * algorithm.size(batch) / total).backward()
         found.append(algorithm.roles.policy.model.head.weight.grad)
     batch = algorithm.minibatch(range(4))
+    assert len({*batch.group.bincount().tolist()}) > 1  # of different lengths
     logp, share = algorithm.roles.policy.logp(batch, 1.0), torch.ones(len(batch.target))
     if loss_mean == "answers":
         share = 1 / batch.group.bincount()[batch.group]
@@ -1039,8 +1043,11 @@ def test_grpo_loss_by_hand_whatever_the_micro_batch(loss_mean, tiny_world, token
     assert expected.abs().max() > 1e-4
     for each in found:
         torch.testing.assert_close(each, expected, atol=1e-6, rtol=1e-4)
+    without, kl = algorithm.loss(batch)[0], math.exp(0.5) - 1.5
     batch.reference = batch.reference + 0.5  # x = log ref - log pi
-    assert algorithm.loss(batch)[1]["policy/kl"] == pytest.approx(math.exp(0.5) - 1.5, abs=1e-4)
+    loss, metrics = algorithm.loss(batch)
+    assert metrics["policy/kl"] == pytest.approx(kl, abs=1e-4)
+    assert (loss - without).item() == pytest.approx(0.04 * kl, abs=1e-5)
 
 
 def test_kl_penalty_pulls_the_policy_back(tiny_world, tokenizer, tmp_path):
