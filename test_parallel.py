@@ -23,9 +23,10 @@ from test_all import ROOT, photos  # noqa: F401
 # runs in a folder "cut ...".
 PROCESS = f'''
 import json, os, signal, sys
+from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-import ddpo, parallel, train
-from formats import state
+import ddpo, parallel, torch, train
+from formats import checkpoint, state
 from formats.rows import DataError
 from world import feedback
 
@@ -51,6 +52,27 @@ def broken_save(tensors, path, *rest):
 
 if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
     train.Loop.one_step, state.save_file = broken_step, broken_save
+
+class Counted(torch.Tensor):  # of the mapped file, which is read when a value is converted
+    read = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        if function is not torch.Tensor.to:
+            return super().__torch_function__(function, types, arguments, options or {{}})
+        rows = arguments[0].as_subclass(torch.Tensor)
+        cls.read.append(rows.nbytes)
+        return rows.to(**options)
+
+def counted_weights(folder):
+    return {{name: weight.as_subclass(Counted) for name, weight in open_weights(folder).items()}}
+
+open_weights, checkpoint.open_weights = checkpoint.open_weights, counted_weights
+parallel.join("cpu", lambda kind: False)
+checkpoint.load_llava(train.recipes.SHIPPED["base"], dtype=torch.float32)
+checkpoint.open_weights = open_weights
+Path(f"read by {{parallel.rank()}}").write_text(str(sum(Counted.read)))
+
 feedback.CHUNK = 16  # scenes at a time are enough
 leave, parallel.leave = parallel.leave, lambda: None  # once for all runs
 codes = [train.main(arguments) for arguments in runs]
@@ -158,6 +180,18 @@ def test_several_processes_get_the_result_of_one(parallel_runs, name, count):
         answers = [[json.loads(line)["answer"] for line in (folder / "samples.jsonl").open()]
                    for folder in (one, several)]
         assert answers[0] == answers[1]
+
+
+def test_a_process_reads_its_rows_of_the_weights_alone(parallel_runs):
+    file = recipes.SHIPPED["base"] / "model.safetensors"
+    parts = [(len(w), w[0].nbytes, "vision_tower" in name) for name, w in load_file(file).items()]
+    for count in (1, 2, 3):
+        whole = [height * row for height, row, tower in parts if tower or count == 1]
+        for rank in range(count):  # cut as Tensor.chunk cuts; the tower is replicated
+            rows = [len((torch.arange(height).chunk(count)[rank:] or [()])[0]) * row
+                    for height, row, tower in parts if not tower and count > 1]
+            read = int((parallel_runs / f"{count}/read by {rank}").read_text())
+            assert read == sum(whole + rows)
 
 
 def test_any_number_of_processes_resumes(parallel_runs):
