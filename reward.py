@@ -72,7 +72,8 @@ def pairwise_loss(
     Args:
         chosen, rejected: (P,) rewards of the better and of the worse answers.
         centring: weight of |mean(chosen + rejected)|, which holds the rewards near 0.
-        level: its sign is that mean's, if these pairs are a part of those it is taken over.
+        level: its sign is that mean's, if these pairs are a part of those it is taken over: of a
+            forward pass of all processes.
     """
     mean = (chosen + rejected).mean()
     size = mean.abs() if level is None else mean * ((level > 0) - (level < 0))

@@ -647,6 +647,13 @@ def test_pairwise_loss_by_hand_and_its_gradient_against_the_closed_form():
     centre = 0.01 * (chosen + rejected).mean().sign() / 5
     torch.testing.assert_close(chosen.grad, (slope + centre).detach())
     torch.testing.assert_close(rejected.grad, (-slope + centre).detach())
+    # In parts, as on several processes, it is the same, though a part's mean may have another sign.
+    pairs = torch.tensor([[3.0, 1.0], [-1.0, -2.0], [0.5, 1.5]], requires_grad=True)  # level > 0
+    whole = reward.pairwise_loss(*pairs.T, 0.5)
+    parts = [reward.pairwise_loss(*part.T, 0.5, level=3.0) * len(part) / 3
+             for part in pairs.split([1, 2])]
+    torch.testing.assert_close(sum(parts), whole)
+    torch.testing.assert_close(*(torch.autograd.grad(each, pairs)[0] for each in (sum(parts), whole)))
 
 
 @pytest.mark.parametrize("words", [0, 1, 2, 5, 17])

@@ -95,7 +95,8 @@ def processes(count, folder, *runs, how="", at=0):
 
 PROMPTS = ("--prompts", 14, "--rollout_size", 6, "--batch_size", 3, "--samples", 2,
            "--test_scenes", 2, "--generate_batch", 4, "--max_new_tokens", 12)
-RANKINGS = ("--rankings", 10, "--held_out", 5, "--batch_size", 5, "--learning_rate", 5e-6)
+RANKINGS = ("--rankings", 10, "--held_out", 5, "--batch_size", 5, "--learning_rate", 5e-6,
+            "--centring", 0.5)
 OWN = ("--data", "rows.jsonl", "--images", "photos", "--batch_size", 5)
 PARALLEL_RUNS = {  # sizes that neither 2 nor 3 divides
     "ddpo": ("--algo", "ddpo", *OWN, "--learning_rate", 1e-4, "--micro_batch", 2),
