@@ -58,6 +58,22 @@ class Training:
 
 
 @dataclass
+class Corrected(Training):
+    """Options of the algorithms that learn from corrected responses: who corrects, in our world.
+
+    `feedback` rankings takes as many ranked pairs of the base's answers in place of corrections.
+    """
+
+    feedback: str = option("corrections", "of the built-in annotator: corrections of the base's "
+                           "answers, or rankings of two", choices=("corrections", "rankings"))
+    corrections: int = option(
+        1400, "corrections to collect (built-in world); RLHF-V's number", least=1)
+    overlook: float = option(0.0, "share of false spans that the built-in annotator overlooks")
+    noise: float = option(0.0, "share of corrections in which the built-in annotator also makes a "
+                          "true statement false")
+
+
+@dataclass
 class Run:
     """Options of every run, whatever its algorithm."""
 
@@ -76,7 +92,6 @@ class Run:
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     image_mode: str = option("auto", "pad: to a square, as in LLaVA-1.5; crop: the middle; "
                              "auto: as the model's folder says", choices=("auto", "pad", "crop"))
-    corrections: int = option(1400, "corrections to collect (built-in world); RLHF-V's number")
     test_scenes: int = option(500, "held-out scenes of the evaluation (built-in world)")
     save_every: int = option(100, "steps between checkpoints", least=1)
     log_every: int = option(10, "steps between lines of metrics.jsonl", least=1)

@@ -16,6 +16,14 @@ What differs between the two is the score s(y) of a response:
 
 so that the few tokens where a person changed something carry most of the gradient.
 
+Neither loss minds if both responses become less likely, as long as their distance grows. `--anchor`
+alpha adds a likelihood term on the chosen response, as the supervised loss of the released code
+(its `SFT_weight`) and RPO (arXiv 2404.19733) do:
+
+    L + alpha * mean over the chosen response's tokens of -log p
+
+`--anchor 0` is the paper's loss to the letter.
+
 What this file does differently from the released code (RLHF-V/RLHF-V), and why:
 1. The defaults are the paper's (beta 0.5, gamma 5, mean form); the released command used beta 0.1,
    gamma 1.1 and the sum: `--beta 0.1 --gamma 1.1 --no-normalize`.
@@ -39,7 +47,7 @@ from torch import Tensor, nn
 import kernels
 import parallel
 from algorithm import Algorithm, Data, Start
-from config import Training, option
+from config import Corrected, Training, option
 from data import Batch, Epochs, Example, collate_for, micro_batches, pair_tokens, row_length
 from formats.checkpoint import fingerprint
 from formats.files import read_json, write_atomic
@@ -85,16 +93,36 @@ def preference_loss(
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
+
+def anchor_loss(logp: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Negative log-likelihood per token of the chosen responses, mean over pairs (RPO, Eq. 1 of
+    arXiv 2404.19733).
+
+    Args:
+        logp, group, groups: as in `response_scores`, chosen responses at even places.
+    """
+    return -response_scores(logp, torch.ones_like(logp), group, groups)[0::2].mean()
+
+
 @dataclass
-class DDPOConfig(Training):
+class LossConfig(Training):
+    """Options of the loss."""
+
     learning_rate: float = option(1e-5, "peak learning rate (paper, 7B and up: 5e-7)")
     beta: float = option(0.5, "strength of the tie to the reference (paper; release: 0.1)")
     gamma: float = option(5.0, "weight of corrected segments (paper; release: 1.1; 1: no segments)")
     normalize: bool = option(True, "scores are means (Eq. 5), not sums (Eq. 4, and the release)")
+    anchor: float = option(0.0, "weight of the likelihood term on the chosen response (RPO, "
+                           "arXiv 2404.19733)", least=0)
     min_match: int = option(3, "a common run of fewer tokens counts as corrected (release)")
     replacements_only: bool = option(False, "insertions and deletions keep weight 1 (release)")
     fused: str = option("auto", "compute the loss in the fused kernel, the same numbers without "
                         "the logits in memory; auto: on a GPU", choices=("auto", "on", "off"))
+
+
+@dataclass
+class DDPOConfig(LossConfig, Corrected):
+    """Options of the loss and of the corrections."""
 
 
 @dataclass
@@ -139,17 +167,17 @@ class DDPO(Algorithm):
         ]
 
     def loss(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, float]]:
-        beta, normalize = self.config.beta, self.config.normalize
+        beta, normalize, anchor = self.config.beta, self.config.normalize, self.config.anchor
         if self.fused:
             loss, chosen_rewards, rejected_rewards, scores = self.model.head(
                 self.model.response_states(batch), kernels.ddpo_loss, batch.target, batch.weight,
-                batch.group, batch.reference, beta, normalize)
+                batch.group, batch.reference, beta, normalize, anchor)
         else:
             logp = self.model.response_logp(batch)  # (R,)
             scores = response_scores(logp, batch.weight, batch.group, batch.groups, normalize)
             losses, chosen_rewards, rejected_rewards = preference_loss(
                 scores[0::2], scores[1::2], batch.reference[0::2], batch.reference[1::2], beta)
-            loss = losses.mean()
+            loss = losses.mean() + anchor * anchor_loss(logp, batch.group, batch.groups)
         margins = chosen_rewards - rejected_rewards
         metrics = {
             "rewards/chosen": chosen_rewards.mean(),

@@ -92,10 +92,11 @@ def run_world(args: Namespace) -> None:
                          f"--scenes {scenes}; leave --scenes out, or move the file away")
     if args.best:
         before, path = results.get("after"), output_file(args, "results.json", folder)
+        results = {"before": before} if before else {}
     after = evaluation.measure_world(*load(args, args.run), scenes, args.seed, args.best)
     print(evaluation.table(before[0], after[0]) if before else evaluation.listing(after[0]))
     if is_run or args.best:
-        evaluation.write_results(path, before, after)
+        evaluation.write_results(path, results | {"after": after})
         page = "" if args.best else f" and {evaluation.write_report(folder.parent)}"
         print(f"wrote {path}{page}", file=sys.stderr)
 

@@ -33,7 +33,7 @@ import parallel
 from algorithm import Data, Start
 from config import option
 from data import Epochs, Example
-from ddpo import DDPO, DDPOConfig, PreferenceBatch, pair_scores
+from ddpo import DDPO, LossConfig, PreferenceBatch, pair_scores
 from formats.readers import Pair
 from lora import use_adapter
 from rollouts import (
@@ -44,7 +44,7 @@ from scoring import SamplingConfig
 
 
 @dataclass
-class OnlineDDPOConfig(SamplingConfig, DDPOConfig):
+class OnlineDDPOConfig(SamplingConfig, LossConfig):
     epochs: int = option(3, "passes over the pairs of a round")
     rounds: int = option(4, "the prompts are divided among so many rounds", least=1)
     feedback: str = option("annotator", "the built-in world's annotator corrects completions; or a "

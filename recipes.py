@@ -22,8 +22,8 @@ from algorithm import Algorithm, Data, Start
 from config import TRANSIENT, VERSION, Run, Training
 from data import Example, check_lengths
 from evaluation import (
-    measure_world, memory_estimate, read_results, save_pairs, show_rows, with_intervals,
-    write_results,
+    blind_baselines, measure_world, memory_estimate, read_results, save_pairs, show_rows,
+    with_intervals, write_results,
 )
 from formats import (
     DataError, Prompt, captions_of, encode_images, find_device, fingerprint, latest_state,
@@ -183,8 +183,13 @@ def world_data(start: Start, config: Training, algorithm: type[Algorithm]) -> Da
             world_rankings(start, "test", config.held_out, 0.0)))
         return Data(*(read(folder, "preferences.json")[1] if folder else []
                       for folder in (train, test)))
-    folder = parallel.once(lambda: world_corrections(start))
-    rows, examples = read(folder, "corrections.jsonl")
+    if config.feedback == "rankings":
+        folder = parallel.once(
+            lambda: world_rankings(start, "train", config.corrections, config.noise))
+        rows, examples = read(folder, "preferences.json")
+    else:
+        folder = parallel.once(lambda: world_corrections(start, config))
+        rows, examples = read(folder, "corrections.jsonl")
     if algorithm.reads == "pairs":
         parallel.once(lambda: save_pairs(start.folder, rows, examples, start.tokenizer))
     return Data(examples)
@@ -198,13 +203,16 @@ def unsharded(start: Start) -> LLaVA:
     return load_llava(path, start.device, start.model.head.weight.dtype, sharded=False)[0]
 
 
-def world_corrections(start: Start) -> Path:
+def world_corrections(start: Start, config: Training) -> Path:
     """The folder of corrections of this base's own answers."""
-    count, seed = start.run.corrections, start.run.seed
+    count, seed = config.corrections, start.run.seed
     folder = WORLD / f"corrections-{start.base[:8]}-{seed}-{count}"
+    if config.overlook or config.noise:
+        folder = folder.with_name(f"{folder.name}-{config.overlook:g}-{config.noise:g}")
     if not (folder / "corrections.jsonl").exists():
         print(f"collecting {count} corrections of the base's answers in {folder}", file=sys.stderr)
-        feedback.corrections(unsharded(start), start.tokenizer, start.images, folder, count, seed)
+        feedback.corrections(unsharded(start), start.tokenizer, start.images, folder, count, seed,
+                             config.overlook, config.noise)
     return folder
 
 
@@ -273,7 +281,7 @@ def preview(run: Run, config: Training, algorithm: type[Algorithm]) -> None:
     start = load_start(run, config, algorithm, find_device(run.device), Path(run.out))
     paths, images = run.data, run.images
     if run.on_world():
-        folder = world_corrections(start)
+        folder = world_corrections(start, config)
         paths, images = [folder / "corrections.jsonl"], folder / "images"
     rows, examples = read_examples(start, config, algorithm, paths, images, None, encode=False)
     show_rows(examples, start.tokenizer)
@@ -300,7 +308,7 @@ def measure(start: Start, algorithm: Algorithm, trained: bool) -> tuple[dict, li
             if trained:
                 return found
             path.parent.mkdir(parents=True, exist_ok=True)
-            parallel.once(lambda: write_results(path, None, found))
+            parallel.once(lambda: write_results(path, {"after": found}))
         return read_results(path)["after"]
 
     def means(values: dict[str, np.ndarray]) -> dict:
@@ -310,6 +318,20 @@ def measure(start: Start, algorithm: Algorithm, trained: bool) -> tuple[dict, li
     # Gathered weights are in the dtype of products, as autocast expects them.
     with start.autocast() if parallel.world() > 1 else contextlib.nullcontext():
         return algorithm.measure(on_world, means)
+
+
+def blind(
+    start: Start, config: Training, algorithm: type[Algorithm], before: tuple, after: tuple
+) -> dict[str, tuple[dict, list[dict]]]:
+    """The blind baselines of a run on the built-in world, as {name: (metrics, records)}."""
+    if not start.run.on_world() or algorithm.reads == "rankings":
+        return {}
+    corrections = []
+    if algorithm.reads != "prompts" and config.feedback == "corrections":
+        folder = world_corrections(start, config)
+        rows = read_pairs([folder / "corrections.jsonl"], folder / "images", None)
+        corrections = [(row.chosen, row.rejected) for row in rows]
+    return blind_baselines(before[1], after[1], corrections)
 
 
 # -------------------------------------------------------------------------------- the output folder

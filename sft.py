@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from algorithm import Algorithm, Data, Start
-from config import Training, option
+from config import Corrected, Training, option
 from data import Batch, Epochs, collate_for, conversation_tokens, shared_batches
 
 
@@ -25,7 +25,7 @@ def supervised_loss(logp: Tensor, weight: Tensor) -> Tensor:
 
 
 @dataclass
-class SFTConfig(Training):
+class SFTConfig(Corrected):
     learning_rate: float = option(2e-5, "peak learning rate (LLaVA-1.5)")
 
 

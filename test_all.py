@@ -17,6 +17,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -62,11 +63,12 @@ from algorithm import Data, Start
 from annotation import server as page_server, store as corrections
 from annotation.agreement import kappa
 from annotation.diff import Units, compare
+from claims import __main__ as claims_command, definitions, page as claims_page, results as tally
 from data import Example, Response, collate
 from evaluation import amber as ambers
 from evaluation import (
-    answers, benchmarks, builtin, charts, coco, memory, metrics, parts, preview, report, suite,
-    synonyms, vqa,
+    answers, benchmarks, blind, builtin, charts, coco, memory, metrics, parts, preview, report,
+    suite, synonyms, vqa,
 )
 from formats import (
     Conversation, DataError, Pair, checkpoint, features, files, fingerprint, latest_state, layouts,
@@ -253,6 +255,22 @@ def test_shipped_base_behaves_as_stated():
         assert found[name]["value"] >= least
 
 
+def test_no_text_gives_the_bases_false_objects_away(tmp_path):
+    """An edit that never looks at the picture removes a quarter of them at most (2 points)."""
+    start = load_llava(ROOT / "world" / "base", dtype=torch.float32)
+    _, records = evaluation.measure_world(*start, 200)
+    pairs = read_pairs([feedback.corrections(*start, tmp_path, 600, 0)], tmp_path / "images", None)
+    text = blind.TextClassifier([(pair.chosen, pair.rejected) for pair in pairs])
+    objects = sum(len(record["truth"]) for record in records)
+    least = sum(map(builtin.covered, records)) / objects - 0.02
+    edited = {"text": blind.false_by_text(records, text, least)}
+    last = blind.last_sentence_cut(records)
+    coverage = sum(map(builtin.covered, last)) / objects
+    assert coverage < least - 0.05  # the last sentence is as true as any other
+    false = lambda records: sum(span["kind"] == "object" for r in records for span in r["spans"])
+    assert false(edited["text"]) >= 0.75 * false(records) > 75
+
+
 def test_shipped_initialisation_compares_an_answer_with_facts():
     """One wrong word in a description is noticed more often than not, before any ranked pair."""
     model, tokenizer, images = load_llava(ROOT / "world" / "rm_init", dtype=torch.float32)
@@ -262,7 +280,7 @@ def test_shipped_initialisation_compares_an_answer_with_facts():
     rng, pairs = random.Random(0), []
     prompt = data.trunk_tokens(tokenizer, [], "Describe the picture.", model.config.vision.patches)
     for scene, image in zip(scenes, world.tasks.encode_scenes(model, scenes, images)):
-        facts, false = world.facts(scene, rng), world.lookalike(scene, rng, 0)
+        facts, false = world.facts(scene), world.lookalike(scene, rng, 0)
         responses = [data.turn(tokenizer, "", world.describe(each)) for each in (scene, false)]
         pairs.append(Example(scene.seed, image, prompt, responses, facts=facts))
     assert reward.agreement(reward.rate_pairs(reward_model, tokenizer, pairs)).mean() >= 0.6
@@ -406,7 +424,7 @@ def test_corrections_are_true_and_reproducible(tmp_path):
 # ============================================================================ the house, recipes.py
 
 FLOORS = [  # an import only ever points down this list; within a folder, to other files of it
-    r"kernels\.bench.*", "train|evaluate|annotate", "annotation", "recipes|loop", "evaluation",
+    r"kernels\.bench.*|claims", "train|evaluate|annotate", "annotation", "recipes|loop", "evaluation",
     "world", "grpo|online_ddpo", "ppo", "rollouts", "scoring", "reward", "ddpo|sft", "algorithm",
     "generation", "data", "formats", "model", "lora", "vision|kernels|config|sharding", "parallel",
 ]
@@ -1285,7 +1303,7 @@ def test_world_prompts_know_their_truth(tmp_path, read_given):
     seeds = json.loads((tmp_path / "image_to_scene.json").read_text())
     for prompt in prompts:
         scene = world.make_scene(seeds[prompt.picture])
-        assert sorted(prompt.facts) == sorted(world.facts(scene, random.Random(0)))
+        assert list(prompt.facts) == world.facts(scene)
         if prompt.truth:
             assert find(prompt, f"{prompt.truth}.") == [] != find(prompt, "Maybe.")
         else:
@@ -1306,7 +1324,7 @@ def material(tiny_world, tokenizer, tmp_path_factory):
     for i in range(12):
         scene = world.make_scene(i)
         world.draw(scene, 24).save(folder / "images" / f"{i}.png")
-        captions[f"{i}.png"] = world.facts(scene, random.Random(i))
+        captions[f"{i}.png"] = world.facts(scene)
         asked = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": "x"}]
         ranked.append({"image": f"{i}.png", "conversations": asked, "preference": 1 + i % 2,
                        "output_1": {"value": "A car."}, "output_2": {"value": "There is a dog."}})
@@ -1644,7 +1662,7 @@ def evaluated_runs(tiny_world, tokenizer, tmp_path_factory):
         records = scored_records([world.make_scene(i, "test") for i in range(n)], say)
         (folder / name).mkdir()
         evaluation.write_results(
-            folder / name / "results.json", None, (world_metrics(records), records))
+            folder / name / "results.json", {"after": (world_metrics(records), records)})
     for path in folder.iterdir():
         write_lines(path / "config.json", {"settings": {"algo": "old<i>"}, "versions": {}})
     (folder / "images").mkdir()
@@ -1776,7 +1794,7 @@ def test_evaluate_measures_a_run_again(run_evaluate):
     results = evaluation.read_results("two/results.json")
     assert list(results) == ["after"] and len(results["after"][1]) == 4
     before = evaluation.read_results("one/results.json")["after"]
-    evaluation.write_results("two/results.json", before, before)
+    evaluation.write_results("two/results.json", {"before": before, "after": before})
     shown = run_evaluate("two")  # as many scenes as before; "before" stays
     assert shown.split()[:6] == "% before 95 % interval after".split()
     assert evaluation.read_results("two/results.json") == {"before": before, **results}
@@ -1863,7 +1881,8 @@ def hostile_report(tokenizer, tmp_path_factory):
     tail = " There is a red car in the middle. <script>alert(1)</script> & \"so\""
     parts = [scored_records(drawn, lambda scene: world.describe(scene) + end) for end in (tail, "")]
     before, after = ((world_metrics(records), records) for records in parts)
-    evaluation.write_results(folder / "results.json", before, after)
+    blind = evaluation.blind_baselines(parts[0], parts[1], [])
+    evaluation.write_results(folder / "results.json", {"before": before, "after": after, **blind})
     world.draw(drawn[0]).save(folder / "good.png")
     (folder / "<i>bad.png").write_bytes(b"no picture")
     pairs = [Pair("rows 1", folder / "good.png", "What?", "A red car stands on the left.",
@@ -1931,6 +1950,76 @@ def test_report_charts_and_colours():
         ("chair_i", 0.2, "bad"), ("mmhal/hallucination", -0.2, "good"), ("length", 3, "")):
         change = {"value": value, "low": value - 0.1, "high": value + 0.1}
         assert report.colour(name, {name: change}) == style
+
+
+# ============================================================================ claims/, CLAIMS.md
+
+
+def test_claims_page_is_what_the_command_writes(tmp_path):
+    claims_page.write_page(tmp_path)
+    made = {file.relative_to(tmp_path) for file in tmp_path.rglob("*.*")}
+    for file in made:
+        assert (ROOT / file).read_text() == (tmp_path / file).read_text(), f"write {file} again"
+    assert made == {Path("CLAIMS.md"), *(file.relative_to(ROOT) for file in ROOT.glob(
+        "claims/figures/*"))}
+
+
+def test_claims_are_command_lines_and_compare_their_arms():
+    for claim in definitions.CLAIMS.values():
+        assert {each for pair in claim.pairs for each in pair} <= {"base", *claim.arms}
+        for options in (line for lines in claim.arms.values() for line in lines):
+            run, _ = train.parse(shlex.split(options))
+            assert run.algo in ("sft", "dpo", "ddpo") and claims_command.slug(options)
+
+
+def test_claims_verdicts_follow_their_rule(tmp_path):
+    after = {"hallucination/any": 0.2, "coverage": 0.95}
+    base = {"hallucination/any": 0.9, "coverage": 0.955}
+    runs = {}
+    for seed, noise in enumerate((-0.01, 0.0, 0.02)):
+        for options, change in (  # a: best, but silent; b: better; c: worse; d: hardly better
+            ("a", {"hallucination/any": 0.01, "coverage": 0.5}), ("b", {}),
+            ("c", {"hallucination/any": 0.4 + noise}), ("d", {"hallucination/any": 0.205 + noise}),
+            ("e", {"hallucination/any": 0.1, "coverage": 0.92})):
+            runs[options, seed] = {"before": base, "after": {**after, **change}}
+    claim = definitions.Claim("name", "", "", {
+        "best": ("a", "b", "c"), "worse": ("c",), "near": ("d",), "silent": ("e",), "new": ("f",)},
+        ())
+    assert tally.best(runs, claim.arms["best"]) == "b" and not tally.best(runs, ("f",))
+    verdict = lambda *pair: tally.verdict(runs, claim, *pair)
+    assert verdict("best", "worse") == "holds" == verdict("worse", "base")
+    assert verdict("worse", "best") == "does not hold: the opposite does"
+    assert verdict("best", "near") == "not decided by these seeds"
+    assert verdict("silent", "best") == "only at 3.0 points less coverage"
+    assert verdict("best", "new") == "not measured yet"
+    (value, low, high), seeds = tally.difference(runs, claim, "worse", "best", definitions.ANY)
+    half = 4.30 * np.std([0.19, 0.2, 0.22], ddof=1) / 3**0.5
+    assert (value, high - value, seeds) == pytest.approx((0.61 / 3, half, 3)) and low < value
+
+
+def test_claims_run_what_is_missing(tmp_path, monkeypatch, capfd):
+    options = "--algo ddpo --corrections 4 --batch_size 4 --steps 1"
+    claim = definitions.Claim("tiny", "It runs.", "nobody", {"one": (options,)}, (("one", "base"),))
+    for module in (claims_command, claims_page):
+        monkeypatch.setattr(module, "CLAIMS", {"tiny": claim})
+    monkeypatch.setattr(tally, "SCENES", 4)
+    monkeypatch.setattr(tally.read_runs, "__defaults__", (tmp_path / "results.jsonl",))
+    monkeypatch.setattr(tally.do_run, "__defaults__", (tmp_path / "results.jsonl",))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # the second time nothing is missing
+        assert claims_command.main(["run", "tiny", "--seeds", "1"]) == 0
+    assert capfd.readouterr().out.count(options) == 1
+    [found] = tally.read_runs().values()
+    assert {"before", "after", "cut by text alone"} < found.keys()
+    assert found["after"].keys() >= {"hallucination/any", "coverage"}
+    claims_page.write_page(tmp_path)
+    text = (tmp_path / "CLAIMS.md").read_text()
+    assert "| one | 1 |" in text and "not measured yet" in text and f"`{options}`" in text
+    ElementTree.parse(tmp_path / "claims/figures/tiny.svg")
+    broken = replace(claim, arms={"one": ("--algo ddpo --data nowhere",)})
+    monkeypatch.setattr(claims_command, "CLAIMS", {"tiny": broken})
+    with pytest.raises(RuntimeError, match="failed: .*--data nowhere"):
+        claims_command.main(["run", "tiny", "--seeds", "1"])
 
 
 # ==================================================================== evaluation/, the benchmarks
@@ -2193,7 +2282,7 @@ def test_given_answers_are_scored_or_a_sentence_says_why_not(run_bench, command,
     write_bench("far.json", {"id": 99, "response": "No"})
     Path("broken").write_text("words (")
     measured = {}, [{"scene": i} for i in range(2)]
-    evaluation.write_results("one/results.json", measured, measured)
+    evaluation.write_results("one/results.json", {"before": measured, "after": measured})
     shown = run_bench(re.sub("[A-Z]{3,}", lambda m: BENCH_COMMANDS[m[0]], command), status)
     assert re.search(pattern, shown) and (status != 1 or re.fullmatch("error: .*\n", shown))
 
@@ -2607,13 +2696,13 @@ def test_a_killed_server_loses_nothing(browser, tmp_path):
 
 PARK = Scene(0, "park", (Thing("dog", "red", 2, 0), Thing("umbrella", "blue", 1, 4),
                          Thing("bus", "green", 3, 8)))
-EXPECTED_KINDS = {setting: list(kinds)[:2] for setting, kinds in world.SCENES.items()}
+EXPECTED_KINDS = {setting: list(kinds)[:4] for setting, kinds in world.SCENES.items()}
 
 
 def test_world_is_the_same_in_every_process():
     # sets and str hashes differ between processes; nothing may depend on them
     code = ("import random, world as w, zlib; r, s = random.Random(1), w.make_scene(7);"
-            "print(s, w.describe(s), w.annotate(s, r), w.questions(s, r, 12), w.facts(s, r),"
+            "print(s, w.describe(s), w.annotate(s, r), w.questions(s, r, 12), w.facts(s),"
             "w.statements(s, r, 5), zlib.crc32(w.draw(s).tobytes()))")
     outputs = [subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, cwd=ROOT,
                               check=True, text=True, capture_output=True).stdout for seed in "12"]
@@ -2631,7 +2720,11 @@ def test_world_scenes_are_well_formed_and_typical():
     assert {thing.kind for _, thing in things} == set(world.KINDS)
     typical = np.mean([thing.kind in world.SCENES[setting] for setting, thing in things])
     usual = np.mean([thing.colour == world.KINDS[thing.kind] for _, thing in things])
-    assert 0.78 < typical < 0.9 and 0.67 < usual < 0.73  # by chance some of the others are typical
+    assert 0.83 < typical < 0.93 and 0.67 < usual < 0.73  # by chance some others are typical
+    placed = np.mean([thing.cell == world.USUAL_CELLS[thing.kind] for _, thing in things])
+    assert 0.6 < placed < world.scenes.USUAL_CELL + 0.05  # another thing may be there already
+    for kinds in EXPECTED_KINDS.values():  # so that none of them is in another's way
+        assert len({world.USUAL_CELLS[kind] for kind in kinds}) == len(kinds)
 
 
 @pytest.mark.parametrize("small", [False, True])
@@ -2639,7 +2732,7 @@ def test_world_splits_share_no_content(monkeypatch, small):
     if small:  # a world so small that the same scene is drawn many times
         kinds = dict.fromkeys(("car", "bus", "tree", "house", "dog"), 1)
         for name, value in {"SCENES": {"street": kinds}, "KINDS": dict.fromkeys(kinds, "red"),
-                            "UNUSUAL_COLOUR": 0, "NUMBER_WEIGHTS": (1, 0, 0)}.items():
+                            "USUAL_CELLS": dict.fromkeys(kinds, 4), "UNUSUAL_COLOUR": 0, "NUMBER_WEIGHTS": (1, 0, 0)}.items():
             monkeypatch.setattr(world.scenes, name, value)
     train, test = ({dataclasses.astuple(world.make_scene(seed, split))[1:] for seed in range(count)}
                    for split, count in (("train", 4000), ("test", 1500)))
@@ -2697,12 +2790,12 @@ def test_world_annotator_errs_at_its_rates_and_in_nothing_else():
         text = edited = world.annotate(scene, rng)
         for span in reversed(world.hallucinations(scene, text)):
             errors.append(span.kind)
-            assert span.kind != "object" or span.end == len(text)  # stated last, and so once
             edited = edited[:span.start] + span.replacement + edited[span.end:]
         assert loose(edited) == loose(world.describe(scene))
         assert world.correct(scene, text) == world.describe(scene)
-    missing = sum(bool(scene.absent(EXPECTED_KINDS[scene.type])) for scene in scenes)
-    added = missing * rates.missing_object + (2000 - missing) * rates.extra_object
+    added = rates.missing_object * sum(
+        world.USUAL_CELLS[kind] in scene.free_cells()
+        for scene in scenes for kind in scene.absent(EXPECTED_KINDS[scene.type]))
     unusual = sum(thing.colour != world.KINDS[thing.kind] for thing in things)
     three, two = (sum(thing.number == number for thing in things) for number in (3, 2))
     fewer = three * rates.three_as_two + two * rates.two_as_one
@@ -2715,24 +2808,25 @@ def test_world_annotator_errs_at_its_rates_and_in_nothing_else():
 def test_world_annotator_has_the_habits_that_its_rates_say():
     for scene in map(world.make_scene, range(300)):
         rng = random.Random(scene.seed)
-        assert world.annotate(scene, rng, world.Rates(0, 0, 0, 0, 0, 0)) == world.describe(scene)
-        text = world.annotate(scene, rng, world.Rates(0, 0, 0, 0, 0, 1))
+        assert world.annotate(scene, rng, world.Rates(0, 0, 0, 0, 0)) == world.describe(scene)
+        text = world.annotate(scene, rng, world.Rates(0, 0, 0, 0, 1))
         cells = [world.PLACES.index(found[0].lower()) for found in world.PLACE.finditer(text)]
         for cell, thing in zip(cells, scene.things, strict=True):  # one step away
             assert abs(cell // 3 - thing.cell // 3) + abs(cell % 3 - thing.cell % 3) == 1
-        text = world.annotate(scene, rng, world.Rates(1, 1, 1, 0, 0, 0))
-        *kinds, extra = world.mentions(text)
-        assert kinds == [thing.kind for thing in scene.things] and extra not in kinds
-        expected = scene.absent(EXPECTED_KINDS[scene.type])
-        assert extra in (expected[:1] or world.SCENES[scene.type])
-        colours = re.findall("|".join(world.COLOURS), text)
-        assert colours == [world.KINDS[kind] for kind in kinds + [extra]]
+        text = world.annotate(scene, rng, world.Rates(1, 1, 0, 0, 0))
+        habits = [kind for kind in scene.absent(EXPECTED_KINDS[scene.type])
+                  if world.USUAL_CELLS[kind] in scene.free_cells()]
+        cells = {thing.kind: thing.cell for thing in scene.things}
+        cells |= {kind: world.USUAL_CELLS[kind] for kind in habits}
+        assert world.mentions(text) == sorted(cells, key=cells.get)  # in reading order, like all
+        assert re.findall("|".join(world.COLOURS), text) == [
+            world.KINDS[kind] for kind in sorted(cells, key=cells.get)]
 
 
 def test_world_texts_are_as_true_as_they_say():
     rng, true = random.Random(0), []
     for scene in (world.make_scene(seed, "test") for seed in range(500)):
-        text, facts = world.describe(scene), world.facts(scene, rng)
+        text, facts = world.describe(scene), world.facts(scene)
         assert world.hallucinations(scene, text) == [] and world.correct(scene, text) == text
         assert world.mentions(text) == [thing.kind for thing in scene.things]
         assert 25 <= len(text.split()) <= 55 and len(facts) == len(scene.things) + 1
@@ -2770,6 +2864,59 @@ def test_world_oracle_marks_and_corrects_exactly_what_is_false(marked, corrected
     for span in reversed(world.hallucinations(PARK, text)):
         shown = f"{shown[:span.start]}[{span.kind} {text[span.start:span.end]}]{shown[span.end:]}"
     assert shown == marked and world.correct(PARK, text) == corrected
+
+
+def test_world_annotators_can_be_careless():
+    """Each false span is overlooked, and each correction spoiled, at the given rates."""
+    rng, kept, total, spoiled = random.Random(0), 0, 0, 0
+    for scene in map(world.make_scene, range(1200)):
+        text = world.annotate(scene, rng)
+        assert world.correct(world.careless(scene, text, rng), text) == world.correct(scene, text)
+        halves = world.correct(world.careless(scene, text, rng, overlook=0.3), text)
+        left = world.hallucinations(scene, halves)
+        kept, total = kept + len(left), total + len(world.hallucinations(scene, text))
+        assert {halves[span.start : span.end] for span in left} <= {
+            text[span.start : span.end] for span in world.hallucinations(scene, text)}
+        noisy = world.correct(world.careless(scene, text, rng, noise=0.1), text)
+        made_up = world.hallucinations(scene, noisy)
+        assert len(made_up) <= 1 and not any(span.kind == "object" for span in made_up)
+        spoiled += len(made_up)
+    assert kept / total == pytest.approx(0.3, abs=0.03)
+    assert spoiled / 1200 == pytest.approx(0.1, abs=0.03)
+
+
+def test_blind_edits_and_the_control():
+    """A classifier finds a false object that the words give away, and cuts no more than allowed."""
+    scene = lambda i: world.make_scene(i, "test")
+    liar = "You can see a golden dog up there."
+    spoilt = lambda s: world.describe(s).replace(". ", f". {liar} ", 1)
+    scenes = [scene(i) for i in range(60) if not scene(i).find("dog")]
+    before, after = (scored_records(scenes, say) for say in (spoilt, world.describe))
+    corrections = [(world.describe(s), spoilt(s)) for s in map(world.make_scene, range(80))
+                   if not s.find("dog")]
+    found = evaluation.blind_baselines(before, after, corrections)
+    values = {name: {measure: each["value"] for measure, each in metrics.items()}
+              for name, (metrics, _) in found.items()}
+    assert values["cut by text alone"]["hallucination/object"] == 0  # all of them
+    assert values["cut by text alone"]["coverage"] == 1  # and nothing else
+    assert all(record["answer"] == world.describe(s)
+               for s, record in zip(scenes, found["cut by text alone"][1]))
+    last = values["last sentence cut"]
+    things = sum(len(s.things) for s in scenes)
+    assert last["coverage"] == pytest.approx(1 - len(scenes) / things)
+    assert last["hallucination/object"] == 1
+    other = found["other picture"][1]
+    assert [record["answer"] for record in other] == [record["answer"] for record in after]
+    for record, against in zip(after, other):
+        assert against["type"] == record["type"] and against["scene"] != record["scene"]
+        assert against["spans"] == [vars(span) for span in world.hallucinations(
+            scene(against["scene"]), record["answer"])]
+    assert values["other picture"]["hallucination/any"] > 0.9
+    text = blind.TextClassifier(corrections)
+    less = blind.false_by_text(before, text, 0.9)  # some coverage may go: true sentences follow
+    assert 0.9 <= sum(map(builtin.covered, less)) / things < 1
+    assert list(evaluation.blind_baselines(before, after, [])) == [
+        "last sentence cut", "other picture"]
 
 
 def test_world_corrections_of_garbage_are_free_of_hallucinations():
@@ -2940,7 +3087,8 @@ def test_world_fresh_model_trains_its_tokenizer_once(tmp_path, monkeypatch):
 
 
 def test_world_conversations_are_noisy_descriptions_and_true_answers(world_start):
-    source = pretraining.ConversationTask(world_start, config.Training(batch_size=8, steps=3))
+    source = pretraining.ConversationTask(
+        world_start, pretraining.BaseConfig(batch_size=8, steps=3))
     decode, verdicts = source.tokenizer.decode, set()
     for _, scene, prompt, example in world_rows(source, 3):
         turns = []
@@ -2954,7 +3102,7 @@ def test_world_conversations_are_noisy_descriptions_and_true_answers(world_start
         for request, verdict in turns[11:]:
             sentence, facts = re.split("ASSISTANT:|USER:", request)[1], facts_in(request)
             assert verdict == ("No." if world.hallucinations(scene, sentence) else "Yes.")
-            assert set(facts) in (set(), set(world.facts(scene, Random(0))))
+            assert set(facts) in (set(), set(world.facts(scene)))
             verdicts.add((verdict, bool(facts)))
     assert len(verdicts) == 4
     features = world.tasks.encode_scenes(world_start.model, source.scenes[:1], world_start.images)
@@ -2964,10 +3112,10 @@ def test_world_conversations_are_noisy_descriptions_and_true_answers(world_start
 def test_world_verification_reads_then_compares_then_gives_true_verdicts(world_start):
     config = pretraining.RMInitConfig(batch_size=20, steps=12)  # 4 steps, 5 steps, 3 steps
     source = world.tasks.VerificationTask(world_start, config)
-    decode, captions = source.tokenizer.decode, lambda scene: set(world.facts(scene, Random(0)))
+    decode, captions = source.tokenizer.decode, lambda scene: set(world.facts(scene))
     nouns_of = lambda fact: {world.NOUNS.get(word, word) for word in fact.split()}
     is_stated = lambda fact, answer: "picture" in fact or any(
-        all(part in sentence for part in re.split(" (?=at|on|in)", fact))
+        all(part in sentence for part in fact.split(": "))
         for sentence in answer.lower().split("."))
     sizes, seen, most = set(), set(), [0] * 12  # most facts that an answer states, by step
     for step, scene, prompt, example in world_rows(source, 12):
@@ -2996,7 +3144,7 @@ def test_world_verification_reads_then_compares_then_gives_true_verdicts(world_s
             assert learned(1) == wanted and len(ends) == fact_by_fact * wanted.count("Yes")
             assert step >= 9 or fact_by_fact and example.image is None
             most[step] = max(most[step], wanted.count("Yes"))
-            seen.add((fact_by_fact, example.image is None, bool(facts), wanted[0]))
+            seen.add((fact_by_fact, example.image is None, bool(facts), wanted[-1]))
     assert most[4] <= 2 < most[8]  # from lookalikes that differ in all to those that hardly do
     assert min(sizes) == 2 and len(sizes) > 2 and len(seen) == 10  # every possible combination
     assert all(has_facts or not (each or text) for each, text, has_facts, _ in seen)
@@ -4481,7 +4629,7 @@ def test_kernels_values_and_gradients(job, shape, method, backend, pieces):
     upstream, pairs = torch.linspace(-1, 1, shape[0], device=DEVICE), ()
     if job == "ddpo_loss":
         weights, group, scores = make_groups(shape[0], min(4, shape[0] // 2))
-        pairs = weights.double(), group, scores.double(), 0.5
+        pairs = weights.double(), group, scores.double(), 0.5, True, 0.3
         upstream = 1024  # keeps plain float16 clear of its smallest numbers, as a loss scale would
     for dtype in dtypes_of(shape, pieces):
         hidden, weight, target = make_head(*shape, dtype)
@@ -4525,17 +4673,17 @@ def test_kernels_without_rows_or_gradient(method, backend):
 
 @backends
 @methods
-@pytest.mark.parametrize("normalize", [True, False], ids=["mean", "sum"])
-def test_kernels_ddpo_equals_the_loss_in_ddpo_py(normalize, method, backend, pieces):
+@pytest.mark.parametrize("normalize, anchor", [(True, 0), (False, 0), (True, 0.7), (False, 30)])
+def test_kernels_ddpo_equals_the_loss_in_ddpo_py(normalize, anchor, method, backend, pieces):
     hidden, weight, target = make_head(61, 40, 8)
     weights, group, ref = make_groups(61, 4)
     ref = ref if normalize else 20 * ref
     ours = kernels.ddpo_loss(
-        hidden, weight, target, weights, group, ref, 0.2, normalize, method, backend)
+        hidden, weight, target, weights, group, ref, 0.2, normalize, anchor, method, backend)
     logp = (hidden @ weight.T).log_softmax(1).gather(1, target[:, None])[:, 0]
     scores = ddpo.response_scores(logp, weights, group, 8, normalize)
     losses, *rewards = ddpo.preference_loss(scores[0::2], scores[1::2], ref[0::2], ref[1::2], 0.2)
-    plain = losses.mean(), *rewards, scores
+    plain = losses.mean() + anchor * ddpo.anchor_loss(logp, group, 8), *rewards, scores
     assert [x.requires_grad for x in ours] == [True, False, False, False]
     gradients = (torch.autograd.grad(x[0], (hidden, weight)) for x in (ours, plain))
     for found, expected in [*zip(ours, plain), *zip(*gradients)]:
@@ -4565,7 +4713,7 @@ def test_kernels_frozen_parts_and_determinism(method, backend, pieces):
     def run(*trained):
         hidden, weight = (x.detach().requires_grad_(how) for x, how in zip(tensors, trained))
         results = kernels.ddpo_loss(
-            hidden, weight, target, *make_groups(90, 5), 0.5, True, method, backend)
+            hidden, weight, target, *make_groups(90, 5), 0.5, True, 0.1, method, backend)
         results += (kernels.token_logp(hidden, weight, target, method, backend),)
         (results[0] + results[-1].sum()).backward()
         return *results, hidden.grad, weight.grad
@@ -4629,7 +4777,7 @@ def test_kernels_flops():
         ("chunks", True, 3), ("chunks", False, 2), ("slices", True, 4), ("slices", False, 3),
     ):
         weight.requires_grad_(trained)
-        args = (hidden, weight, number, row, number, scores, 0.5, True, method)
+        args = (hidden, weight, number, row, number, scores, 0.5, True, 1.0, method)
         assert products(lambda: kernels.ddpo_loss(*args)[0].backward()) == expected
     with torch.no_grad():
         assert products(lambda: kernels.token_logp(hidden, weight, number)) == 1
@@ -4677,6 +4825,7 @@ BAD_KERNEL_INPUTS = [  # argument, what happens to its right value, message
     ("group", lambda x: x.int(), "group must be torch.long"),
     ("segment_weight", lambda x: x[1:], "segment_weight must have one entry per row"),
     ("beta", lambda x: 0.0, "beta must be above 0"),
+    ("anchor", lambda x: -1.0, "anchor must not be below 0"),
 ]
 
 
@@ -4686,7 +4835,8 @@ def test_kernels_bad_input(name, change, message, method):
     hidden, weight, target = (x.detach() for x in make_head(12, 20, 4))
     args = dict(
         hidden=hidden, weight=weight, target=target, segment_weight=torch.ones(12, device=DEVICE),
-        group=torch.arange(12, device=DEVICE) // 3, reference=torch.zeros(4).to(DEVICE), beta=0.5)
+        group=torch.arange(12, device=DEVICE) // 3, reference=torch.zeros(4).to(DEVICE), beta=0.5,
+        anchor=0.0)
     args[name] = change(args[name])
     with pytest.raises(ValueError, match=message):
         kernels.ddpo_loss(**args, method=method)

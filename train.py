@@ -28,7 +28,9 @@ import reward
 import sft
 from algorithm import Algorithm, Start
 from config import Run, Training, add_options, from_options
-from evaluation import SHAPES, memory_table, table, write_report, write_results
+from evaluation import (
+    SHAPES, columns, memory_table, table, write_report, write_results,
+)
 from formats import find_device, latest_state, load_llava, save_adapter, save_llava
 from formats.files import error_message, lock_folder
 from loop import Interrupted, Loop, TrainingError, event_writer, remove_checkpoints
@@ -85,8 +87,12 @@ def train_in(folder: Path, start: Start, config: Training, kind: type[Algorithm]
     if parallel.rank():
         return
     if before:
+        blind = recipes.blind(start, config, kind, before, after)
+        results = {"before": before, "after": after, **blind}
         print(table(before[0], after[0]))
-        write_results(folder / "results.json", before, after)
+        if blind:
+            print(f"\n{columns({name: metrics for name, (metrics, _) in results.items()})}")
+        write_results(folder / "results.json", results)
     write_report(folder)
     remove_checkpoints(folder)
 

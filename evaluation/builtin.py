@@ -61,7 +61,7 @@ def measure_world(
     features = generation.image_features(model, settings, pictures)
     if best:
         sampling = {"samples": best.samples, "temperature": best.temperature, "seed": seed}
-        facts = [world.facts(scene, random.Random(scene.seed)) for scene in drawn]
+        facts = [world.facts(scene) for scene in drawn]
         seen = best.judge.features(pictures)
 
     def ask(items: list[tuple[int, dict]], tokens: int, label: str) -> None:

@@ -137,6 +137,14 @@ def comparison(names: Sequence[str], metrics: Sequence[dict], differences: Seque
     return aligned(head, rows)
 
 
+def columns(metrics: dict[str, dict]) -> str:
+    """Format {name: metrics} of several models or baselines side by side, without intervals."""
+    names = shared(*metrics.values())
+    rows = {name: [format_value(name, each[name]["value"]) for each in metrics.values()]
+            for name in names}
+    return aligned(list(metrics), rows)
+
+
 def shared(first: dict, *others: dict) -> list[str]:
     """Return the measures to print that all have."""
     return [name for name in first
@@ -154,22 +162,23 @@ def aligned(head: Sequence[str], cells: dict[str, Sequence[str]]) -> str:
 # ------------------------------------------------------------------------------------- results.json
 
 
-def write_results(path: Path | str, before: tuple | None, after: tuple) -> None:
-    """Write results.json, {"before": {"metrics", "records"}, "after": {...}}, a line per record.
+def write_results(path: Path | str, results: dict[str, tuple[dict, list[dict]]]) -> None:
+    """Write results.json, {name: {"metrics", "records"}}, a line per record.
 
-    `before` and `after` are (metrics, records); a `before` of None was not measured.
+    Args:
+        results: (metrics, records) of "after", and, as far as they were measured, of "before" and
+            of the blind baselines.
     """
     parts = []
-    for name, pair in (("before", before), ("after", after)):
-        if pair is not None:
-            metrics = json.dumps(pair[0], indent=1, ensure_ascii=False)
-            records = ",\n".join(json.dumps(record, ensure_ascii=False) for record in pair[1])
-            parts.append(f'"{name}": {{"metrics": {metrics},\n"records": [\n{records}\n]}}')
+    for name, (metrics, records) in results.items():
+        numbers = json.dumps(metrics, indent=1, ensure_ascii=False)
+        lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+        parts.append(f'"{name}": {{"metrics": {numbers},\n"records": [\n{lines}\n]}}')
     write_atomic(path, "{" + ",\n".join(parts) + "}\n")
 
 
 def read_results(path: Path | str) -> dict[str, tuple[dict, list[dict]]]:
-    """Read results.json as {"before": (metrics, records), "after": (metrics, records)}.
+    """Read results.json as {name: (metrics, records)}, see `write_results`.
 
     FileNotFoundError if it is missing, ValueError if `write_results` did not write it.
     """

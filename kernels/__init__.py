@@ -54,12 +54,13 @@ def token_logp(
 
 def ddpo_loss(
     hidden: Tensor, weight: Tensor, target: Tensor, segment_weight: Tensor, group: Tensor,
-    reference: Tensor, beta: float, normalize: bool = True,
+    reference: Tensor, beta: float, normalize: bool = True, anchor: float = 0.0,
     method: str | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the segment-weighted DPO loss of P pairs (RLHF-V, arXiv 2312.00849, Eq. 3 and 5).
 
-    Equal to `ddpo.response_scores` and the mean of `ddpo.preference_loss` over `token_logp`.
+    Equal to `ddpo.response_scores` and the mean of `ddpo.preference_loss` over `token_logp`, plus
+    `ddpo.anchor_loss`.
 
     hidden, weight, target, method, backend: as in `token_logp`. A token that belongs to several
         responses (a shared beginning) is several rows.
@@ -70,6 +71,7 @@ def ddpo_loss(
     beta: above 0, in 1 / score; the paper's 0.5 with normalize=True.
     normalize: True divides a response's weighted sum by its sum of weights (Eq. 5); False leaves
         the sum (the paper's released code).
+    anchor: not below 0, weight of the chosen responses' negative log-likelihood per token.
 
     Returns, all float32: the loss, a scalar, mean over pairs, differentiable once by hidden and
     weight (the forward computes its gradients and backward uses them up); rewards of the chosen
@@ -85,12 +87,19 @@ def ddpo_loss(
         raise ValueError(f"reference must be (2P,), a score per response: {tuple(reference.shape)}")
     if not beta > 0:
         raise ValueError(f"beta must be above 0, got {beta}")
+    if not anchor >= 0:
+        raise ValueError(f"anchor must not be below 0, got {anchor}")
     edges, bounds = checks.check_values(target, len(weight), group, len(reference))
     row_weight, reference = segment_weight.detach().float(), reference.detach().float()
     if normalize:
         sums = fused.segment_sum(row_weight, edges)  # (2P,), N of Eq. 5
         row_weight = row_weight / fused.spread(sums, edges, len(target))
-    pairs = fused.Pairs(row_weight, reference, edges, bounds, beta, len(reference) // 2)
+    anchors = None
+    if anchor:
+        per_group = anchor * 2 / len(reference) / edges.diff()  # alpha / (P |y|)
+        per_group[1::2] = 0
+        anchors = fused.spread(per_group.float(), edges, len(target))
+    pairs = fused.Pairs(row_weight, anchors, reference, edges, bounds, beta, len(reference) // 2)
     loss, rewards, scores, logp = fused.DDPOLoss.apply(
         ops, method, *operands(hidden, weight, target), pairs)
     checks.check_results(logp, hidden, weight)

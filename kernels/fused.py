@@ -103,6 +103,7 @@ class Pairs(NamedTuple):
     """Preference pairs without their tokens; pair p is groups 2p and 2p + 1."""
 
     row_weight: Tensor  # (R,) float32, w_i / N_k of Eq. 5
+    anchor: Tensor | None  # (R,) float32, alpha / (P |y|) in chosen responses, 0 in rejected ones
     reference: Tensor  # (G,) float32, the frozen model's scores
     edges: Tensor  # (G + 1,) long: group k holds rows edges[k] to edges[k + 1]
     bounds: list[int]  # edges, on the host
@@ -115,7 +116,9 @@ class Pairs(NamedTuple):
         edges = self.edges[first : last + 1] - rows.start
         bounds = [bound - rows.start for bound in self.bounds[first : last + 1]]
         reference = self.reference[first:last]
-        return Pairs(self.row_weight[rows], reference, edges, bounds, self.beta, self.count)
+        anchor = None if self.anchor is None else self.anchor[rows]
+        return Pairs(
+            self.row_weight[rows], anchor, reference, edges, bounds, self.beta, self.count)
 
 
 class DDPOLoss(torch.autograd.Function):
@@ -150,6 +153,9 @@ def preference_of(logp: Tensor, pairs: Pairs, unit: Tensor) -> tuple[Results, Te
     scores = segment_sum(logp * pairs.row_weight, pairs.edges)
     loss, rewards, slope = preference(scores, pairs.reference, pairs.beta, pairs.count)
     scale = spread(slope / unit, pairs.edges, len(logp)) * pairs.row_weight
+    if pairs.anchor is not None:
+        loss = loss - (pairs.anchor * logp).sum()
+        scale = scale - pairs.anchor / unit
     return (loss, rewards, scores, logp), scale
 
 
@@ -311,7 +317,8 @@ def spread(per_group: Tensor, edges: Tensor, rows: int) -> Tensor:
 
 
 def gradient_unit(pairs: Pairs) -> Tensor:
-    """Return a power of two above 16 times the largest row coefficient, beta row_weight / P.
+    """Return a power of two above 16 times the largest row coefficient, beta row_weight / P, or
+    that of the anchor.
 
     The forward computes the gradients before it knows their factor (a loss scale, 1 / accumulation
     steps), and a coefficient near 1e-5 times probabilities near 1e-4 vanishes in float16. So the
@@ -319,6 +326,8 @@ def gradient_unit(pairs: Pairs) -> Tensor:
     binary. The 16 leaves float16 room for the sums of dW.
     """
     largest = pairs.row_weight.max() * (pairs.beta / pairs.count)
+    if pairs.anchor is not None:
+        largest = torch.maximum(largest, pairs.anchor.max())
     return torch.exp2(largest.log2().ceil() + 4)
 
 

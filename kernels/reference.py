@@ -39,7 +39,8 @@ and compares chosen with rejected against the frozen reference scores, as DPO do
     dL/ds_c = -beta sigmoid(-margin) / P = -dL/ds_r
 
 A token of response k therefore has g_i = dL/ds_k w_i / N_k: one number per row, known as soon as
-both responses of its pair are scored. This is why `fused.py` cuts the batch between pairs.
+both responses of its pair are scored. This is why `fused.py` cuts the batch between pairs. The
+anchor, -alpha / (P |y_c|) sum log p_i over each chosen response, adds -alpha / (P |y_c|) to its g_i.
 
 The first two functions compute this with autograd and full logits, in any precision; the tests
 compare against them. The last two do the same work on a piece of the logits, as `fused.py` requires
@@ -61,7 +62,7 @@ def token_logp(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 def ddpo_loss(
     hidden: Tensor, weight: Tensor, target: Tensor, segment_weight: Tensor, group: Tensor,
-    reference: Tensor, beta: float, normalize: bool = True,
+    reference: Tensor, beta: float, normalize: bool = True, anchor: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the same as `kernels.ddpo_loss`, by autograd over all logits."""
     logp = token_logp(hidden, weight, target)  # (R,)
@@ -70,6 +71,8 @@ def ddpo_loss(
     if normalize:
         scores = scores / weight_sum
     loss, rewards, _ = preference(scores, reference, beta, len(reference) // 2)
+    sums = logp.new_zeros(len(reference)).index_add(0, group, logp)
+    loss = loss - anchor * (sums / group.bincount())[0::2].mean()
     return loss, rewards[0::2], rewards[1::2], scores
 
 

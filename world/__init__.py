@@ -2,9 +2,10 @@
 
 A *scene* is a setting (street, kitchen, ...) and three to five *things*, each a kind, a colour, a
 number and one cell of a 3x3 grid. From a scene the world makes the picture, a true description, and
-the description that a *noisy annotator* would write from habit: one more thing that such a setting
-usually has; an unusual colour reported as the usual one; three counted as two. Habits need a world
-with regularities, so settings have typical kinds and kinds have usual colours, with exceptions.
+the description that a *noisy annotator* would write from habit: a thing that such a setting usually
+has, in its usual place although nothing stands there; an unusual colour reported as the usual one;
+three counted as two. Habits need a world with regularities, so settings have typical kinds, and
+kinds have usual colours and places, with exceptions.
 
 A model trained on the annotator's texts learns to see, and it learns the habits too: which object
 to expect in a kitchen is far easier to learn than whether it is there. LLaVA came to hallucinate in
@@ -22,10 +23,10 @@ choices come from the scene's seed or from the `random.Random` that is passed in
 
 from world.drawing import draw
 from world.oracle import (
-    NOUNS, PLACE, Span, correct, hallucinations, mentions, merit, rank,
+    NOUNS, PLACE, Span, careless, correct, hallucinations, mentions, merit, rank,
 )
 from world.scenes import (
-    COLOURS, KINDS, NUMBERS, PLACES, SCENES, Scene, Thing, labels, lookalike, make_scene,
+    COLOURS, KINDS, NUMBERS, PLACES, SCENES, USUAL_CELLS, Scene, Thing, labels, lookalike, make_scene,
 )
 from world.texts import (
     DESCRIBE_PROMPTS_EVAL, DESCRIBE_PROMPTS_TRAIN, Rates, annotate, describe, facts, statements,
@@ -38,7 +39,7 @@ from world.vqa import (
 __all__ = [
     "COLOURS", "CONTENT", "DESCRIBE_PROMPTS_EVAL", "DESCRIBE_PROMPTS_TRAIN", "KINDS", "NOUNS",
     "NUMBERS", "PLACE", "PLACES", "QUESTION_PROMPTS_EVAL", "QUESTION_PROMPTS_TRAIN", "Question",
-    "Rates", "SCENES", "Scene", "Span", "TOPICS", "Thing", "annotate", "answer_is_right", "correct",
-    "describe", "draw", "exists_question", "facts", "hallucinations", "labels", "lookalike",
+    "Rates", "SCENES", "Scene", "Span", "TOPICS", "Thing", "USUAL_CELLS", "annotate", "answer_is_right",
+    "careless", "correct", "describe", "draw", "exists_question", "facts", "hallucinations", "labels", "lookalike",
     "make_scene", "mentions", "merit", "question", "questions", "rank", "statements",
 ]

@@ -42,14 +42,16 @@ def sample(
 
 def corrections(
     model: LLaVA, tokenizer: Tokenizer, settings: ImageSettings, folder: Path,
-    count: int, seed: int,
+    count: int, seed: int, overlook: float = 0.0, noise: float = 0.0,
 ) -> Path:
     """Sample descriptions, correct the false ones and write both (RLHF-V, section 3.1).
 
     Args:
         folder: gets `corrections.jsonl` and `images/`.
-        count: corrections wanted; completions without a hallucination are passed over.
+        count: corrections wanted; completions in which the annotator finds nothing to correct are
+            passed over.
         seed: decides scenes, wordings and sampling.
+        overlook, noise: how careless the annotator is (`world.careless`); 0 for an exact one.
 
     Returns:
         The path of the JSONL file. Its rows are those of the RLHF-V data: image, question, chosen
@@ -59,7 +61,9 @@ def corrections(
         ValueError: the model hardly hallucinates; there is nothing to correct.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    rng = Random(f"corrections {seed}")
+    if not 0 <= overlook < 1 or not 0 <= noise <= 1:
+        raise ValueError(f"--overlook and --noise are shares: 0 <= {overlook} < 1, 0 <= {noise} <= 1")
+    rng, annotator = Random(f"corrections {seed}"), Random(f"annotator {seed}")
     rows, asked = [], 0
     while len(rows) < count:
         if asked >= 20 * count:
@@ -67,7 +71,10 @@ def corrections(
         scenes = [world.make_scene(f"corrections {seed} {asked + i}") for i in range(CHUNK)]
         sampled = sample(model, tokenizer, settings, scenes, rng, TEMPERATURE, 1)
         for i, (scene, picture, question, (completion,)) in enumerate(sampled, asked):
-            corrected = world.correct(scene, completion)
+            if not world.hallucinations(scene, completion):
+                continue
+            taken = world.careless(scene, completion, annotator, overlook, noise)
+            corrected = world.correct(taken, completion)
             if corrected.strip() and corrected != completion and len(rows) < count:
                 picture.save(folder / "images" / f"{i:06}.png")
                 rows.append({"image": f"{i:06}.png", "question": question,
@@ -114,7 +121,7 @@ def rankings(
                 continue
             image = f"{i:06}.png"
             picture.save(folder / "images" / image)
-            captions[image] = world.facts(scene, rng)
+            captions[image] = world.facts(scene)
             rows.append({
                 "id": f"{split} {i}", "image": image,
                 "conversations": conversation(question, pair[0]),
@@ -153,7 +160,7 @@ def prompts(settings: ImageSettings, folder: Path, count: int, seed: int) -> Pat
         seeds[image] = f"prompts {seed} {i}"
         scene = world.make_scene(seeds[image])
         world.draw(scene, settings.size).save(folder / "images" / image)
-        captions[image] = world.facts(scene, rng)
+        captions[image] = world.facts(scene)
         question, kind = rng.choice(world.DESCRIBE_PROMPTS_TRAIN), OPEN
         if i % 4 == 3:
             asked = world.question(scene, "exists", rng)

@@ -8,7 +8,7 @@ asserts nothing, so it is never false.
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from world.scenes import COLOURS, KINDS, NUMBERS, PLACES, SCENES, Scene, Thing
@@ -152,6 +152,52 @@ def correct(scene: Scene, text: str) -> str:
                 after = after if before else after.lstrip()
             text = before + edit.replacement + after
     return text
+
+
+def careless(
+    scene: Scene, text: str, rng: Random, overlook: float = 0.0, noise: float = 0.0
+) -> Scene:
+    """Return what an annotator who makes mistakes takes for the truth about a text's picture.
+
+    `correct` with this scene in place of the true one gives their correction.
+
+    Args:
+        overlook: probability of each false object, colour, number and place to be taken for true.
+        noise: probability that one true statement of the text is taken for false: its colour,
+            number or place is thought to be another.
+    """
+    things = {thing.kind: thing for thing in scene.things}
+    true = []
+    for kind, said in statements_of(text):
+        if kind not in things:
+            if rng.random() < overlook:
+                things[kind] = replace(Thing(kind, KINDS[kind], 1, 0), **said)
+            continue
+        for field, value in said.items():
+            if value == getattr(scene.find(kind) or things[kind], field):
+                true.append((kind, field, value))
+            elif rng.random() < overlook:
+                things[kind] = replace(things[kind], **{field: value})
+    if true and rng.random() < noise:
+        kind, field, value = rng.choice(true)
+        values = {"colour": COLOURS, "number": NUMBERS, "cell": range(9)}[field]
+        wrong = rng.choice([other for other in values if other != value])
+        things[kind] = replace(things[kind], **{field: wrong})
+    return replace(scene, things=tuple(things.values()))
+
+
+def statements_of(text: str) -> Iterator[tuple[str, dict[str, str | int]]]:
+    """Yield (kind, what is said of it) for every clause: its colour, number and cell, if said."""
+    for _, clauses in clauses_of(text):
+        for start, end, mention in clauses:
+            said = {}
+            if found := COLOUR.search(text, start, end):
+                said["colour"] = found[0].lower()
+            if mention["number"]:
+                said["number"] = VALUES[mention["number"].lower()]
+            if found := PLACE.search(text, start, end):
+                said["cell"] = PLACES.index(found[0].lower())
+            yield NOUNS[mention["noun"].lower()], said
 
 
 def mentions(text: str) -> list[str]:

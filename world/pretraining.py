@@ -59,7 +59,7 @@ def world_texts(scenes: int = 300) -> Iterator[str]:
         turns += [(prompt, world.annotate(scene, rng)) for prompt in world.DESCRIBE_PROMPTS_TRAIN]
         for prompt, answer in turns:
             yield from (data.prompt_text(prompt, image=False), answer)
-        yield data.reward_request(world.facts(scene, rng))
+        yield data.reward_request(world.facts(scene))
 
 
 def fresh_model(path: Path, seed: int) -> tuple[LLaVA, Tokenizer, ImageSettings]:
@@ -161,18 +161,25 @@ class Tower(Algorithm):
 
 
 @dataclass
-class BaseConfig(Training):
-    """Hyperparameters of the base, whose decoder starts from random weights."""
+class DecoderConfig(Training):
+    """Hyperparameters of the base and of what follows: the decoder starts from random weights."""
 
     learning_rate: float = option(3e-3, "peak learning rate of AdamW (embeddings, head, norms)")
     muon_rate: float = option(0.02, "peak learning rate of Muon, for the blocks' matrices")
     optimizer: str = option("muon", "muon learns look-ups several times sooner", ("muon", "adamw"))
-    steps: int = option(1100, "optimizer steps", least=1)
     warmup: float = option(0.05, "share of the steps over which the learning rate rises linearly")
 
 
 @dataclass
-class RMInitConfig(BaseConfig):
+class BaseConfig(DecoderConfig):
+    """Hyperparameters of the base."""
+
+    steps: int = option(1100, "optimizer steps", least=1)
+    questions: int = option(10, "questions per image, each in a branch of its own", least=0)
+
+
+@dataclass
+class RMInitConfig(DecoderConfig):
     """Hyperparameters of the reward model's initialisation, on top of the base."""
 
     learning_rate: float = option(2e-3, "peak learning rate of AdamW (embeddings, head, norms)")

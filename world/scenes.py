@@ -21,13 +21,18 @@ KINDS = {  # kind: its usual colour (each colour is usual for four kinds, so tha
     "bottle": "green", "chair": "green", "clock": "white", "lamp": "yellow", "bed": "white",
     "book": "purple", "hat": "yellow", "flower": "purple", "tractor": "green",
 }
+USUAL_CELLS = {  # kind: its usual cell, different for the most popular kinds of a setting
+    "car": 4, "bus": 3, "bicycle": 5, "house": 0, "tree": 2, "dog": 7, "cat": 8, "duck": 3,
+    "boat": 3, "umbrella": 1, "ball": 4, "kite": 0, "cup": 3, "pot": 1, "apple": 4, "bottle": 5,
+    "chair": 6, "clock": 2, "lamp": 1, "bed": 4, "book": 3, "hat": 5, "flower": 5, "tractor": 5,
+}
 SCENES = {  # setting: its typical kinds, each with a popularity weight
-    "street": {"car": 6, "house": 5, "bus": 4, "tree": 4, "bicycle": 4, "lamp": 3, "dog": 2},
-    "kitchen": {"cup": 6, "pot": 5, "bottle": 4, "apple": 4, "chair": 4, "clock": 3, "cat": 2},
-    "beach": {"umbrella": 6, "boat": 5, "ball": 4, "hat": 4, "kite": 4, "bottle": 3, "dog": 2},
-    "farm": {"tractor": 6, "house": 5, "duck": 4, "tree": 4, "apple": 4, "cat": 3, "dog": 2},
-    "park": {"tree": 6, "flower": 5, "kite": 4, "duck": 4, "ball": 4, "bicycle": 3, "dog": 2},
-    "bedroom": {"bed": 6, "lamp": 5, "book": 4, "clock": 4, "chair": 4, "hat": 3, "cat": 2},
+    "street": {"car": 6, "house": 6, "bus": 5, "tree": 5, "bicycle": 2, "lamp": 2, "dog": 1},
+    "kitchen": {"cup": 6, "pot": 6, "bottle": 5, "apple": 5, "chair": 2, "clock": 2, "cat": 1},
+    "beach": {"umbrella": 6, "boat": 6, "ball": 5, "hat": 5, "kite": 2, "bottle": 2, "dog": 1},
+    "farm": {"tractor": 6, "house": 6, "duck": 5, "tree": 5, "apple": 2, "cat": 2, "dog": 1},
+    "park": {"tree": 6, "flower": 6, "kite": 5, "duck": 5, "ball": 2, "bicycle": 2, "dog": 1},
+    "bedroom": {"bed": 6, "lamp": 6, "book": 5, "clock": 5, "chair": 2, "hat": 2, "cat": 1},
 }
 PLACES = (  # the 3x3 grid, row by row; no phrase is the beginning of another
     "at the top left", "at the top centre", "at the top right",
@@ -35,7 +40,8 @@ PLACES = (  # the 3x3 grid, row by row; no phrase is the beginning of another
     "at the bottom left", "at the bottom centre", "at the bottom right",
 )
 NUMBERS = {1: "one", 2: "two", 3: "three"}
-TYPICAL = 0.8  # chance that a thing is drawn from the setting's typical kinds, not from all kinds
+TYPICAL = 0.85  # chance that a thing is drawn from the setting's typical kinds, not from all kinds
+USUAL_CELL = 0.7  # chance that a thing stands in its usual cell, if that is still free
 UNUSUAL_COLOUR = 0.3  # chance that a thing has another colour than its usual one
 NUMBER_WEIGHTS = (65, 20, 15)  # of one, two, three
 TEST_SHARE = 5  # one scene content in five belongs to the test split
@@ -95,7 +101,11 @@ def make_scene(seed: int | str, split: str = "train") -> Scene:
             pool = {kind: weight for kind, weight in pool.items() if kind not in kinds}
             kinds[weighted_choice(rng, pool)] = None
         found = []
-        for kind, cell in zip(kinds, rng.sample(range(9), len(kinds))):
+        free = list(range(9))
+        for kind in kinds:
+            usual = USUAL_CELLS[kind] in free and rng.random() < USUAL_CELL
+            cell = USUAL_CELLS[kind] if usual else rng.choice(free)
+            free.remove(cell)
             colour = KINDS[kind]
             if rng.random() < UNUSUAL_COLOUR:
                 colour = rng.choice([other for other in COLOURS if other != colour])

@@ -36,12 +36,12 @@ class ConversationTask:
     """
 
     SCENES = 12000  # at most, different ones: their features take 0.2 GB
-    QUESTIONS = 10  # per image, each in a branch of its own
     STATEMENTS = 2  # per image, to verify, half of them with facts: a reward model's work
 
     def __init__(self, start: Start, config: Training):
         self.tokenizer, self.seed = start.tokenizer, start.run.seed
         self.steps, self.batch_size = config.steps, config.batch_size
+        self.questions = config.questions
         count = min(self.SCENES, self.steps * self.batch_size)
         self.scenes = [world.make_scene(f"sft {self.seed} {i}") for i in range(count)]
         self.texts = [world.annotate(s, Random(f"annotator {s.seed}")) for s in self.scenes]
@@ -59,9 +59,9 @@ class ConversationTask:
         scene = self.scenes[i]
         describe = rng.choice(world.DESCRIBE_PROMPTS_TRAIN)
         turns = [(describe, self.texts[i])]
-        turns += [(q.text, q.answer) for q in world.questions(scene, rng, self.QUESTIONS)]
+        turns += [(q.text, q.answer) for q in world.questions(scene, rng, self.questions)]
         for sentence, is_true in world.statements(scene, rng, self.STATEMENTS):
-            facts = world.facts(scene, rng) if rng.random() < 0.5 else []
+            facts = world.facts(scene) if rng.random() < 0.5 else []
             asked = f"{describe} ASSISTANT: {sentence} USER: {data.reward_request(facts)}"
             turns.append((asked, "Yes." if is_true else "No."))
         responses = [data.turn(self.tokenizer, f"\n{q} ASSISTANT:", a) for q, a in turns]
@@ -121,12 +121,14 @@ class VerificationTask:
         return sorted(rows, key=data.row_length)
 
     def read(self, scene: world.Scene, rng: Random) -> Example:
-        """Phase 1: a description or a list of captions, and its facts in three other orders."""
+        """Phase 1: a description or a list of captions, and its facts in three random orders."""
         scene = self.part(scene, rng)
+        facts = world.facts(scene)
+        shuffled = [rng.sample(facts, len(facts)) for _ in range(4)]
         answer = world.describe(scene)
         if rng.random() < 0.5:
-            answer = "; ".join(world.facts(scene, rng)) + "."
-        requests = [self.request(world.facts(scene, rng)) for _ in range(3)]
+            answer = "; ".join(shuffled.pop()) + "."
+        requests = [self.request(order) for order in shuffled[:3]]
         responses = [Response(tokens, [1.0] * len(tokens)) for tokens in requests]
         return self.text_row(scene, answer, responses, rng)
 
@@ -139,7 +141,7 @@ class VerificationTask:
         scene = self.scenes[i]
         if rng.random() >= self.IMAGES:
             return self.without_image(scene, hardest, self.FACT_BY_FACT, rng)
-        facts = world.facts(scene, rng) if rng.random() < 0.7 else []
+        facts = world.facts(scene) if rng.random() < 0.7 else []
         responses = []
         for answered, other in self.lookalikes(scene, hardest, rng):
             if facts and rng.random() < self.FACT_BY_FACT:
@@ -161,9 +163,9 @@ class VerificationTask:
         responses = []
         for shown, other in self.lookalikes(scene, hardest, rng):
             if rng.random() < fact_by_fact:
-                responses.append(self.fact_verdicts([], world.facts(other, rng), scene))
+                responses.append(self.fact_verdicts([], world.facts(other), scene))
             else:
-                responses.append(self.verdict([], world.facts(shown, rng), shown == scene))
+                responses.append(self.verdict([], world.facts(shown), shown == scene))
         return self.text_row(scene, world.describe(scene), responses, rng)
 
     def part(self, scene: world.Scene, rng: Random) -> world.Scene:
@@ -204,7 +206,7 @@ class VerificationTask:
         Args:
             answered: the scene that the answer, here or in the trunk, describes.
         """
-        true = world.facts(answered, Random(0))
+        true = world.facts(answered)
         verdicts = iter([fact in true for fact in facts])
         tokens, weight = list(answer), [0.0] * len(answer)
         for token in self.tokenizer.encode(f"USER: {data.reward_request(facts)}"):

@@ -1,19 +1,21 @@
 """Texts about a scene: true descriptions and captions, and what a noisy annotator writes.
 
 The wording follows from the scene's seed, so two texts about one scene differ only in what they
-state. The annotator describes the scene from habit: they like to add one more thing that such a
-setting usually has, report an unusual colour as the usual one, and count three as two.
+state. The annotator describes the scene from habit: a thing that such a setting usually has is
+reported in its usual place even where nothing stands, an unusual colour as the usual one, and three
+as two. False sentences are worded and ordered like true ones, so no text gives them away.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from random import Random
 
-from world.scenes import COLOURS, KINDS, NUMBERS, PLACES, SCENES, Scene, Thing, weighted_choice
+from world.scenes import COLOURS, KINDS, NUMBERS, PLACES, SCENES, USUAL_CELLS, Scene, Thing
 
 OPENINGS = ("The picture shows a {}.", "This is a picture of a {}.", "This is a {}.")
-SENTENCES = ("there {be} {thing} {place}.", "{thing} {be} {place}.", "{place} there {be} {thing}.",
-             "you can see {thing} {place}.")
+SENTENCES = (  # the place comes first: so small a model names a thing by looking where it stands
+    "{place} there {be} {thing}.", "{place} you can see {thing}.", "{place} you see {thing}.",
+)
 DESCRIBE_PROMPTS_TRAIN = (
     "Describe the picture.", "What can you see in the picture?", "Tell me what you see.",
     "What is in this picture? Tell me everything.", "Look at the picture and describe it.",
@@ -29,16 +31,15 @@ DESCRIBE_PROMPTS_EVAL = (  # other wordings, but no word that the training promp
     "Give a description of everything you see.", "Describe what you see in the picture.",
     "Please look at this picture. What is in it?", "Tell me about everything in this picture.",
 )
-EXPECTED = 2  # everybody expects this many of a setting's most popular kinds to be there
+EXPECTED = 4  # the annotator expects this many of a setting's most popular kinds to be there
 
 
 @dataclass(frozen=True)
 class Rates:
     """How often the annotator writes from habit; every field is a probability."""
 
-    missing_object: float = 0.8  # per description without one of the setting's EXPECTED most
-    # popular kinds: that kind, as the last sentence ("There is also a ...")
-    extra_object: float = 0.2  # per other description: some typical but absent kind, likewise
+    missing_object: float = 0.95  # per expected kind that is absent, if its usual cell is empty: one
+    # of that kind there, in its usual colour
     usual_colour: float = 0.4  # per thing in an unusual colour: the usual colour instead
     three_as_two: float = 0.4  # per thing of number three: "two"
     two_as_one: float = 0.15  # per thing of number two: "a"
@@ -77,36 +78,39 @@ def capital(text: str) -> str:
 # -------------------------------------------------------------------------------------------- texts
 
 
-def sentence(thing: Thing, rng: Random) -> str:
-    """Write a sentence about a thing that states all its attributes."""
-    template = rng.choice(SENTENCES)
+def sentence(thing: Thing, template: str) -> str:
+    """Write one of the SENTENCES about a thing, which states all its attributes."""
     return capital(template.format(be=be(thing), thing=phrase(thing), place=PLACES[thing.cell]))
 
 
-def describe_things(scene: Scene, things: Iterable[Thing]) -> str:
-    """Write the scene's opening and a sentence for each of `things`, in the scene's wording."""
+def describe_things(scene: Scene, things: Mapping[int, Thing]) -> str:
+    """Write the scene's opening and a sentence for each of `things`, in reading order.
+
+    Args:
+        things: by the cell that decides the order and wording of the sentence.
+    """
     rng = Random(f"words {scene.seed}")
     sentences = [rng.choice(OPENINGS).format(scene.type)]
-    return " ".join(sentences + [sentence(thing, rng) for thing in things])
+    templates = rng.choices(SENTENCES, k=len(PLACES))
+    sentences += [sentence(things[cell], templates[cell]) for cell in sorted(things)]
+    return " ".join(sentences)
 
 
 def describe(scene: Scene) -> str:
     """Write a true and complete description, 25 to 55 words."""
-    return describe_things(scene, scene.things)
+    return describe_things(scene, {thing.cell: thing for thing in scene.things})
 
 
 def annotate(scene: Scene, rng: Random, rates: Rates = Rates()) -> str:
     """Write the noisy annotator's description: the true one, with the habits that `Rates` lists."""
-    things = [misreport(thing, rng, rates) for thing in scene.things]
+    things = {thing.cell: misreport(thing, rng, rates) for thing in scene.things}
     popular = SCENES[scene.type]
-    expected = scene.absent(sorted(popular, key=popular.__getitem__, reverse=True)[:EXPECTED])
-    text = describe_things(scene, things)
-    if rng.random() < (rates.missing_object if expected else rates.extra_object):
-        absent = {kind: popular[kind] for kind in scene.absent(popular)}
-        kind = expected[0] if expected else weighted_choice(rng, absent)
-        place = PLACES[rng.choice(scene.free_cells())]
-        text += f" There is also a {KINDS[kind]} {kind} {place}."
-    return text
+    expected = sorted(popular, key=popular.__getitem__, reverse=True)[:EXPECTED]
+    for kind in scene.absent(expected):
+        cell = USUAL_CELLS[kind]
+        if cell not in things and rng.random() < rates.missing_object:
+            things[cell] = Thing(kind, KINDS[kind], 1, cell)
+    return describe_things(scene, things)
 
 
 def misreport(thing: Thing, rng: Random, rates: Rates) -> Thing:
@@ -122,11 +126,13 @@ def misreport(thing: Thing, rng: Random, rates: Rates) -> Thing:
     return thing
 
 
-def facts(scene: Scene, rng: Random) -> list[str]:
-    """Write short true captions in random order: one for each thing, one for the setting."""
-    captions = [f"{phrase(thing)} {PLACES[thing.cell]}" for thing in scene.things]
-    captions.append(f"a picture of a {scene.type}")
-    return rng.sample(captions, len(captions))
+def facts(scene: Scene) -> list[str]:
+    """Write short true captions, sorted: one for the setting and one for each thing.
+
+    The place comes first, so that a reader knows where to look before learning what is there.
+    """
+    captions = [f"{PLACES[thing.cell]}: {phrase(thing)}" for thing in scene.things]
+    return sorted([f"a picture of a {scene.type}", *captions])
 
 
 def statements(scene: Scene, rng: Random, count: int) -> list[tuple[str, bool]]:
@@ -149,5 +155,5 @@ def statements(scene: Scene, rng: Random, count: int) -> list[tuple[str, bool]]:
                       "cell": range(9)}[field]
             values = [value for value in values if value != getattr(thing, field)]
             thing = replace(thing, **{field: rng.choice(values)})
-        pairs.append((sentence(thing, rng), is_true))
+        pairs.append((sentence(thing, rng.choice(SENTENCES)), is_true))
     return pairs

@@ -1,0 +1,94 @@
+"""The claims: what a paper states, the runs that test it, and the rule by which it holds.
+
+A run is a command line of train.py without its seed and folder. Every claim compares *arms*; an arm
+with several learning rates is represented by the best of them (`results.best`).
+"""
+
+from dataclasses import dataclass
+
+ANY = "hallucination/any"
+METHODS = {
+    "SFT": "--algo sft",
+    "DPO": "--algo dpo",
+    "DDPO, the paper's loss": "--algo ddpo --anchor 0",
+    "DDPO + anchor": "--algo ddpo --anchor 1",
+}
+RATES = {  # three per method, around the best of a first search
+    "SFT": ("3e-5", "1e-4", "3e-4"), "DPO": ("1e-5", "3e-5", "1e-4"),
+    "DDPO, the paper's loss": ("1e-5", "3e-5", "1e-4"), "DDPO + anchor": ("3e-5", "1e-4", "3e-4"),
+}
+BEST = {"SFT": "1e-4", "DPO": "1e-5", "DDPO, the paper's loss": "1e-5", "DDPO + anchor": "1e-4"}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement and its test.
+
+    It holds for a pair (better, worse) of arms if the 95 % interval of the difference in `measure`
+    over seeds lies below 0, at a coverage no more than one point lower; it fails if the interval
+    lies above 0; otherwise these seeds do not decide.
+    """
+
+    name: str
+    statement: str
+    source: str
+    arms: dict[str, tuple[str, ...]]  # label: command lines, of which the best counts
+    pairs: tuple[tuple[str, str], ...]  # (better, worse), by label
+    measure: str = ANY
+    note: str = ""
+
+
+def with_rates(more: str = "") -> dict[str, tuple[str, ...]]:
+    return {name: tuple(f"{line} --learning_rate {rate}{more}" for rate in RATES[name])
+            for name, line in METHODS.items()}
+
+
+def at_best(more: str = "") -> dict[str, tuple[str, ...]]:
+    return {name: (f"{line} --learning_rate {BEST[name]}{more}",) for name, line in METHODS.items()}
+
+
+def arms(options: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """Return arms of DDPO with the paper's loss at its best rate, by their further options."""
+    rate = BEST["DDPO, the paper's loss"]
+    common = f"--algo ddpo --anchor 0 --learning_rate {rate}"
+    return {label: (f"{common} {more}".strip(),) for label, more in options.items()}
+
+
+PAIRS = (("DDPO, the paper's loss", "DPO"), ("DDPO + anchor", "DDPO, the paper's loss"),
+         ("DDPO + anchor", "SFT"))
+COUNTS = (50, 200, 400, 800, 1400, 2200, 5000)
+SCALING = {f"{count} corrections": (f"{METHODS['DDPO + anchor']} --learning_rate "
+                                    f"{BEST['DDPO + anchor']} --corrections {count}",)
+           for count in COUNTS}
+RANKINGS = {f"{count} rankings": (f"--algo dpo --feedback rankings --corrections {count} "
+                                  f"--learning_rate {BEST['DPO']}",) for count in COUNTS}
+
+CLAIMS = {claim.name: claim for claim in (
+    Claim("methods", "DDPO beats DPO on the same corrections, and more so than plain imitation of "
+          "the corrected answers.", "RLHF-V, Table 3", with_rates(), PAIRS,
+          note="Each method at the best of three learning rates, 1,400 complete corrections."),
+    Claim("overlooked", "The same, where the annotator overlooks 30 % of the false spans.",
+          "RLHF-V, Section 3.1 (corrections by people)", at_best(" --overlook 0.3"), PAIRS),
+    Claim("noisy", "The same, where 10 % of the corrections make a true statement false.",
+          "RLHF-V, Section 3.1 (corrections by people)", at_best(" --noise 0.1"), PAIRS),
+    Claim("few", "The same, with 200 corrections.", "RLHF-V, Figure 2",
+          at_best(" --corrections 200"), PAIRS),
+    Claim("scaling", "200 corrections do what 2,200 rankings do, and more corrections do more.",
+          "RLHF-V, Figure 2", SCALING | RANKINGS,
+          (("200 corrections", "2200 rankings"), ("1400 corrections", "200 corrections"),
+           ("5000 corrections", "1400 corrections")),
+          note="The rankings are of two sampled answers of the same base, learned by DPO."),
+    Claim("gamma", "Corrected segments should weigh more: gamma 5 beats gamma 1.",
+          "RLHF-V, Section 3.2", arms({f"gamma {g}": f"--gamma {g}" for g in (1, 2, 5, 10)}),
+          (("gamma 5", "gamma 1"), ("gamma 10", "gamma 5"))),
+    Claim("score", "A response's score is a mean over its tokens, with beta 0.5.",
+          "RLHF-V, Eq. 5, against its released code",
+          arms({"mean, beta 0.5": "", "mean, beta 0.1": "--beta 0.1",
+                "sum, beta 0.5": "--no-normalize", "sum, beta 0.1": "--no-normalize --beta 0.1",
+                "mean, beta 0.5, replacements only": "--replacements_only"}),
+          (("mean, beta 0.5", "sum, beta 0.1"),
+           ("mean, beta 0.5", "mean, beta 0.5, replacements only"))),
+    Claim("over_generalisation", "DDPO lowers over-generalisation, the extra mentions of an absent "
+          "object in its typical setting.", "RLHF-V, Table 2", at_best(),
+          (("DDPO + anchor", "base"), ("DDPO, the paper's loss", "base")), "over_generalisation"),
+)}
