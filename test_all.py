@@ -78,7 +78,7 @@ from formats import (
 from formats import tokenizer as tokenizer_file
 from formats.rows import ParquetImage, find_files, whole_rows
 from generation import generate
-from kernels import bench, bench_head, fused, lean, reference
+from kernels import bench, bench_gpu, bench_head, fused, lean, reference
 from lora import add_adapter, lora_layers, select_trainable, use_adapter
 from model import Head, LLaVA, LLaVAConfig, TextConfig, attention_mask, init_weights
 from vision import ImageSettings, VisionConfig, preprocess
@@ -4933,3 +4933,84 @@ def test_kernels_bench_step(capsys):
     assert "M parameters; trunk 298 tokens" in shown
     for row in ("ours", "ours, + once / 3", "ours, recomputing", "ours, recomputing, + once / 3"):
         assert float(re.search(rf"^{re.escape(row)} +([\d.]+) ", shown, re.M)[1]) > 0
+
+
+TINY_GPU = bench_gpu.Sizes(
+    "cpu", LLaVAConfig(VisionConfig(16, 32, 2, 2, image_size=28),
+                       TextConfig(100, 64, 176, 2, 4, 2, 256), image_token=98, pad_token=99),
+    checked=(2, 5, 16, 60), head=(2, 5, 16, 60), pairs=2, question=5, response=8, rank=4,
+    batches=(2,), new_tokens=5, compiled=(False,), repeats=2, matrix=64, world=("--steps", "3"))
+GPU_ROWS = {  # rows, and columns that hold numbers above 0
+    bench_gpu.loss_head: (32, ("ms", "x floor")),
+    bench_gpu.lora_steps: (2, ("pairs/s", "MFU %", "decoder %", "head %", "backward %")),
+    bench_gpu.full_steps: (2, ("pairs/s", "MFU %", "decoder %", "head %", "backward %")),
+    bench_gpu.decoding: (1, ("tokens/s", "bandwidth %", "first run, s")),
+    bench_gpu.ppo_rollout: (1, ("tokens/s", "first run, s")),
+}
+
+
+@pytest.mark.parametrize("part", GPU_ROWS)
+def test_kernels_bench_gpu_parts(part, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows, (count, columns) = list(part(TINY_GPU)), GPU_ROWS[part]
+    assert len(rows) == count
+    for row in rows:
+        absent = row.get("by") in ("Liger", "cut-cross-entropy", "TRL (chunks)")
+        assert "error" in row if absent else all(row[column] > 0 for column in columns), row
+    if "decoder %" in columns:
+        shares = [value for name, value in rows[0].items() if name[-1] == "%" and name != "MFU %"]
+        assert sum(shares) == pytest.approx(100)
+
+
+def test_kernels_bench_gpu_counts_the_flops_of_a_step(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes, text = replace(TINY_GPU, question=40, response=60), TINY_GPU.model.text
+    start, config = bench_gpu.make_start(sizes, 0), ddpo.DDPOConfig(batch_size=2, micro_batch=2)
+    examples = bench_gpu.make_examples(sizes)
+    steps = loop.Loop(ddpo.DDPO(start, config, Data(examples)), start)
+    blocks = sum(w.numel() for w in start.model.decoder.layers.parameters() if w.ndim > 1)
+    length = len(examples[0].prompt) + 2 * 60
+    by_hand = 2 * 6 * (blocks * length + text.vocab_size * text.hidden_size * 120)
+    assert 1 < bench_gpu.step_flops(steps) / by_hand < 1.3  # and attention, and the projector
+    assert config.micro_batch == 2
+
+
+def test_kernels_bench_gpu_runs_the_world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = []
+
+    def run(command):
+        given.append(command)
+        Path("ddpo").mkdir()
+        scores = [{"hallucination/any": {"value": value}, "coverage": {"value": 90}}
+                  for value in (94.0, 40.0)]
+        metrics.write_results("ddpo/results.json", *((each, []) for each in scores))
+
+    monkeypatch.setattr(train, "main", run)
+    rows = list(bench_gpu.world_run(TINY_GPU))
+    assert rows[0] == {"measure": "hallucination/any", "before": 94.0, "after": 40.0}
+    assert rows[2]["measure"] == "seconds" and train.parse(given[0])[0].dtype == "bfloat16"
+
+
+def test_kernels_bench_gpu_goes_on_when_a_part_fails(tmp_path, monkeypatch, capfd):
+    parts = {bench_gpu.decoding: 900, bench_gpu.loss_head: 0, bench_gpu.check_kernels: 900}
+    monkeypatch.setattr(bench_gpu, "LIMIT", 2000)  # on a busy machine
+    monkeypatch.setattr(bench_gpu, "PARTS", parts)
+    out = tmp_path / "gpu.json"
+    bench_gpu.main(["--out", str(out)], replace(TINY_GPU, new_tokens=0))
+    found = json.loads(out.read_text())
+    assert f"torch {torch.__version__}" in found["versions"] and found["date"] and found["device"]
+    failed, stopped, right = found["parts"]
+    assert failed["error"].startswith("ValueError: a prompt of") and failed["rows"] == []
+    assert stopped["error"] == "stopped after 0 s"
+    assert right["error"] is None and len(right["rows"]) == 7
+    assert all(row["right"] for row in right["rows"])
+    shown = capfd.readouterr().out
+    assert shown == (tmp_path / "gpu.md").read_text() and "Failed: stopped after 0 s" in shown
+    assert "| segment_reduce | " in shown
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_kernels_bench_gpu_without_a_gpu():
+    with pytest.raises(SystemExit, match="torch finds none on this machine"):
+        bench.main(["--gpu"])

@@ -4,6 +4,7 @@
     python kernels/bench.py --frozen                 no gradient for the vocabulary matrix (LoRA)
     python kernels/bench.py --step                   a whole DDPO step (bench_step.py)
     python kernels/bench.py --generate --random      generation (bench_generate.py)
+    python kernels/bench.py --gpu --out gpu.json     all that a GPU decides (bench_gpu.py)
 
 `--help` after any of them lists its options.
 """
@@ -15,9 +16,10 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages, read at import
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a script
 
-from kernels import bench_generate, bench_head, bench_step  # noqa: E402
+from kernels import bench_generate, bench_gpu, bench_head, bench_step  # noqa: E402
 
-COMMANDS = {"--step": bench_step.main, "--generate": bench_generate.main}
+COMMANDS = {"--step": bench_step.main, "--generate": bench_generate.main,
+            "--gpu": bench_gpu.main}
 
 
 def main(argv: list[str]) -> None:

@@ -11,11 +11,12 @@ gradients for given coefficients, and the whole DDPO loss with gradients. The co
   half precision a percent is rounding; more means that a row did not do the job.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from itertools import accumulate
+from operator import truediv
 from statistics import median
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 import kernels
 from config import option
 from kernels import reference
-from kernels.bench_tools import GPU, machine, ratio, read_options, take_turns
+from kernels.bench_tools import GPU, machine, read_options, take_turns
 
 FORWARD, GRADIENTS, DDPO = "log p", "log p, gradients", "DDPO loss"  # the jobs
 
@@ -71,6 +72,8 @@ PEERS = {  # (hidden, weight, target) -> log-probs
         "liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(reduction="none")(w, h, t),
     "cut-cross-entropy": lambda h, w, t: -import_module(
         "cut_cross_entropy").linear_cross_entropy(h, w, t, reduction="none"),
+    "TRL (chunks)": lambda h, w, t: import_module(  # 8192 columns at a time, as its trainers do
+        "trl.trainer.utils")._ChunkedLogProbFunction.apply(h, w, None, t, 1.0, 8192, None, 1.0)[0],
 }
 
 
@@ -137,28 +140,40 @@ def peak_cpu_memory(run: Callable) -> int:
     return max(accumulate((change for _, change in changes), initial=0))
 
 
-def print_job(job: str, functions: dict[str, Callable], x: Inputs, options: Options) -> None:
-    """Print the floor's row and the others'; an absent peer's row gives the reason."""
-    def row(name: str, run: Callable, memory: str = "", off: str = "") -> None:
-        times = take_turns({name: run, "floor": floor}, options.repeats, options.device)
-        milliseconds, multiple = 1e3 * median(times[name]), ratio(times[name], times["floor"])
-        print(f"{job:<17} {name:<23} {milliseconds:9.2f} {multiple:>8} {memory:>8} {off:>8}",
-              flush=True)
-
+def job_rows(
+    job: str, functions: dict[str, Callable], x: Inputs, options: Options
+) -> Iterator[dict[str, object]]:
+    """Yield the floor's row and the others'; a function that is absent or fails gives its error."""
     floor, expected = make_floor(x, gradients=job != FORWARD), None
-    row("matmul floor", floor)
-    for name, function in functions.items():
-        run = partial(run_job, job, function, x)
+    for name, function in {"matmul floor": None, **functions}.items():
+        run = partial(run_job, job, function, x) if function else floor
+        row = {"job": job, "by": name}
         try:
-            result = run().float().clone()
-            expected = result if expected is None else expected
-            off = ((result - expected).norm() / expected.norm()).item()
-            row(name, run, f"{peak_memory(run, x) / 1e6:.1f}", f"{off:.1e}")
-        except Exception as error:  # a peer that is absent or fails must not end the table
-            if name.startswith("ours"):
-                raise
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"{job:<17} {name:<23}   not run: {reason[:80]}")
+            if function:
+                result = run().float().clone()
+                expected = result if expected is None else expected
+                off = ((result - expected).norm() / expected.norm()).item()
+                memory = {"MB": peak_memory(run, x) / 1e6, "off by": off}
+            times = take_turns({name: run, "floor": floor}, options.repeats, options.device)
+            row |= {"ms": 1e3 * median(times[name]),
+                    "x floor": median(map(truediv, times[name], times["floor"]))}
+            yield row | (memory if function else {})
+        except Exception as error:  # the table goes on
+            yield row | {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def print_row(row: dict[str, object]) -> None:
+    """Print a row of the table; an error of ours ends it."""
+    if "error" in row and row["by"].startswith("ours"):
+        raise RuntimeError(f"{row['by']}: {row['error']}")
+    line = f"{row['job']:<17} {row['by']:<23}"
+    if "error" in row:
+        line += f"   not run: {row['error'][:80]}"
+    else:
+        line += f" {row['ms']:9.2f} {row['x floor']:8.2f}"
+    if "MB" in row:
+        line += f" {row['MB']:8.1f} {row['off by']:8.1e}"
+    print(line, flush=True)
 
 
 def main(argv: list[str]) -> None:
@@ -169,4 +184,5 @@ def main(argv: list[str]) -> None:
           f"V = {options.vocab}, {x.hidden.dtype}, {head} head, median of {options.repeats}")
     print(f"\n{'job':<17} {'by':<23} {'ms':>9} {'x floor':>8} {'MB':>8} {'off by':>8}")
     for job, functions in make_cases().items():
-        print_job(job, functions, x, options)
+        for row in job_rows(job, functions, x, options):
+            print_row(row)

@@ -1,0 +1,319 @@
+"""Measure all that a GPU decides in one command: correctness, loss head, training, decoding.
+
+The parts run one after another in processes of their own (bench_parts.py), at most eight minutes
+in all. The random model has the shape of LLaVA-1.5 7B. Shares of time come from steps that wait for
+the device after each part; all other figures from steps that do not.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import ddpo
+import recipes
+import rollouts
+import sharding
+import train
+from algorithm import Data, Start
+from config import Run, option
+from data import Example, Response
+from evaluation import read_results
+from formats.files import write_atomic
+from generation import generate
+from kernels import bench_head, fused
+from kernels.bench_parts import Row, markdown, measure
+from kernels.bench_tools import machine, read_options, seconds
+from loop import Loop
+from model import LLaVA, LLaVAConfig
+from vision import ImageSettings
+
+LIMIT = 480  # seconds in all
+FULL = 139 * 2**30  # bytes of memory that a step without LoRA takes at 7B
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+
+@dataclass
+class Options:
+    out: str = option("gpu.json", "JSON file; the tables go beside it as .md")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured on a GPU; the tests measure less on a CPU."""
+
+    device: str = "cuda"
+    model: LLaVAConfig = field(default_factory=LLaVAConfig)
+    checked: tuple[int, ...] = (4, 25, 512, 3001)  # pairs, response, width, vocabulary
+    head: tuple[int, ...] = (32, 100, 4096, 32064)  # the same
+    pairs: int = 8  # of a training step
+    question: int = 40  # tokens
+    response: int = 100
+    rank: int = 64
+    batches: tuple[int, ...] = (1, 16)  # completions that are decoded at a time
+    new_tokens: int = 64
+    compiled: tuple[bool, ...] = (False, True)
+    repeats: int = 5
+    matrix: int = 8192  # width of the products that measure the peak
+    world: tuple[str, ...] = ()  # more options of the built-in run
+
+
+# ------------------------------------------------------------------------------------------ parts
+
+
+def check_kernels(sizes: Sizes) -> Iterator[Row]:
+    """Relative errors against float32, beside those of plain torch in the same dtype."""
+    options = head_options(sizes, sizes.checked, frozen=False)
+    x = bench_head.make_inputs(options)
+    exact = bench_head.Inputs(*(each.detach().float().requires_grad_() for each in x[:2]), *x[2:])
+    for job, functions in bench_head.make_cases().items():
+        plain = functions["eager"]
+        expected = bench_head.run_job(job, plain, exact).clone()
+        budget = distance(bench_head.run_job(job, plain, x), expected)
+        for name, function in functions.items():
+            if name.startswith("ours"):
+                error = distance(bench_head.run_job(job, function, x), expected)
+                yield checked(f"{job}: {name}", error, budget)
+    a, b = x.hidden.detach(), x.weight.detach()[: len(x.hidden)]
+    total = torch.ones(a.shape[1], a.shape[1], device=a.device)
+    expected = total + a.T.float() @ b.float()
+    fused.add_product_(total, a.T, b, first=False)
+    yield checked("addmm into float32", distance(total, expected), 1e-5)
+    values, group = torch.randn(len(x.target), device=a.device), x.pairs[1]
+    edges = torch.searchsorted(group, torch.arange(group[-1] + 2, device=a.device))
+    expected = torch.zeros(len(edges) - 1, device=a.device).index_add(0, group, values)
+    yield checked("segment_reduce", distance(fused.segment_sum(values, edges), expected), 1e-5)
+
+
+def checked(what: str, error: float, budget: float) -> Row:
+    return {"what": what, "error": error, "plain or limit": budget,
+            "right": error <= 1.5 * budget + 1e-5}
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return ((found.float() - expected).norm() / expected.norm()).item()
+
+
+def loss_head(sizes: Sizes) -> Iterator[Row]:
+    """Loss head beside the matrix products that it cannot do without, and beside peers."""
+    for frozen in (True, False):
+        options = head_options(sizes, sizes.head, frozen)
+        x = bench_head.make_inputs(options)
+        for job, functions in bench_head.make_cases().items():
+            if not any(sizes.compiled):
+                del functions["torch.compile"]
+            for row in bench_head.job_rows(job, functions, x, options):
+                yield {"head": "frozen" if frozen else "trained", **row}
+
+
+def head_options(sizes: Sizes, shape: tuple[int, ...], frozen: bool) -> bench_head.Options:
+    return bench_head.Options(*shape, frozen, sizes.device, sizes.repeats)
+
+
+def world_run(sizes: Sizes) -> Iterator[Row]:
+    """A whole DDPO run of the built-in world in bfloat16, with all that comes before it."""
+    command = ("--algo", "ddpo", "--dtype", "bfloat16", "--device", sizes.device, "--out", "ddpo")
+    started = time.perf_counter()
+    if train.main([*command, *sizes.world]):
+        raise RuntimeError("train.py failed; its error is above")
+    took = time.perf_counter() - started
+    found = Path("ddpo/results.json")  # there is none with other data
+    before, after = (read_results(found)[key][0] if found.exists() else None
+                     for key in ("before", "after"))
+    for name in ("hallucination/any", "coverage") if found.exists() else ():
+        yield {"measure": name, "before": before[name]["value"], "after": after[name]["value"]}
+    yield {"measure": "seconds", "after": took}
+
+
+def lora_steps(sizes: Sizes) -> Iterator[Row]:
+    """DDPO steps with LoRA."""
+    yield from steps(sizes, sizes.rank)
+
+
+def full_steps(sizes: Sizes) -> Iterator[Row]:
+    """DDPO steps that train decoder, projector and head."""
+    if sizes.device == "cuda" and torch.cuda.get_device_properties(0).total_memory < FULL:
+        raise RuntimeError(f"takes a GPU with {FULL / 2**30:.0f} GiB")
+    yield from steps(sizes, 0)
+
+
+def steps(sizes: Sizes, rank: int) -> Iterator[Row]:
+    start, cuda = make_start(sizes, rank), sizes.device == "cuda"
+    config = ddpo.DDPOConfig(batch_size=sizes.pairs, micro_batch=sizes.pairs, steps=10**6)
+    loop = Loop(ddpo.DDPO(start, config, Data(make_examples(sizes))), start)
+    useful, peak = step_flops(loop), matmul_peak(sizes)
+    for recompute in (True, False):  # what needs less memory first
+        start.model.decoder.gradient_checkpointing = recompute
+        loop.one_step()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        took = median(seconds(loop.one_step, sizes.device) for _ in range(sizes.repeats))
+        memory = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+        row = {"recomputing": recompute, "seconds": took, "pairs/s": sizes.pairs / took,
+               "TFLOP/s": useful / took / 1e12, "MFU %": 100 * useful / took / peak, "GB": memory}
+        yield row | {f"{part} %": share for part, share in time_shares(loop, sizes.device).items()}
+
+
+def step_flops(loop: Loop) -> int:
+    """FLOPs of a step that recomputes nothing: those of a pair, times the pairs, all as long."""
+    pairs, loop.algorithm.config.micro_batch = loop.algorithm.config.micro_batch, 1
+    pair = loop.algorithm.batches(0)[0].to(loop.start.device)
+    loop.algorithm.config.micro_batch = pairs
+    with FlopCounterMode(display=False) as counter, loop.start.autocast():
+        loop.algorithm.loss(pair)[0].backward()
+    return counter.get_total_flops() * pairs
+
+
+def time_shares(loop: Loop, device: str) -> dict[str, float]:
+    """Per cent of a step by part, each of which waits for the device."""
+    marks, model = [], loop.start.model
+
+    def mark(*_) -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+
+    hooks = [model.register_forward_pre_hook(mark), model.head.register_forward_pre_hook(mark),
+             model.head.register_forward_hook(mark)]
+    mark()
+    with loop.start.autocast():
+        loss, _ = loop.algorithm.loss(loop.algorithm.batches(loop.step)[0].to(loop.start.device))
+    loss.backward()
+    mark()
+    sharding.clip_gradients(list(loop.weights.values()), 1.0)
+    for optimizer in loop.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    mark()
+    for hook in hooks:
+        hook.remove()
+    names = ("batch", "decoder", "head", "backward", "update")
+    return {name: 100 * (last - first) / (marks[-1] - marks[0])
+            for name, first, last in zip(names, marks, marks[1:])}
+
+
+def decoding(sizes: Sizes) -> Iterator[Row]:
+    """Greedy decoding: tokens per second, and the share of the memory's bandwidth that it uses."""
+    model, text = make_model(sizes, torch.bfloat16), sizes.model.text
+    read = sum(w.nbytes for part in (model.decoder.layers, model.head) for w in part.parameters())
+    per_token = 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # bytes
+    speed = bandwidth(sizes)
+    for batch in sizes.batches:
+        examples = make_examples(sizes, batch)
+        images = torch.stack([example.image for example in examples]).to(model.head.weight)
+        prompts = [torch.tensor(example.prompt, device=sizes.device) for example in examples]
+        length = len(prompts[0]) + sizes.new_tokens // 2
+        for compiled in sizes.compiled:
+            run = partial(
+                generate, model, images, prompts, sizes.new_tokens, compiled=compiled)
+            first = seconds(run, sizes.device)
+            took = median(token_seconds(run, sizes.device) for _ in range(sizes.repeats))
+            used = (read + batch * length * per_token) / took / speed
+            yield {"completions": batch, "compiled": compiled, "tokens/s": batch / took,
+                   "bandwidth %": 100 * used, "first run, s": first}
+
+
+def token_seconds(run: Callable, device: str) -> float:
+    """Mean seconds from one token to the next, without waiting for the device in between."""
+    marks = []
+
+    def mark(*_) -> None:
+        marks.append(torch.cuda.Event(enable_timing=True) if device == "cuda"
+                     else time.perf_counter())
+        if device == "cuda":
+            marks[-1].record()
+
+    run(on_token=mark)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return marks[0].elapsed_time(marks[-1]) / 1e3 / (len(marks) - 1)
+    return (marks[-1] - marks[0]) / (len(marks) - 1)
+
+
+def ppo_rollout(sizes: Sizes) -> Iterator[Row]:
+    """Completions of PPO's policy, four to a prompt, with LoRA."""
+    start = make_start(sizes, sizes.rank)
+    count = max(sizes.batches)
+    config = SimpleNamespace(samples=4, temperature=1.0, max_new_tokens=sizes.new_tokens,
+                             generate_batch=count)
+    policy = rollouts.AdaptedModel(start.model, "default")
+    run = partial(rollouts.sample, policy, make_examples(sizes, count), config, 0, 0)
+    first = seconds(run, sizes.device)
+    took = seconds(run, sizes.device)
+    tokens = count * config.samples * sizes.new_tokens
+    yield {"prompts": count, "seconds": took, "tokens/s": tokens / took, "first run, s": first}
+
+
+PARTS = {  # and the most seconds that each takes
+    check_kernels: 40, loss_head: 90, world_run: 90, lora_steps: 60, full_steps: 60, decoding: 90,
+    ppo_rollout: 50,
+}
+
+# ------------------------------------------------------------------------------ what the parts use
+
+
+def make_model(sizes: Sizes, dtype: torch.dtype) -> LLaVA:
+    """A random model that never ends an answer."""
+    torch.manual_seed(0)
+    with torch.device(sizes.device):
+        return LLaVA(replace(sizes.model, eos_token=-1)).to(dtype)
+
+
+def make_start(sizes: Sizes, rank: int) -> Start:
+    """What `recipes` makes of a model's folder."""
+    run = Run(lora=rank, dtype="bfloat16", device=sizes.device)
+    model = make_model(sizes, torch.bfloat16 if rank else torch.float32)
+    start = Start(run, model, None, ImageSettings(sizes.model.vision.image_size), Path("."))
+    recipes.select_weights(start, ddpo.DDPO)
+    return start
+
+
+def make_examples(sizes: Sizes, count: int | None = None) -> list[Example]:
+    """Pairs with image features and tokens that are random."""
+    torch.manual_seed(0)
+    config, examples = sizes.model, []
+    draw = lambda length: torch.randint(3, config.image_token, (length,)).tolist()
+    weight = [5.0 if i % 7 == 0 else 1.0 for i in range(sizes.response)]
+    for i in range(count or sizes.pairs):
+        image = torch.randn(config.vision.patches, config.vision.hidden_size)
+        prompt = [1, *[config.image_token] * len(image), *draw(sizes.question)]
+        responses = [Response(draw(sizes.response), weight) for _ in range(2)]
+        examples.append(Example(f"pair {i}", image, prompt, responses))
+    return examples
+
+
+def matmul_peak(sizes: Sizes) -> float:
+    """FLOPs per second of a large bfloat16 product."""
+    a = torch.randn(sizes.matrix, sizes.matrix, device=sizes.device, dtype=torch.bfloat16)
+    took = [seconds(partial(torch.mm, a, a), sizes.device) for _ in range(10)]
+    return 2 * sizes.matrix**3 / median(took)
+
+
+def bandwidth(sizes: Sizes) -> float:
+    """Bytes per second that a large copy reads and writes."""
+    a = torch.zeros(sizes.matrix, 16 * sizes.matrix, device=sizes.device, dtype=torch.bfloat16)
+    took = [seconds(partial(torch.empty_like(a).copy_, a), sizes.device) for _ in range(10)]
+    return 2 * a.nbytes / median(took)
+
+
+def main(argv: list[str], sizes: Sizes = Sizes()) -> None:
+    out = Path(read_options(Options, "bench.py --gpu", __doc__, argv).out)
+    if sizes.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --gpu measures an NVIDIA GPU, and torch finds none on this machine")
+    started, found = time.perf_counter(), []
+    name = machine(sizes.device, *PACKAGES)
+    print(f"# {name}\n", flush=True)
+    for part, limit in PARTS.items():
+        left = LIMIT - (time.perf_counter() - started)
+        found.append(measure(part, sizes, min(limit, left)))
+        print(markdown(found[-1]), flush=True)
+        date, device, versions = name.split(" | ")
+        write_atomic(out, {"date": date, "device": device, "versions": versions, "parts": found})
+        write_atomic(out.with_suffix(".md"), f"# {name}\n\n" + "\n".join(map(markdown, found)))
