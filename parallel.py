@@ -2,11 +2,9 @@
 
 A global batch is cut into as many micro-batches for every process (`shares`), which all take part
 in the same collectives. A micro-batch's loss is weighted by its share of all processes' tokens or
-pairs (`total`), and gradients are summed (sharding.py). So loss, gradient norm, metrics and updates
-do not depend on the number of processes, but for rounding. What else is computed in parts
-(reference scores, image features, completions and their scores) comes together in `gather`; the
-first process alone writes files (`once`) and prints. Without torchrun there is one process, and
-nothing here does anything.
+pairs (`total`), and gradients are summed (sharding.py): loss, gradient norm, metrics and updates do
+not depend on the number of processes, but for rounding. What else is computed in parts comes
+together in `gather`. The first process alone writes files (`once`) and prints.
 """
 
 import contextlib

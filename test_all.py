@@ -3714,6 +3714,15 @@ def test_memory_of_one_gpu_is_that_of_the_tensors(tokenizer, tmp_path, lora):
     assert found["gradients"] == bytes_of(w.grad for w in weights if w.grad is not None)
 
 
+def test_memory_in_the_readme():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for name, shape in memory.SHAPES.items():
+        for kind, lora in (("LoRA", 64), ("full", 0)):
+            one, eight = (memory.per_gpu(shape, gpus, lora, 4, recompute=True)["in all"] / 1e9
+                          for gpus in (1, 8))
+            assert f"{name} {kind} {one:.0f} / {eight:.0f}" in readme
+
+
 def test_dry_run_prints_the_memory_of_gpus(run_train, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shown = run_train("--dry_run", "--gpus", 8)
