@@ -113,7 +113,7 @@ def gae(
 
 
 def sibling_mean(returns: Tensor, samples: int) -> Tensor:
-    """Mean return of the other completions of the same prompt (RLOO, arXiv 2402.14740, Eq. 9).
+    """Mean return of the other completions of the same prompt (RLOO, arXiv 2402.14740).
 
     Args:
         returns: (N,), the completions of a prompt side by side.

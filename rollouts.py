@@ -40,6 +40,8 @@ class RolloutConfig(SamplingConfig, Training):
     batch_size: int = option(32, "prompts per optimizer step, with all their completions", least=1)
     inner_epochs: int = option(2, "passes over a rollout (PPO's release; GRPO's paper: 1)", least=1)
     cliprange: float = option(0.2, "of the ratio (release)")
+    held_out_reward_model: str | None = option(
+        None, "folder of another reward model, whose score is only logged: does hacking raise it?")
 
     def __post_init__(self):
         if self.rollout_size % self.batch_size:
@@ -264,6 +266,8 @@ class OnPolicy(Algorithm):
         self.steps = config.steps or self.source.steps * self.per_rollout
         self.rollout: Rollout | None = None
         self.warned = False
+        other = config.held_out_reward_model
+        self.judge = other and load_judge(Path(other), start.device, config.facts)
 
     def credit(self, found: Scored) -> tuple[dict[str, Tensor], dict[str, float]]:
         """(N, T) tensors, the fields that `Minibatch` adds; and metrics of the rollout."""
@@ -313,13 +317,17 @@ class OnPolicy(Algorithm):
         mask, logp, reference, *values = per_token(
             functions + [roles.critic] * (roles.critic is not None), self.start.model, prompts,
             tokens, config.micro_batch)
-        parts = roles.reward(list(zip(prompts, tokens)))
+        answered = list(zip(prompts, tokens))
+        parts = roles.reward(answered)
         scores = torch.stack(list(parts.values())).sum(0)  # (N,)
         table = completion_table(self.start.tokenizer, prompts, tokens, parts,
                                  (logp - reference).sum(1), self.data.false_parts)
         parallel.once(lambda: write_samples(self.start.folder, step + 1, table))
         credited, metrics = self.credit(
             Scored(mask, logp, reference, values[0] if values else None, scores))
+        if self.judge:
+            metrics["score/held_out"] = self.judge.rate_completions(
+                answered, self.start.tokenizer, config.micro_batch).mean().item()
         now = time.perf_counter()
         metrics = {
             **summary(table), **metrics,

@@ -4,7 +4,7 @@
              + symbolic bonus (a right option, a rightly denied object)
              + length penalty + penalty for a missing end-of-sequence token
 
-The rules and their constants are those of LLaVA-RLHF (arXiv 2309.14525, section 2.4, and its code).
+The rules and their constants are those of LLaVA-RLHF (arXiv 2309.14525) and its code.
 """
 
 from collections.abc import Callable, Sequence

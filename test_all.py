@@ -1306,9 +1306,12 @@ def test_world_prompts_know_their_truth(tmp_path, read_given):
         assert list(prompt.facts) == world.facts(scene)
         if prompt.truth:
             assert find(prompt, f"{prompt.truth}.") == [] != find(prompt, "Maybe.")
+            assert oracle.correct(prompt, "Maybe.") is None
         else:
             assert find(prompt, world.describe(scene)) == []
             assert find(prompt, "There is a purple bus.") or scene.find("bus")
+            corrected = oracle.correct(prompt, f"{world.describe(scene)} There is a purple bus.")
+            assert corrected.startswith(world.describe(scene)) and not find(prompt, corrected)
 
 
 # ================================================================= whole runs, from files to files
@@ -1402,7 +1405,10 @@ def test_a_reward_model_over_another_base(material, run_on, tmp_path):
     (tmp_path / "ask.txt").write_text("USER: Rate it. {factual_prompt} ASSISTANT: It is")
     run_on("rm", "rm", "--model", tmp_path / "other", "--request", tmp_path / "ask.txt")
     given = ("--reward_model", tmp_path / "rm")
-    assert "over a base of its own" in run_on("ppo", "ppo", *given, "--length_penalty", 0)
+    assert "over a base of its own" in run_on(
+        "ppo", "ppo", *given, "--length_penalty", 0, "--held_out_reward_model", tmp_path / "rm")
+    for line in read_log(tmp_path / "ppo"):
+        assert line["score/held_out"] == pytest.approx(line["score/rm"], abs=1e-5)
     judge = scoring.load_judge(tmp_path / "rm", torch.device("cpu"), facts=True)
     assert judge.tokenizer.vocab_size == own.vocab_size
     assert judge.reward_model.request == (tmp_path / "ask.txt").read_text()
