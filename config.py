@@ -10,7 +10,12 @@ gives `--beta`, its type, its default and its line in `--help`. Booleans become 
 import argparse
 import dataclasses
 import math
+import re
+import signal
+import sys
 from dataclasses import dataclass, field, fields
+from glob import glob
+from pathlib import Path
 from types import UnionType
 from typing import ClassVar, get_args, get_type_hints
 
@@ -143,3 +148,39 @@ def from_options(config: type, namespace: argparse.Namespace):
     """The dataclass with the options that were given."""
     names = {spec.name for spec in dataclasses.fields(config)}
     return config(**{name: value for name, value in vars(namespace).items() if name in names})
+
+
+# ---------------------------------------------------------------- before torch is imported
+
+
+def check_early(parser: argparse.ArgumentParser, **kinds: str) -> None:
+    """Exit at once for a wrong argument or path: the imports that follow take seconds.
+
+    Until the command sets its own handler, Ctrl-C ends the process without a traceback.
+
+    Args:
+        parser: of options that can be known by now; others are left to the command.
+        kinds: of its options that name something on the disk: "files" (or patterns of them),
+            "folder" or "model".
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    given = parser.parse_known_args()[0]
+    for name, kind in kinds.items():
+        found = getattr(given, name, None) or []
+        for path in found if isinstance(found, list) else [found]:
+            if path not in ("world", "short") and (fault := path_fault(path, kind)):
+                sys.exit(f"error: {fault}")
+
+
+def path_fault(path: str | Path, kind: str) -> str | None:
+    """Return a sentence if there is no such thing on the disk, else None."""
+    if kind == "files":
+        there = Path(path).exists() or glob(str(path), recursive=True)
+        return None if there else f"{path}: no such file"
+    if Path(path).is_dir():
+        return None
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not Path(path).parent.exists()
+    if kind == "model" and hub:
+        return (f"{path}: no such folder; a model of the Hugging Face hub has to be downloaded first: "
+                f"hf download {path} --local-dir {Path(path).name}")
+    return f"{path}: no such folder"

@@ -31,10 +31,91 @@ Answers go to --output (default: `answers` in the run's folder; runs/suite), whe
 resumes.
 """
 
+import signal
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from config import check_early, number
+
+# --------------------------------------------------------------------------------- the command line
+
+
+def make_parser(**options) -> ArgumentParser:
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False,
+        **options)
+    add, count = parser.add_argument, number(int, 1)
+    add("run", nargs="?", help="run (or model) folder to measure on the built-in world")
+    add("--compare", nargs="+", metavar="RUN", help="measured runs; differences are to the first")
+    add("--model", metavar="DIR", help="run or model folder that answers")
+    add("--image", metavar="FILE", help="a picture to ask about, with --prompt")
+    add("--prompt", metavar="TEXT", help="the question; with --data, of rows that have none")
+    add("--data", nargs="+", metavar="FILE", help="JSONL, JSON or parquet: image and question")
+    add("--pope", nargs="+", metavar="FILE", help="POPE's questions: image, text, label")
+    add("--chair", nargs="+", metavar="FILE",
+        help='COCO instances and captions, or {"image.jpg": ["object"]}')
+    add("--amber", metavar="DIR", help="a copy of AMBER's repository; --images has its images")
+    add("--vqa", nargs="+", metavar="FILE", help="image, question, answers: short ones of people")
+    add("--mmhal", metavar="FILE", help="MMHal's response_template.json, or filled")
+    add("--suite", metavar="DIR", help="a folder of benchmarks; see above")
+    add("--models", nargs="+", metavar="DIR", help="of --suite; differences are to the first")
+    add("--images", metavar="DIR", help="where images are; default: beside the file of questions")
+    add("--answers", metavar="FILE",
+        help="score these answers (--pope, --chair, --vqa; --amber in its format) of any model")
+    add("--suffix", metavar="TEXT", help="a line after each question of --pope and --vqa "
+        "['Answer the question using a single word or phrase.'], and of --amber's yes/no questions "
+        "['']; '' asks as the file does")
+    add("--synonyms", metavar="FILE", help="for --chair: the official data/synonyms.txt")
+    add("--judge_prompt", metavar="FILE", help="for --mmhal: the release's eval_gpt4.py; "
+        "'short': this project's own prompt, which no published score uses")
+    add("--replies", metavar="FILE", help="a judge's replies to MMHal's prompts")
+    add("--best_of", type=count, metavar="N", help="sample N answers, take the one with the highest "
+        "reward by --reward_model; with a run, what that gives on the built-in world")
+    add("--reward_model", metavar="DIR", help="run of train.py --algo rm, for --best_of")
+    add("--captions", metavar="FILE", help="image_to_caption.json, for one trained with facts")
+    add("--output", metavar="DIR", help="folder for answers and scores")
+    add("--scenes", type=count, metavar="N", help="of the built-in world [500]")
+    add("--max_new_tokens", type=count, metavar="N",
+        help="longest answer; the default fits the task")
+    add("--temperature", type=number(float, 0), metavar="T",
+        help="0: greedy; default: 0, with --best_of 1")
+    add("--batch_size", type=count, default=16, metavar="N", help="questions at a time [16]")
+    add("--seed", type=int, default=0, metavar="N", help="of sampling and intervals [0]")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of computation; auto: as stored, but float32 for float16 on a CPU")
+    add("--skip_bad_rows", action="store_true", help="leave unusable rows out and list them")
+    return parser
+
+
+def choose_command(args: Namespace, parser: ArgumentParser) -> str:
+    """Return the option that says what to do; exit if that is unclear."""
+    commands = ("run", "compare", "image", "pope", "chair", "amber", "vqa", "mmhal", "suite", "data")
+    no_model = {"run": True, "compare": True, "mmhal": args.replies, "suite": args.models}
+    no_model |= dict.fromkeys(("pope", "chair", "amber", "vqa"), args.answers)
+    wanted = [name for name in commands if getattr(args, name)]
+    if wanted == ["chair", "data"]:
+        wanted = ["chair"]  # --data holds its questions
+    if len(wanted) != 1:
+        parser.error("give one of: a run, --compare, --image, --data, --pope, --chair, --amber, "
+                     "--vqa, --mmhal, --suite")
+    if not args.model and not no_model.get(wanted[0]):
+        parser.error(f"--{wanted[0]} needs --model")
+    if args.image and not args.prompt:
+        parser.error("--image needs --prompt")
+    if args.mmhal and not args.replies and not args.judge_prompt:
+        parser.error("--mmhal needs --judge_prompt: the release's eval_gpt4.py, or short")
+    return wanted[0]
+
+
+if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:
+    choose_command((cli := make_parser()).parse_args(), cli)
+    files = ("image", "data", "pope", "chair", "vqa", "mmhal", "answers", "synonyms",
+             "judge_prompt", "replies", "captions")
+    check_early(cli, amber="folder", suite="folder", images="folder", run="model", model="model",
+                reward_model="model", compare="model", models="model", **dict.fromkeys(files, "files"))
 
 import torch
 
@@ -43,7 +124,7 @@ import generation
 from evaluation import benchmarks, best_of, judge, parts, suite
 from evaluation.answers import ImageQuestion, answer_file, read_questions
 from evaluation.builtin import SCENES
-from evaluation.parts import LONG_TOKENS, SUFFIX, Part
+from evaluation.parts import LONG_TOKENS, Part
 from formats.checkpoint import find_device, fingerprint, load_llava
 from formats.files import error_message, write_atomic
 from formats.rows import find_files, open_image, report_skipped
@@ -255,88 +336,23 @@ def print_scores(args: Namespace, part: Part, metrics: dict, note: str) -> None:
         write_atomic(output_file(args, f"{part.file}{mode}.scores.json"), metrics)
 
 
-# --------------------------------------------------------------------------------- the command line
-
-
-def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        description=__doc__, epilog=f"--suite. {suite.__doc__}",
-        formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument
-    add("run", nargs="?", help="run (or model) folder to measure on the built-in world")
-    add("--compare", nargs="+", metavar="RUN", help="measured runs; differences are to the first")
-    add("--model", metavar="DIR", help="run or model folder that answers")
-    add("--image", metavar="FILE", help="a picture to ask about, with --prompt")
-    add("--prompt", metavar="TEXT", help="the question; with --data, of rows that have none")
-    add("--data", nargs="+", metavar="FILE", help="JSONL, JSON or parquet: image and question")
-    add("--pope", nargs="+", metavar="FILE", help="POPE's questions: image, text, label")
-    add("--chair", nargs="+", metavar="FILE",
-        help='COCO instances and captions, or {"image.jpg": ["object"]}')
-    add("--amber", metavar="DIR", help="a copy of AMBER's repository; --images has its images")
-    add("--vqa", nargs="+", metavar="FILE", help="image, question, answers: short ones of people")
-    add("--mmhal", metavar="FILE", help="MMHal's response_template.json, or filled")
-    add("--suite", metavar="DIR", help="a folder of benchmarks; see above")
-    add("--models", nargs="+", metavar="DIR", help="of --suite; differences are to the first")
-    add("--images", metavar="DIR", help="where images are; default: beside the file of questions")
-    add("--answers", metavar="FILE",
-        help="score these answers (--pope, --chair, --vqa; --amber in its format) of any model")
-    add("--suffix", metavar="TEXT", help="a line after each question of --pope and --vqa "
-        f"['{SUFFIX}'], and of --amber's yes/no questions ['']; '' asks as the file does")
-    add("--synonyms", metavar="FILE", help="for --chair: the official data/synonyms.txt")
-    add("--judge_prompt", metavar="FILE", help="for --mmhal: the release's eval_gpt4.py; "
-        "'short': this project's own prompt, which no published score uses")
-    add("--replies", metavar="FILE", help="a judge's replies to MMHal's prompts")
-    add("--best_of", type=int, metavar="N", help="sample N answers, take the one with the highest "
-        "reward by --reward_model; with a run, what that gives on the built-in world")
-    add("--reward_model", metavar="DIR", help="run of train.py --algo rm, for --best_of")
-    add("--captions", metavar="FILE", help="image_to_caption.json, for one trained with facts")
-    add("--output", metavar="DIR", help="folder for answers and scores")
-    add("--scenes", type=int, metavar="N", help=f"of the built-in world [{SCENES}]")
-    add("--max_new_tokens", type=int, metavar="N", help="longest answer; the default fits the task")
-    add("--temperature", type=float, metavar="T", help="0: greedy; default: 0, with --best_of 1")
-    add("--batch_size", type=int, default=16, metavar="N", help="questions at a time [16]")
-    add("--seed", type=int, default=0, metavar="N", help="of sampling and intervals [0]")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="of computation; auto: as stored, but float32 for float16 on a CPU")
-    add("--skip_bad_rows", action="store_true", help="leave unusable rows out and list them")
-    return parser
-
-
-def choose_command(args: Namespace, parser: ArgumentParser) -> Callable[[Namespace], None]:
-    """Return the command that the options ask for; exit if that is unclear."""
-    commands = {"run": run_world, "compare": run_compare, "image": run_image, "pope": run_short,
-                "chair": run_chair, "amber": run_amber, "vqa": run_short, "mmhal": run_mmhal,
-                "suite": run_suite, "data": run_data}
-    no_model = {"run": True, "compare": True, "mmhal": args.replies, "suite": args.models}
-    no_model |= dict.fromkeys(("pope", "chair", "amber", "vqa"), args.answers)
-    wanted = [name for name in commands if getattr(args, name)]
-    if wanted == ["chair", "data"]:
-        wanted = ["chair"]  # --data holds its questions
-    if len(wanted) != 1:
-        parser.error("give one of: a run, --compare, --image, --data, --pope, --chair, --amber, "
-                     "--vqa, --mmhal, --suite")
-    if not args.model and not no_model.get(wanted[0]):
-        parser.error(f"--{wanted[0]} needs --model")
-    if args.image and not args.prompt:
-        parser.error("--image needs --prompt")
-    if args.mmhal and not args.replies and not args.judge_prompt:
-        parser.error("--mmhal needs --judge_prompt: the release's eval_gpt4.py, or short")
-    if fault := best_of.misuse(args):
-        parser.error(fault)
-    return commands[wanted[0]]
+COMMANDS = {"run": run_world, "compare": run_compare, "image": run_image, "pope": run_short,
+            "chair": run_chair, "amber": run_amber, "vqa": run_short, "mmhal": run_mmhal,
+            "suite": run_suite, "data": run_data}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser()
+    parser = make_parser(epilog=f"--suite. {suite.__doc__}")
     args = parser.parse_args(arguments)
     command = choose_command(args, parser)
+    if fault := best_of.misuse(args):
+        parser.error(fault)
     args.skipped = [] if args.skip_bad_rows else None
     if args.temperature is None:
         args.temperature = 1.0 if args.best_of else 0.0
     try:
         args.best = best_of.load(args) if args.best_of else None
-        command(args)
+        COMMANDS[command](args)
     except (ValueError, OSError) as error:
         print(f"error: {error_message(error)}", file=sys.stderr)
         return 1
@@ -348,4 +364,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -384,6 +384,37 @@ def test_a_start_that_failed_leaves_nothing_in_the_way(photos, tmp_path, monkeyp
     run_train(*own_data(photos, out, "--steps", 1))
 
 
+@pytest.mark.parametrize("command, sentence", [
+    ("train.py --data none.jsonl", "none.jsonl: no such file"),
+    ("train.py --images none --data train.py", "none: no such folder"),
+    ("train.py --model us/none", "us/none: no such folder; .*: hf download us/none --local-dir no"),
+    ("train.py --captions none.json", "none.json: no such file"),
+    ("train.py --lora -1", "argument --lora: should be at least 0"),
+    ("evaluate.py runs/none/x", "runs/none/x: no such folder"),
+    ("evaluate.py --model world/base --pope none.json", "none.json: no such file"),
+    ("evaluate.py --models world/base none --suite world", "none: no such folder"),
+    ("evaluate.py --model world", "give one of"), ("evaluate.py --batch_size 0", "at least 1"),
+])
+def test_wrong_arguments_and_paths_fail_before_torch_is_imported(command, sentence):
+    done = subprocess.run([sys.executable, "-X", "importtime", *command.split()], cwd=ROOT,
+                          capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode and re.search(f"error: .*{sentence}", lines[-1])
+    assert " torch" not in done.stderr and " argparse" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["train.py", "evaluate.py x"])
+def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path, command):
+    (tmp_path / "x").mkdir()
+    file, *more = command.split()
+    process = subprocess.Popen([sys.executable, ROOT / file, *more], cwd=tmp_path,
+                               stderr=subprocess.PIPE, text=True)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == -signal.SIGINT
+
+
 def test_tensorboard_has_what_the_log_has(photos, tmp_path, monkeypatch, run_train):
     """Also of a run that was killed two steps after its checkpoint, and resumed."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -1720,7 +1751,7 @@ def run_evaluate(evaluated_runs, tmp_path, monkeypatch, capsys):
     ("--mmhal template.json --replies others.jsonl", 1, "prompt 9, but there are only 7"),
     ("--mmhal template.json --replies wrong.jsonl", 1, "row 1: expected"),
     ("--mmhal truth.json --replies replies.jsonl", 1, "row 1: no image_id"),
-    ("few", 1, "few: an unfinished run"), ("no/run", 1, "no/run/config.json: no such file"),
+    ("few", 1, "few: an unfinished run"), ("no/run", 1, "no/run: no such folder"),
     ("--model one --image none.png --prompt ?", 1, "cannot read image none.png .* No such file"),
     ("--pope none.jsonl --answers a.jsonl", 1, "none.jsonl: no such file"),
     ("--mmhal none.json --replies r.jsonl", 1, "none.json: no such file"),
@@ -2227,6 +2258,11 @@ def test_suite_compares_models(run_bench):
     responses = json.loads(Path("out/one/amber_responses.json").read_text())
     assert [[*row] for row in responses] == [["id", "response"]] * 8
     assert list(suite.model_names(["runs/a/model", "b/", "c/a"])) == ["runs_a_model", "b", "c_a"]
+
+
+def test_help_states_the_defaults():
+    for default in (builtin.SCENES, repr(parts.SUFFIX)):
+        assert f"[{default}]" in " ".join(evaluate.make_parser(epilog="").format_help().split())
 
 
 def test_questions_are_asked_as_the_papers_do(run_bench, monkeypatch):

@@ -11,10 +11,21 @@ bit.
 
 import argparse
 import contextlib
+import signal
 import sys
 import time
 import traceback
 from pathlib import Path
+
+from config import Run, Training, add_options, check_early, from_options
+
+if __name__ == "__main__":
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_options(known, Run)
+    for option in ("--captions", "--reward_model"):
+        known.add_argument(option)
+    check_early(known, data="files", images="folder", model="model", captions="files",
+                reward_model="model")
 
 import torch
 
@@ -27,7 +38,6 @@ import recipes
 import reward
 import sft
 from algorithm import Algorithm, Start
-from config import Run, Training, add_options, from_options
 from evaluation import (
     SHAPES, columns, memory_table, table, write_report, write_results,
 )
@@ -186,4 +196,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())
