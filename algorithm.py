@@ -5,6 +5,7 @@ A new algorithm is one file with a dataclass of hyperparameters and a class deri
 """
 
 import contextlib
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,13 @@ class Data:
     false_parts: Callable[[Example, str], list[str] | None] = lambda example, answer: None
     # What an annotator makes of an answer to an example; None: nobody is there to ask.
     correct: Callable[[Example, str], str | None] = lambda example, answer: None
+
+    def digest(self) -> str:
+        """Identify the rows: a hash of their names and tokens."""
+        digest = hashlib.sha256()
+        for example in (*self.train, *self.held_out):
+            digest.update(repr((example.name, example.prompt, example.responses)).encode())
+        return digest.hexdigest()
 
 
 class Algorithm:

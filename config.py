@@ -10,6 +10,7 @@ gives `--beta`, its type, its default and its line in `--help`. Booleans become 
 import argparse
 import dataclasses
 import math
+import os
 import re
 import signal
 import sys
@@ -169,7 +170,7 @@ def check_early(parser: argparse.ArgumentParser, **kinds: str) -> None:
         found = getattr(given, name, None) or []
         for path in found if isinstance(found, list) else [found]:
             if path not in ("world", "short") and (fault := path_fault(path, kind)):
-                sys.exit(f"error: {fault}")
+                sys.exit(f"error: {fault}" if os.environ.get("RANK", "0") == "0" else 1)
 
 
 def path_fault(path: str | Path, kind: str) -> str | None:

@@ -281,7 +281,10 @@ def pair_tokens(
     texts = [tokenizer.encode(text, eos=True) for text in (pair.chosen, pair.rejected)]
     weights = [[1.0] * len(tokens) for tokens in texts]
     if gamma != 1:
-        masks = segment_mask(*texts, min_match, replacements_only)
+        try:
+            masks = segment_mask(*texts, min_match, replacements_only)
+        except ValueError as error:
+            raise DataError(f"{pair.name}: {error}") from None
         weights = [torch.where(mask, gamma, 1.0).tolist() for mask in masks]
     prompt = trunk_tokens(tokenizer, pair.history, pair.question, patches)
     return prompt, list(map(Response, texts, weights))
@@ -305,6 +308,7 @@ def conversation_tokens(
 
 # ------------------------------------------------------------------------------- corrected segments
 
+COMPARISONS = 20_000_000  # of tokens, to align two responses: a few seconds
 
 def segment_mask(
     chosen: Sequence[int], rejected: Sequence[int], min_match: int = 3,
@@ -320,19 +324,44 @@ def segment_mask(
 
     Returns:
         bool (Tc,) and (Tr,), True = corrected segment.
+
+    Raises:
+        ValueError: the comparison would take long.
     """
-    matcher = difflib.SequenceMatcher(None, chosen, rejected, autojunk=False)
     masks = torch.ones(len(chosen), dtype=torch.bool), torch.ones(len(rejected), dtype=torch.bool)
     a = b = 0  # where the current changed span begins, on either side
-    for block in matcher.get_matching_blocks():
-        last = block.size == 0  # difflib closes with an empty block at both ends
-        if block.size < min_match and not last:
-            continue
+    ends = difflib.Match(len(chosen), len(rejected), 0)
+    for block in [*common_runs(chosen, rejected, max(1, min_match)), ends]:
         if replacements_only and (block.a == a or block.b == b):
             masks[0][a : block.a] = masks[1][b : block.b] = False
         a, b = block.a + block.size, block.b + block.size
         masks[0][block.a : a] = masks[1][block.b : b] = False
     return masks
+
+
+def common_runs(
+    first: Sequence[int], second: Sequence[int], least: int
+) -> list[difflib.Match]:
+    """difflib's matching blocks of at least `least` tokens, in order.
+
+    difflib looks for the longest run, then for the longest on either side of it, and so on. Here
+    the search ends where the longest is too short, and COMPARISONS bound it: on texts that repeat
+    themselves it takes up to cubic time.
+    """
+    matcher = difflib.SequenceMatcher(None, first, second, autojunk=False)
+    found, parts, comparisons = [], [(0, len(first), 0, len(second))], 0
+    while parts:
+        start, stop, begin, end = parts.pop()
+        comparisons += sum(len(matcher.b2j.get(token, ())) for token in first[start:stop])
+        if comparisons > COMPARISONS:
+            raise ValueError("chosen and rejected are too long, or repeat themselves too often, to "
+                             "find what was corrected; shorten them or leave the row out "
+                             "(--skip_bad_rows)")
+        run = matcher.find_longest_match(start, stop, begin, end)
+        if run.size >= least:
+            found.append(run)
+            parts += [(start, run.a, begin, run.b), (run.a + run.size, stop, run.b + run.size, end)]
+    return sorted(found)
 
 
 def segments(response: Response, tokenizer: Tokenizer) -> list[tuple[str, float]]:

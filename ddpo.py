@@ -36,7 +36,7 @@ The loss is `DDPO.loss`, in plain PyTorch. `--fused on` (the default on a GPU) c
 numbers in `kernels.ddpo_loss`, which never holds the (R, vocabulary) logits; a test compares both.
 """
 
-import hashlib
+import math
 from dataclasses import dataclass
 from itertools import chain
 
@@ -205,15 +205,14 @@ def reference_scores(start: Start, config: DDPOConfig, data: Data) -> dict[str, 
     do, they would take a third of the time. Several processes compute a share each.
 
     Raises:
-        ValueError: the folder holds scores of another model, other data or settings.
+        ValueError: the folder holds scores of another model, other data or settings; or a score
+            is not finite.
     """
-    digest = hashlib.sha256(fingerprint(start.model).encode())
-    for example in data.train:
-        digest.update(repr((example.name, example.prompt, example.responses)).encode())
-    key = f"{digest.hexdigest()} normalize={config.normalize} bfloat16={start.bfloat16}"
+    key = (f"{fingerprint(start.model)} {data.digest()} normalize={config.normalize} "
+           f"bfloat16={start.bfloat16}")
     path = start.folder / "reference.json"
     if saved := parallel.once(lambda: read_json(path) if path.exists() else None):
-        if saved["key"] != key:
+        if saved.get("key") != key:
             raise ValueError(f"{path} belongs to another model, other data or settings; delete it")
         return saved["scores"]
     scores = pair_scores(start.model, data.train, start, config, "reference")
@@ -234,4 +233,9 @@ def pair_scores(
         return list(zip(batch.names, values.view(-1, 2).tolist()))
 
     rows = sorted(pairs, key=row_length)
-    return dict(chain.from_iterable(parallel.in_parts(score, rows, config.micro_batch, progress)))
+    found = parallel.in_parts(score, rows, config.micro_batch, progress)
+    scores = dict(chain.from_iterable(found))
+    if bad := [name for name, pair in scores.items() if not all(map(math.isfinite, pair))]:
+        raise ValueError(f"the model's log-probabilities are not finite for {len(bad)} rows "
+                         f"({', '.join(bad[:8])}); leave these out, or use --dtype float32")
+    return scores

@@ -7,7 +7,6 @@ of metrics and one decision to stop (parallel.py, sharding.py).
 
 import json
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +18,12 @@ from tqdm import tqdm
 
 import parallel
 import sharding
-from algorithm import Algorithm, Start
+from algorithm import Algorithm, Data, Start
 from config import Training
 from data import Batch
 from evaluation.answers import whole_lines
-from formats import latest_state, load_state, save_state
-from formats.files import jsonl, write_atomic
+from formats import latest_state, load_state, not_finite, save_state
+from formats.files import jsonl, remove, write_atomic
 
 
 class Interrupted(Exception):
@@ -38,8 +37,8 @@ class TrainingError(Exception):
 class Loop:
     """Optimise an algorithm's modules on its batches, with logging, checkpoints and a clean end."""
 
-    def __init__(self, algorithm: Algorithm, start: Start):
-        self.algorithm, self.start = algorithm, start
+    def __init__(self, algorithm: Algorithm, start: Start, data: Data):
+        self.algorithm, self.start, self.data = algorithm, start, data.digest()
         self.run, self.folder = start.run, start.folder
         self.weights = {n: p for n, p in algorithm.modules.named_parameters() if p.requires_grad}
         self.optimizers = make_optimizers(self.weights, algorithm.config, algorithm.peak_rate)
@@ -61,6 +60,8 @@ class Loop:
                 bar.update()
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}")
                 last = self.step == self.algorithm.steps
+                if last or self.stop or self.step % self.run.save_every == 0:
+                    self.check_weights()
                 if (self.step % self.run.log_every == 0 or last) and parallel.rank() == 0:
                     with (self.folder / "metrics.jsonl").open("a") as file:
                         file.write(json.dumps({"step": self.step, **metrics}) + "\n")
@@ -124,11 +125,19 @@ class Loop:
             "seconds/batches": prepared - started, "seconds/optimisation": now - prepared,
         }
 
-    def fail(self, what: str, batch: Batch) -> None:
-        rows = ", ".join(list(dict.fromkeys(batch.names))[:8])
+    def check_weights(self) -> None:
+        """Stop before weights are saved that are none: a step can be finite and they not."""
+        bad = not_finite(self.weights.items())
+        if parallel.total([len(bad)])[0]:
+            self.fail(f"weights became infinite ({', '.join(bad[:4])}) by step {self.step}")
+
+    def fail(self, what: str, batch: Batch | None = None) -> None:
+        if batch:
+            rows = ", ".join(list(dict.fromkeys(batch.names))[:8])
+            what = f"{what} at step {self.step + 1} (rows: {rows})"
         kept = latest_state(self.folder)
         raise TrainingError(
-            f"{what} at step {self.step + 1} (rows: {rows}); the weights before it are "
+            f"{what}; the weights before it are "
             f"{f'in {kept}' if kept else 'those of the start'}; "
             "try a smaller --learning_rate"
         )
@@ -136,7 +145,7 @@ class Loop:
     def save(self) -> None:
         """Write what resuming needs, then remove older checkpoints."""
         folder = self.folder / f"checkpoint-{self.step}"
-        state = {"step": self.step, "rng": torch.get_rng_state(),
+        state = {"step": self.step, "data": self.data, "rng": torch.get_rng_state(),
                  "algorithm": self.algorithm.state()}
         weights = dict(self.weights)
         for name, moments in self.moments():
@@ -154,6 +163,8 @@ class Loop:
 
     def load(self, folder: Path) -> None:
         state, stored = load_state(folder)
+        if state["data"] != self.data:
+            raise ValueError(f"{folder}: the data have changed since; --overwrite starts again")
         if {name for name in stored if " of " not in name} != self.weights.keys():
             raise ValueError(f"{folder}: belongs to a run that trains other weights")
         of_weight = {each: optimizer.state for optimizer in self.optimizers
@@ -185,7 +196,7 @@ def remove_checkpoints(folder: Path, but: Path | None = None) -> None:
     """Remove a run's checkpoints, and what a process that was killed while saving left."""
     for old in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")):
         if old != but:
-            shutil.rmtree(old)
+            remove(old)
 
 
 def event_writer() -> type:

@@ -5,10 +5,9 @@ say which model and seed they belong to. A user's own model and data take the sa
 """
 
 import contextlib
-import platform
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -19,19 +18,20 @@ import parallel
 import sharding
 import world
 from algorithm import Algorithm, Data, Start
-from config import TRANSIENT, VERSION, Run, Training
+from config import Run, Training
 from data import Example, check_lengths
 from evaluation import (
     blind_baselines, measure_world, memory_estimate, read_results, save_pairs, show_rows,
     with_intervals, write_results,
 )
 from formats import (
-    DataError, Prompt, captions_of, encode_images, find_device, fingerprint, latest_state,
-    load_llava, open_image, read_captions, read_conversations, read_pairs, read_prompts,
+    DataError, Prompt, captions_of, encode_images, find_device, fingerprint,
+    load_llava, not_finite, open_image, read_captions, read_conversations, read_pairs, read_prompts,
     report_skipped,
 )
-from formats.files import clear, read_json, write_atomic
-from formats.rows import skipping
+from formats.files import lock_folder
+from formats.rows import LISTED, refuse, skipping
+from formats.runs import settings_of, settings_of_run
 from lora import add_adapter, lora_layers, select_trainable
 from model import LLaVA
 from world import feedback, pretraining
@@ -61,11 +61,13 @@ def plan(
         first = Run(algo=name, seed=run.seed, device=run.device, dtype=run.dtype,
                     from_scratch=run.from_scratch, test_scenes=0)
         if name == "rm":
-            first = replace(run, algo=name, overwrite=False, dry_run=False)
-        first = replace(first, out=str(folder), resume=(folder / "config.json").exists())
-        kind = algorithms[name].Config
-        settings = {"facts": config.facts} if name == "rm" else {}
-        steps += [step for step in plan(first, kind(**settings), algorithms) if step not in steps]
+            first = replace(run, algo=name, dry_run=False)
+        settings = algorithms[name].Config(**({"facts": config.facts} if name == "rm" else {}))
+        first = replace(first, out=str(folder), resume=False, overwrite=False)
+        begun = settings_of_run(folder)
+        same = begun == settings_of(first, settings)  # else that of a killed run is in the way
+        first = replace(first, resume=same, overwrite=begun is not None and not same)
+        steps += [step for step in plan(first, settings, algorithms) if step not in steps]
     return [*steps, (run, config)]
 
 
@@ -122,7 +124,11 @@ def load_start(
         return Start(run, model.to(device), tokenizer, images, folder)
     half = run.lora and run.use_bfloat16(device.type)
     dtype = torch.bfloat16 if half else torch.float32
-    model, tokenizer, images = load_llava(model_path(run, algorithm.first[0]), device, dtype)
+    path = model_path(run, algorithm.first[0])
+    model, tokenizer, images = load_llava(path, device, dtype)
+    if bad := not_finite(model.named_parameters()):
+        raise ValueError(f"{path}: NaN or infinity in the weights ({', '.join(bad[:4])}); "
+                         "download or train them again")
     model.decoder.gradient_checkpointing = run.gradient_checkpointing
     if run.image_mode != "auto":
         images = replace(images, mode=run.image_mode)
@@ -173,8 +179,9 @@ def world_data(start: Start, config: Training, algorithm: type[Algorithm]) -> Da
 
     if algorithm.reads == "prompts":
         folder = WORLD / f"prompts-{config.prompts}-{start.run.seed}"
-        parallel.once(lambda: (folder / "prompts.json").exists() or feedback.prompts(
-            start.images, folder, config.prompts, start.run.seed))
+        parallel.once(lambda: collect(
+            folder, "prompts.json", f"{config.prompts} prompts", lambda: feedback.prompts(
+                start.images, folder, config.prompts, start.run.seed)))
         oracle, examples = feedback.Oracle(folder), read(folder, "prompts.json")[1]
         return Data(examples, false_parts=oracle.false_parts, correct=oracle.correct)
     if algorithm.reads == "rankings":
@@ -209,10 +216,18 @@ def world_corrections(start: Start, config: Training) -> Path:
     folder = WORLD / f"corrections-{start.base[:8]}-{seed}-{count}"
     if config.overlook or config.noise:
         folder = folder.with_name(f"{folder.name}-{config.overlook:g}-{config.noise:g}")
-    if not (folder / "corrections.jsonl").exists():
-        print(f"collecting {count} corrections of the base's answers in {folder}", file=sys.stderr)
-        feedback.corrections(unsharded(start), start.tokenizer, start.images, folder, count, seed,
-                             config.overlook, config.noise)
+    return collect(folder, "corrections.jsonl", f"{count} corrections of the base's answers",
+                   lambda: feedback.corrections(unsharded(start), start.tokenizer, start.images,
+                                                folder, count, seed, config.overlook,
+                                                config.noise))
+
+
+def collect(folder: Path, last: str, what: str, make: Callable[[], Path]) -> Path:
+    """Make data in a folder, unless its last file is there. Waits while another process makes it."""
+    with lock_folder(folder, wait=True):
+        if not (folder / last).exists():
+            print(f"collecting {what} in {folder}", file=sys.stderr)
+            make()
     return folder
 
 
@@ -221,11 +236,9 @@ def world_rankings(start: Start, split: str, count: int, noise: float) -> Path |
     if not count:
         return None
     folder = WORLD / f"rankings-{split}-{count}-{noise}-{start.base[:8]}-{start.run.seed}"
-    if not (folder / "preferences.json").exists():
-        print(f"collecting {count} ranked pairs of the base's answers in {folder}", file=sys.stderr)
-        feedback.rankings(unsharded(start), start.tokenizer, start.images, folder, count,
-                          start.run.seed, noise, split)
-    return folder
+    return collect(folder, "preferences.json", f"{count} ranked pairs of the base's answers",
+                   lambda: feedback.rankings(unsharded(start), start.tokenizer, start.images,
+                                             folder, count, start.run.seed, noise, split))
 
 
 def read_examples(
@@ -240,15 +253,15 @@ def read_examples(
         encode: False, for a dry run, only tries to open the images.
 
     Raises:
-        DataError: the first bad row (collected instead with --skip_bad_rows), or no usable row.
+        DataError: lists bad rows (with --skip_bad_rows they are left out), or no row is usable.
     """
     if config.facts and not captions:
         raise ValueError("--facts needs captions of the images: --captions image_to_caption.json")
     known = read_captions(captions) if config.facts else None
-    skipped: list[str] | None = [] if start.run.skip_bad_rows else None
+    keep, skipped = start.run.skip_bad_rows, []
     model, patches = start.model, start.model.config.vision.patches
-    rows, made, features = [], [], None
-    for row in READERS[algorithm.reads](paths, images, skipped):
+    rows, made, features, failed = [], [], None, None
+    for row in READERS[algorithm.reads](paths, images, skipped if keep else None):
         with skipping(skipped):
             prompt, responses = algorithm.tokens(row, start.tokenizer, patches, config)
             check_lengths(row.name, prompt, responses, model.config.text.max_position_embeddings)
@@ -256,18 +269,29 @@ def read_examples(
                 row.name, row.image, known, row.facts_prefix)
             rows.append(row)
             made.append((prompt, responses, row.question, facts))
+    if not keep:
+        refuse(skipped)
     if encode:
         named = [(row.name, row.image) for row in rows]
-        features = encode_images(model, start.images, named, start.folder, stop=skipped is None)
+        try:
+            features = encode_images(model, start.images, named, start.folder, stop=not keep)
+        except DataError as error:  # the first image that cannot be read; are there others?
+            encode, failed = False, error
     usable, examples = [], []
     for i, row in enumerate(rows):
         with skipping(skipped):
             if not encode and row.image is not None:
                 open_image(row.name, row.image)
+            if not keep:
+                refuse(skipped, LISTED)
             image = features[i] if encode else None
             rules = (row.truth, row.length_bonus) if isinstance(row, Prompt) else (None, 1.0)
             examples.append(Example(row.name, image, *made[i], *rules, row.picture, row.image))
             usable.append(row)
+    if not keep:
+        refuse(skipped)
+    if failed:
+        raise failed
     report_skipped(skipped)
     if not examples:
         raise DataError("no usable row is left")
@@ -332,37 +356,3 @@ def blind(
         rows = read_pairs([folder / "corrections.jsonl"], folder / "images", None)
         corrections = [(row.chosen, row.rejected) for row in rows]
     return blind_baselines(before[1], after[1], corrections)
-
-
-# -------------------------------------------------------------------------------- the output folder
-
-
-def open_folder(folder: Path, run: Run, config: Training, about: str, reads: str) -> bool:
-    """Prepare the output folder and write its config.json; True if resuming."""
-    settings = {k: v for k, v in {**asdict(run), **asdict(config)}.items() if k not in TRANSIENT}
-    file = folder / "config.json"
-    if run.overwrite and file.exists():
-        clear(folder)
-    if file.exists():
-        old = read_json(file)["settings"]
-        changed = sorted(k for k in old.keys() | settings.keys() if old.get(k) != settings.get(k))
-        began = latest_state(folder) or (folder / "metrics.jsonl").exists()
-        if changed and (began or run.resume):
-            raise ValueError(
-                f"{folder} holds a run with other settings ({', '.join(changed)} differ); "
-                "choose another --out, or --overwrite it"
-            )
-        if not run.resume and latest_state(folder):
-            raise ValueError(
-                f"{folder} holds an unfinished run; --resume continues, --overwrite restarts it")
-    elif run.resume:
-        raise ValueError(f"{folder} holds no run to resume")
-    elif any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no run of ours; choose another --out")
-    if not run.resume:
-        clear(folder)  # a finished run with the same settings is done again
-    versions = {"plumbline": VERSION, "torch": torch.__version__,
-                "python": platform.python_version()}
-    write_atomic(file, {"settings": settings, "versions": versions, "about": about,
-                        "reads": reads})
-    return run.resume

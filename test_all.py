@@ -8,6 +8,7 @@ used where there is one.
 import ast
 import copy
 import dataclasses
+import difflib
 import graphlib
 import http.client
 import importlib
@@ -17,6 +18,7 @@ import math
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -25,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -73,7 +76,7 @@ from evaluation import (
 from formats import (
     Conversation, DataError, Pair, checkpoint, features, files, fingerprint, latest_state, layouts,
     load_adapter, load_llava, load_state, open_image, read_conversations, read_pairs, read_prompts,
-    readers, report_skipped, save_adapter, save_llava, save_state,
+    readers, report_skipped, runs, save_adapter, save_llava, save_state,
 )
 from formats import tokenizer as tokenizer_file
 from formats.rows import ParquetImage, find_files, whole_rows
@@ -332,6 +335,31 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good(photos, tmp_pat
     assert latest_state(tmp_path) is not None
 
 
+def test_weights_that_are_no_numbers_are_neither_saved_nor_trained_on(photos, tmp_path, run_train):
+    huge = ("--learning_rate", 1e38, "--warmup", 0, "--save_every", 1)
+    for steps in (1, 2):  # the first step is finite, the weights after it are not
+        shown = run_train(*own_data(photos, tmp_path / "run", *huge, "--steps", steps), status=1)
+        assert "weights became infinite (" in shown and "those of the start; try a smaller" in shown
+        assert not {"model", "checkpoint-1"} & {path.name for path in (tmp_path / "run").iterdir()}
+    base = Path(shutil.copytree(ROOT / "world" / "base", tmp_path / "base"))
+    spoil = lambda weights: weights | {HEAD: torch.full_like(weights[HEAD], math.inf)}
+    damage(base / "model.safetensors", spoil)
+    shown = run_train(*own_data(photos, tmp_path / "two", "--model", base), status=1)
+    assert f"error: {base}: NaN or infinity in the weights (head.weight)" in shown
+
+
+@pytest.mark.parametrize("algo", ["sft", "ddpo"])
+def test_resuming_refuses_other_data(photos, tmp_path, monkeypatch, run_train, algo):
+    rows = Path(shutil.copytree(photos, tmp_path / "photos")) / "rows.jsonl"
+    command = own_data(rows.parent, tmp_path / "run", "--algo", algo, "--steps", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Loop, "check_weights", lambda loop: loop.ask_to_stop())
+        run_train(*command, "--save_every", 1, status=130)
+    rows.write_text(rows.read_text().replace("red", "green"))
+    assert "the data have changed" in run_train(*command, "--resume", status=1) or algo == "ddpo"
+    run_train(*command, "--overwrite")
+
+
 def test_dry_run_and_rows_that_stop_or_are_listed(photos, tmp_path, run_train):
     shown = run_train(*own_data(photos, tmp_path / "none", "--dry_run"))
     assert shown.startswith(f"--algo ddpo --out {tmp_path / 'none'}\n") and "[" in shown
@@ -350,23 +378,67 @@ def test_dry_run_and_rows_that_stop_or_are_listed(photos, tmp_path, run_train):
 
 def test_folders_are_never_lost(photos, tmp_path, run_train):
     thesis, done = tmp_path / "thesis", tmp_path / "done"
+    model = Path(shutil.copytree(ROOT / "world" / "base", tmp_path / "model"))
     thesis.mkdir()
     (thesis / "chapter.txt").write_text("all my work")
+    json_file(thesis, {"settings": "somebody's own"}, "config.json")
     run_train(*own_data(photos, done, "--steps", 1))
     for out, more, phrase in (
-        (thesis, ["--overwrite"], "not empty"),
+        (thesis, ["--overwrite"], "not empty and holds no run of ours"),
+        (thesis, ["--resume"], "not empty and holds no run of ours"),
+        (model, ["--model", model, "--overwrite"], "not empty and holds no run of ours"),
+        (done, ["--model", done / "model", "--overwrite"], "model is an input of this run"),
         (thesis / "chapter.txt", [], "chapter.txt is a file"),
         (done, ["--steps", 2], "other settings (steps differ)"),
         (tmp_path / "new", ["--resume"], "no run to resume"),
     ):
         assert phrase in run_train(*own_data(photos, out, *more), status=1)
     assert (thesis / "chapter.txt").read_text() == "all my work" and not (tmp_path / "new").exists()
+    assert same_weights(model, ROOT / "world" / "base") and (done / "model/config.json").exists()
+    with pytest.raises(SystemExit):
+        run_train(*own_data(photos, done, "--resume", "--overwrite"))
     other = own_data(photos, done, "--steps", 3, "--overwrite")
     with files.lock_folder(done):  # as a run that goes on does
         before = (done / "config.json").read_bytes()
         assert "another run is using it" in run_train(*other, status=1)
         assert (done / "config.json").read_bytes() == before
+    (done / "answers").mkdir()
+    jsonl_file(done / "answers", GOOD)
     run_train(*other)
+    assert "replacing the finished run" in run_train(*other[:-1])
+    assert (done / "answers" / "rows.jsonl").exists() and (done / "model").exists()
+
+
+def test_what_a_kill_leaves_is_not_in_the_way(photos, tmp_path, run_train):
+    out, settings = tmp_path / "run", ("--steps", 3, "--log_every", 1)
+    (out / ".checkpoint-3.123.tmp").mkdir(parents=True)
+    (out / ".config.json.123.tmp").write_text("{")  # killed before it had its name
+    command = own_data(photos, out, *settings)
+    run_train(*command)
+    files_of = lambda: {path.name for path in out.iterdir()}
+    assert not [name for name in files_of() if name.startswith(".")]
+    log = (out / "metrics.jsonl").read_bytes()
+    assert "the run is finished" in run_train(*command, "--resume")
+    assert (out / "metrics.jsonl").read_bytes() == log and len(log.splitlines()) == 3
+    (out / "report.html").unlink()  # killed before that, and before any checkpoint
+    run_train(*command, "--resume")
+    assert [line["step"] for line in read_log(out)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("limit, save_every", [(300, 2), (300_000, 2), (300_000, 9)])
+def test_a_full_disk_is_one_sentence(photos, tmp_path, limit, save_every):
+    """Files cannot grow beyond a limit: settings, checkpoint, model. With room the run resumes."""
+    command = list(map(str, own_data(
+        photos, tmp_path / "run", "--steps", 3, "--save_every", save_every)))
+    run = lambda *more, most=None: subprocess.run(
+        [sys.executable, ROOT / "train.py", *command, *more], capture_output=True, text=True,
+        preexec_fn=most and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))))
+    done = run(most=limit)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ")
+    assert re.fullmatch(r"error: .*/run\b.*: the disk is full; make room and resume",
+                        done.stderr.splitlines()[-1]) and "Traceback" not in done.stderr
+    begun = (tmp_path / "run" / "config.json").exists()
+    assert run(*["--resume"] * begun).returncode == 0
 
 
 def test_a_start_that_failed_leaves_nothing_in_the_way(photos, tmp_path, monkeypatch, run_train):
@@ -374,7 +446,7 @@ def test_a_start_that_failed_leaves_nothing_in_the_way(photos, tmp_path, monkeyp
     out = tmp_path / "run"
     for wrong, sentence in (
         (("--tensorboard",), "--tensorboard needs a package: pip install tensorboard"),
-        (("--images", "nowhere"), ".*row 1: no image '0.png' in "),
+        (("--images", "nowhere"), "nowhere: no such folder"),
         (("--data", "none.jsonl"), "none.jsonl: no such file"), (("--model", "none"), ".*none.*"),
         (("--device", "abacus"), "--device abacus: "),
     ):
@@ -569,6 +641,14 @@ def test_runs_are_planned_from_settings_alone(tmp_path, monkeypatch, run_train):
     (killed / "model").mkdir()
     (killed / "model" / "config.json").write_text("{}")
     assert len(plan("--algo ppo")) == 1
+    for facts in ("", "--facts"):  # a killed reward model: resumed, or begun again if others differ
+        (step, cfg), _ = plan(f"--algo ppo --lora 2 {facts}")
+        Path(step.out).mkdir(exist_ok=True)
+        json_file(Path(step.out), {"versions": {"plumbline": "0"},
+                                   "settings": runs.settings_of(step, cfg)}, "config.json")
+        for seed, resume in (("", True), ("--dtype bfloat16", False)):
+            (step, _), _ = plan(f"--algo ppo --lora 2 {facts} {seed}")
+            assert (step.resume, step.overwrite) == (resume, not resume)
     (first, settings), _ = plan("--algo ppo --facts --dtype bfloat16")
     assert settings.facts and first.dtype == "bfloat16" and not first.resume
     assert run_train("--algo", "ppo", "--facts", "--dry_run").count("--algo") == 2
@@ -1840,6 +1920,18 @@ def test_evaluate_measures_a_run_again(run_evaluate):
     assert "all settings" in page and "Learning curves" not in page
     with pytest.raises(FileNotFoundError, match="images/config.json"):
         evaluation.write_report("images")
+
+
+def test_one_command_at_a_time_writes_an_answers_file(run_evaluate):
+    questions, found = answers.read_questions(Path("rows.jsonl"), "images"), []
+
+    def respond(images, texts, seed):
+        with pytest.raises(ValueError, match="a.jsonl: another command is writing it"):
+            answers.answer_file(respond, "m", questions, Path("a.jsonl"), 2)
+        found.append(len(texts))
+        return texts
+
+    assert len(answers.answer_file(respond, "m", questions, Path("a.jsonl"), 4)) == sum(found) == 7
 
 
 def test_answer_file_resumes_where_it_was_stopped(run_evaluate):
@@ -3518,6 +3610,21 @@ def test_tokenizer_is_deterministic_and_lossless(tokenizer, tmp_path):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_common_runs_are_difflibs_and_take_bounded_time():
+    rng = random.Random(0)
+    for _ in range(500):
+        kinds, least = rng.choice([2, 3, 30]), rng.choice([1, 3])
+        one, two = ([rng.randrange(kinds) for _ in range(rng.randrange(30))] for _ in "ab")
+        two[rng.randrange(len(two) + 1):0] = one[: rng.randrange(20)]
+        theirs = difflib.SequenceMatcher(None, one, two, autojunk=False).get_matching_blocks()
+        assert data.common_runs(one, two, least) == [run for run in theirs if run.size >= least]
+    loop = [1, 2, 3, 4, 5] * 800
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match="repeat themselves too often"):
+        data.segment_mask(loop, [x for i, x in enumerate(loop) if i % 97])
+    assert time.perf_counter() - started < 30
+
+
 @pytest.mark.parametrize("chosen,rejected,min_match,replacements_only,left,right", [
     ("abcdef", "abcdef", 3, False, "", ""),
     ("abcXdef", "abcYdef", 3, False, "X", "Y"),
@@ -3840,14 +3947,30 @@ def human_preference(*values, **changes):
                 output_2={"value": "A car."}) | changes
 
 
+user = lambda content: {"role": "user", "content": content}
+assistant = lambda content: {"role": "assistant", "content": content}
+
 GOOD_ROWS = {  # rows, and what becomes of the fields behind name and image
     read_pairs: [
         (GOOD, ("What?", "A car.", "A bus.", [])),
         ({**GOOD, "question": None, "prompt": "W?\n<image>"}, ("W?", "A car.", "A bus.", [])),
         (human_preference(), ("What is it?", "A car.", "A bus.", [("Where is it?", "At home.")])),
         (human_preference("<image> A?", "", preference=1), ("A?", "A bus.", "A car.", [])),
+        *[(row, ("What?", "A car.", "A bus.", [])) for row in (
+            {"image": "ok.jpg", "text": json.dumps({k: GOOD[k] for k in GOOD if k != "image"})},
+            {**GOOD, "image": None, "image_path": "ok.jpg"},
+            {**GOOD, "image": {"bytes": None, "path": "ok.jpg"}},
+            {**GOOD, "image": None, "images": ["ok.jpg"]},
+        )],
+        ({"images": [{"path": "ok.jpg"}], "chosen": [assistant("A car.")],
+          "rejected": [assistant([{"type": "text", "text": "A bus."}])],
+          "prompt": [user([{"type": "image"}, {"type": "text", "text": "Where?"}]),
+                     assistant("Here."), user("What?")]},
+         ("What?", "A car.", "A bus.", [("Where?", "Here.")])),
     ],
     read_conversations: [
+        ({"images": ["ok.jpg"], "messages": [user("<image>\nWhat?"), assistant("A cat.")]},
+         ([("What?", "A cat.")],)),
         # the white space around <image> goes with it; all else stays, as in LLaVA's own code
         (chat("<image>\nWhat is it? ", "A car.", " And now?", " Still. "),
          ([("What is it?", "A car."), (" And now?", " Still. ")],)),
@@ -3871,11 +3994,11 @@ def test_rows_in_lines_and_in_an_array(image_folder, read, tmp_path_factory):
     lines = jsonl_file(image_folder, given[0], b"", *given[1:])
     array = json_file(image_folder, given, "array.txt")  # content decides, not the name
     array.write_bytes(b"\xef\xbb\xbf" + array.read_bytes())  # as some editors save it
-    for path, numbers in ((lines, [1, 3, 4, 5, 6]), (array, [1, 2, 3, 4, 5])):
+    for path, numbers in ((lines, [1, *range(3, 20)]), (array, range(1, 20))):
         found = read([path])
         assert [r.name for r in found] == [f"{path} row {n}" for n in numbers[: len(given)]]
         assert [tuple(vars(r).values())[2:] for r in found] == list(expected)
-        assert [r.picture for r in found] == [row["image"] or "" for row in given]
+        assert {r.picture for r in found} <= {"ok.jpg", ""}
     if read is read_prompts:
         assert [prompt.truth for prompt in found] == [None, "no", "B", None]
     elsewhere = json_file(tmp_path_factory.mktemp("elsewhere"), given)
@@ -3909,12 +4032,22 @@ BAD_ROWS = {
             ("image", None, "'image' is missing"), ("image", "no.jpg", "no image 'no.jpg'"),
             ("image", ["ok.jpg"], "be the name of one"), ("image", "a\0b", "is no file name"),
             ("image", "a" * 5000, "no file name"), ("image", "../rows.jsonl", "lies outside"),
+            ("image", "loop.jpg", "no image 'loop.jpg'|no file name"), ("chosen", "\ud800", "half a"),
         )],
+        *[(GOOD | {"image": None, "question": None, key: value}, phrase) for key, value, phrase in (
+            ("images", ["ok.jpg", "b.jpg"], "a list of one image"),
+            ("prompt", [user("A?"), user("B?")], "alternate between user and assistant"),
+            ("prompt", [{"role": "system", "content": "Hi"}], "of role 'system', not 'user'"),
+            ("prompt", [{"content": "Hi"}], "a field has a value that it cannot have"),
+            ("text", '{"question": "What', "text is not valid JSON"),
+        )],
+        (b'{"image": "ok.jpg", "image": "b.jpg"}', "'image' is given twice"),
+        ({"image": "ok.jpg", "x" * 9000: 1}, "no preference among its fields"),
         ({"image": "ok.jpg", "label": 1}, "no preference among its fields (image, label)"),
         (chat("<image>?", "Yes."), "a conversation without two answers to compare"),
         (human_preference("<image>?", "Yes.", "What?"), "the last turn should be from 'gpt'"),
         *[(human_preference(**{key: value}), phrase) for key, value, phrase in (
-            ("preference", "2", "preference is '2', not"), ("image", None, "'image' is missing"),
+            ("preference", "2", "preference is '2', not"), ("preference", True, "is True, not 1"), ("image", None, "'image' is missing"),
             ("output_2", "A car.", "'output_2' is missing"), ("conversations", ["?"], "list turns"),
         )],
     ],
@@ -3930,7 +4063,7 @@ BAD_ROWS = {
     ],
     read_prompts: [
         *[(chat("<image>? A. B. D.", **{key: value}), phrase) for key, value, phrase in (
-            ("caption_type", 8, "is 8, not 1 to 7"), ("length_bonus", "x", "'x', not a number"),
+            ("caption_type", 8, "is 8, not 1 to 7"), ("length_bonus", 10**400, "not a number"), ("length_bonus", "x", "'x', not a number"),
             ("image", "", "'image' is missing"), ("caption_type", 4, "lists no 'C' followed by"),
         )],
     ],
@@ -3939,12 +4072,18 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize("read", BAD_ROWS)
 def test_bad_rows_are_named_or_skipped(image_folder, read, capsys):
+    (image_folder / "loop.jpg").symlink_to("loop.jpg")
     path = jsonl_file(image_folder, GOOD, *(row for row, _ in BAD_ROWS[read]), GOOD)
     skipped = []
     assert len(read([path], None, skipped)) == 2 and len(skipped) == len(BAD_ROWS[read])
+    with pytest.raises(DataError) as listed:  # all at once, up to 20
+        read([path])
+    assert str(listed.value).count("\n") == min(20, len(skipped)) and skipped[1] in str(listed.value)
     for number, (text, (row, phrase)) in enumerate(zip(skipped, BAD_ROWS[read]), 2):
-        assert text.startswith(f"{path} row {number}: ") and phrase in text
-        with pytest.raises(DataError, match=re.escape(phrase)):
+        assert text.startswith(f"{path} row {number}: ") and len(text) < 500 + len(str(path))
+        phrase = phrase if "|" in phrase else re.escape(phrase)
+        assert re.search(phrase, text)
+        with pytest.raises(DataError, match=phrase):
             read([jsonl_file(image_folder, GOOD, row)])
     report_skipped(skipped)
     lines, more = capsys.readouterr().err.splitlines(), len(skipped) - 20
@@ -3958,10 +4097,12 @@ def test_files_are_found_by_patterns_or_named_as_bad(image_folder):
     found = find_files([image_folder / "odd[1].jsonl", image_folder / "[ab].jsonl"])
     assert [path.name for path in found] == ["odd[1].jsonl", "a.jsonl", "b.jsonl"]
     half = json_file(image_folder, json.dumps([GOOD, GOOD])[:100])
+    os.mkfifo(image_folder / "pipe")
     for path, skip, phrase in [
         (half, None, "rows.json: not valid JSON .*is the file complete"),
         (image_folder / "*.nothing", None, "nothing: no such file"),
         (image_folder, None, "a folder; name its files"),
+        (image_folder / "pipe", None, "not a regular file"), (Path("/dev/zero"), None, "a regular"),
         (jsonl_file(image_folder), None, "no usable row in .*rows.jsonl"),
         (json_file(image_folder, [1], "1.json"), [], "no usable row.*first one: .*row 1: expected"),
     ]:
@@ -4007,6 +4148,17 @@ def test_other_parquet_files(image_folder):
     assert read_pairs([write_parquet(path, GOOD)])[0].image == image_folder.resolve() / "ok.jpg"
     write_parquet(path, {"image": image_bytes(3)})
     assert [name for name, _ in whole_rows(path)] == [f"{path} row 1"]
+    named = GOOD | {"image": {"bytes": None, "path": "ok.jpg"}}  # as `datasets` does
+    assert read_pairs([write_parquet(path, named)])[0].image == image_folder.resolve() / "ok.jpg"
+    inside = rlhf_v(0, False, image=None, images=[{"bytes": image_bytes(4), "path": "x/4.png"}])
+    (pair,) = read_pairs([write_parquet(path, inside)])  # as of TRL
+    assert pair.image.read() == image_bytes(4) and pair.picture == "x/4.png"
+    outside = GOOD | {"image": {"bytes": str(ROOT / "world/before_after.png")}}  # a text
+    with pytest.raises(DataError, match="row 1: field 'image' is missing"):
+        read_pairs([write_parquet(path, outside)])
+    two = inside | {"images": inside["images"] * 2}
+    with pytest.raises(DataError, match="row 1: 2 images; a row has one"):
+        read_pairs([write_parquet(path, two)])
     write_parquet(path, rlhf_v(0), rlhf_v(1, text='{"question": "What'))
     with pytest.raises(DataError, match="a.parquet row 2: text is not valid JSON"):
         read_pairs([path])
@@ -4028,6 +4180,15 @@ def test_images_are_upright_with_transparency_on_white_or_named_as_bad(tmp_path,
     for source in (half, b"no image at all", image_bytes(1, "BMP"), tmp_path / "clear.png", b""):
         with pytest.raises(DataError, match="^row 5: (cannot read image |the image holds no)"):
             open_image("row 5", source)
+    bomb = image_bytes(1, size=(60, 60))
+    with ThreadPoolExecutor(8) as pool:  # Pillow's own limit can be bypassed by threads
+        errors = pool.map(lambda _: pytest.raises(DataError, open_image, "x", bomb), range(200))
+        assert all("more than 0 million pixels" in str(error.value) for error in errors)
+
+
+def test_grey_of_16_bits_is_not_white(tmp_path):
+    Image.fromarray(np.array([[0, 128 * 256, 65535]], dtype=np.uint16)).save(tmp_path / "grey.png")
+    assert np.asarray(open_image("x", tmp_path / "grey.png"))[0, :, 0].tolist() == [0, 128, 255]
 
 
 def test_every_image_is_encoded_once_in_memory_and_on_disk(tiny_world, image_folder, monkeypatch):
@@ -4327,17 +4488,26 @@ BAD_MODELS = {
             ("image_token_index", 900, "image_token is 900, not one of 0 to 831"),
             ("image_token_index", 790, "belongs to another model"),
             ("image_token_index", 810, "has 800 pieces.*places <image> at 810"),
+            ("vision_config", 7, "a value that it cannot have"), ("pad_token_id", [1], "is .1., not"),
+            ("projector_hidden_act", [], "is .., but only"),
         )],
         *[({"text_config": {key: value}}, phrase) for key, value, phrase in (
             ("intermediate_size", 81, r"9 misshapen .*gate_proj.weight \(80, 48\), not \(81, 48\)"),
             ("num_hidden_layers", 4, "9 missing"), ("head_dim", 8, "head_dim is 8, but only 12"),
             ("rope_scaling", {"type": "linear"}, "scaling is"), ("attention_bias", True, "is True"),
             ("num_attention_heads", 0, "is 0, not"), ("num_attention_heads", 5, "multiple of its"),
+            ("num_hidden_layers", 2 * 10**9, "is 2000000000, not a positive int up to 1000"),
+            ("hidden_size", 192.0, "is 192.0, not"), ("rms_norm_eps", 1e999, "is inf, not a positive"),
+            ("rope_parameters", 5, "a value that it cannot have"), ("vocab_size", True, "True, not a"),
         )],
     ],
     "tokenizer.model": [(None, "not a sentencepiece .*No such"), (b"v", "not a sentencepiece")],
     "preprocessor_config.json": [
-        (b'{"crop_size": {"height": 224, "width": 28}}', "'height': 224.*but the tower takes 28")],
+        (b'{"crop_size": {"height": 224, "width": 28}}', "'height': 224.*but the tower takes 28"),
+        (b'{"image_mean": [0.5]}', "image_mean is .0.5., not three"), (b"[" * 10**5, "too deeply"),
+        (b'{"image_std": [1, 1, null]}', "a value that it cannot have")],
+    "tokenizer_config.json": [(b'{"added_tokens_decoder": 7}', "a value that it cannot have")],
+    "added_tokens.json": [(b'{"a": {}}', "a value that it cannot have")],
 }
 
 
@@ -4555,13 +4725,16 @@ def test_pixels_are_those_of_the_public_processors(tmp_path, mode, size):
         assert mine.shape == (3, size, size) and np.abs(mine.numpy() - expected).max() < 1e-5, name
 
 
-def test_a_picture_too_long_to_scale_whole_is_scaled_by_its_middle(monkeypatch):
-    for shape in ((1, 30_000), (30_000, 1)):
-        assert preprocess(Image.new("RGB", shape), 336, mode="crop").shape == (3, 336, 336)
+def test_a_picture_too_long_to_scale_whole_takes_another_path(monkeypatch):
+    for shape in ((1, 60_000), (60_000, 1)):
+        for mode in ("crop", "pad"):
+            assert preprocess(Image.new("RGB", shape), 336, mode=mode).shape == (3, 336, 336)
     photo = pictures()["photo"]
-    whole = preprocess(photo, 112, mode="crop")
+    whole = {mode: preprocess(photo, 112, mode=mode) for mode in ("crop", "pad")}
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
-    assert (whole - preprocess(photo, 112, mode="crop")).abs().max() < 0.02  # one level of 255
+    difference = {mode: (whole[mode] - preprocess(photo, 112, mode=mode)).abs() for mode in whole}
+    assert difference["crop"].max() < 0.02  # one level of 255
+    assert difference["pad"].mean() < 0.1  # the border falls between other pixels
 
 
 # ------------------------------------------------------------------------------------ resume state

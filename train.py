@@ -43,6 +43,7 @@ from evaluation import (
 )
 from formats import find_device, latest_state, load_llava, save_adapter, save_llava
 from formats.files import error_message, lock_folder
+from formats.runs import is_finished, open_folder
 from loop import Interrupted, Loop, TrainingError, event_writer, remove_checkpoints
 from world import pretraining
 
@@ -80,13 +81,16 @@ def execute(run: Run, config: Training) -> None:
 
 def train_in(folder: Path, start: Start, config: Training, kind: type[Algorithm]) -> None:
     """Train a loaded model and write all outputs."""
+    if parallel.once(lambda: start.run.resume and is_finished(folder)):
+        print(f"{folder}: the run is finished; there is nothing to resume", file=sys.stderr)
+        return
     resume = parallel.once(
-        lambda: recipes.open_folder(folder, start.run, config, about(kind), kind.reads))
+        lambda: open_folder(folder, start.run, config, about(kind), kind.reads))
     data = recipes.read_data(start, config, kind)
     recipes.select_weights(start, kind)
     algorithm = kind(start, config, data)
     before = recipes.measure(start, algorithm, trained=False)
-    loop = Loop(algorithm, start)
+    loop = Loop(algorithm, start, data)
     state = parallel.once(lambda: latest_state(folder) if resume else None)
     if state:
         loop.load(state)
@@ -143,6 +147,8 @@ def parse(arguments: list[str] | None) -> tuple[Run, Training]:
     add_options(parser.add_argument_group(f"hyperparameters of {algo}"), config)
     found = parser.parse_args(arguments)
     run = from_options(Run, found)
+    if run.resume and run.overwrite:
+        parser.error("--resume continues the run in --out, --overwrite deletes it; give one")
     if run.images and run.on_world():
         parser.error("--images is the folder of the images that --data names; give --data too")
     if run.gpus and not run.dry_run:
@@ -173,18 +179,20 @@ def main(arguments: list[str] | None = None) -> int:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would write NaN everywhere
     parallel.mute()
+    run, config = parse(arguments)
+    folder = Path(run.out or f"runs/{run.algo}")
     try:
-        run, config = parse(arguments)
         parallel.join(run.device, run.use_bfloat16)
         run_all(run, config)
         parallel.leave()
     except Interrupted as stopped:
         return parallel.fail(f"\n{stopped}", 130)
     except KeyboardInterrupt:
-        return parallel.fail(
-            "\nstopped before training began; the same command starts again", 130)
+        saved = latest_state(folder)
+        return parallel.fail(f"\nstopped; --resume continues from {saved}" if saved else
+                             "\nstopped; the same command starts again", 130)
     except (ValueError, OSError, TrainingError) as error:
-        return parallel.fail(f"error: {error_message(error)}", 1)
+        return parallel.fail(f"error: {error_message(error, folder)}", 1)
     except Exception as error:
         if parallel.world() == 1:
             raise

@@ -129,6 +129,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     (Older releases and the original LLaVA drop the alpha channel, which reveals colours that no
     viewer of the picture ever shows.)
     """
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -151,6 +153,17 @@ def scale_and_crop(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC, box)
 
 
+def pad_and_scale(image: Image.Image, size: int, colour: tuple[int, int, int]) -> Image.Image:
+    """The picture in the middle of a square of one colour, scaled to `size`."""
+    side = max(image.size)
+    if side * side > 2 * Image.MAX_IMAGE_PIXELS:  # the square of a long strip would take gigabytes
+        width, height = (max(1, round(each * size / side)) for each in image.size)
+        image, side = image.resize((width, height), Image.Resampling.BICUBIC), size
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square.resize((size, size), Image.Resampling.BICUBIC)
+
+
 def preprocess(
     image: Image.Image, size: int, mean=CLIP_MEAN, std=CLIP_STD, mode: str = "pad"
 ) -> Tensor:
@@ -169,12 +182,8 @@ def preprocess(
         its CLIPImageProcessor.
     """
     image = to_rgb(image)
-    width, height = image.size
     if mode == "pad":
-        side = max(width, height)
-        square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in mean))
-        square.paste(image, ((side - width) // 2, (side - height) // 2))
-        image = square.resize((size, size), Image.Resampling.BICUBIC)
+        image = pad_and_scale(image, size, tuple(int(channel * 255) for channel in mean))
     elif mode == "crop":
         image = scale_and_crop(image, size)
     else:

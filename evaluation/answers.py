@@ -1,6 +1,6 @@
 """Files of questions about images, and answers files that an interrupted command can resume."""
 
-import json
+import fcntl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from formats.files import jsonl, write_atomic
+from formats.files import jsonl, parse_json
 from formats.readers import image_of, read_records
 from formats.rows import DataError, Source, open_image, whole_rows
 from formats.tokenizer import IMAGE
@@ -79,7 +79,7 @@ def whole_lines(path: Path) -> list[dict]:
     """Return the rows of a JSONL file, if there is one, without half a line of a killed process."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
-        return [dict(json.loads(line)) for line in lines]
+        return [dict(parse_json(line)) for line in lines]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not rows in JSON lines ({error}); delete it") from None
 
@@ -102,20 +102,26 @@ def answer_file(
     Returns all rows. ValueError if the file answers other questions, or another model made it.
     """
     wanted = [{**each.fields, "by": by} for each in questions]
-    rows = whole_lines(path)
-    fits = (want.items() <= row.items() for row, want in zip(rows, wanted))
-    if len(rows) > len(wanted) or not all(fits):
-        raise ValueError(f"{path} holds answers to other questions, or of another model or "
-                         "settings; delete it or choose another --output")
-    if len(rows) < len(wanted):
-        del rows[len(rows) // batch_size * batch_size :]  # part of a batch is answered again
-    write_atomic(path, jsonl(rows))
-    with progress_bar(len(wanted), path.stem) as bar, path.open("a", encoding="utf-8") as file:
+    with path.open("ab") as file, progress_bar(len(wanted), path.stem) as bar:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another command is writing it; choose another --output"
+                             ) from None
+        rows = whole_lines(path)
+        fits = (want.items() <= row.items() for row, want in zip(rows, wanted))
+        if len(rows) > len(wanted) or not all(fits):
+            raise ValueError(f"{path} holds answers to other questions, or of another model or "
+                             "settings; delete it or choose another --output")
+        if len(rows) < len(wanted):
+            del rows[len(rows) // batch_size * batch_size :]  # part of a batch is answered again
+        lines = path.read_bytes().splitlines(keepends=True)
+        file.truncate(sum(map(len, lines[: len(rows)])))
         bar.update(len(rows))
         for start in range(len(rows), len(wanted), batch_size):
             batch = slice(start, start + batch_size)
             answer_batch(respond, questions[batch], wanted[batch], seed + start, skip)
-            file.write(jsonl(wanted[batch]))
+            file.write(jsonl(wanted[batch]).encode())
             file.flush()
             rows += wanted[batch]
             bar.update(len(wanted[batch]))

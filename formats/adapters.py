@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 import formats.layouts as layouts
 from formats.checkpoint import fingerprint, match
-from formats.files import atomic_folder, open_file, read_json, write_atomic
 import parallel
 import sharding
+from formats.files import atomic_folder, brief, open_file, read_json, write_atomic
 from lora import LoRALinear, add_adapter, lora_layers
 from model import LLaVA
 
@@ -67,8 +67,12 @@ def load_adapter(model: LLaVA, path: Path | str, name: str) -> None:
     """
     file, settings = Path(path) / "adapter_model.safetensors", Path(path) / "adapter_config.json"
     config = read_json(settings)
+    rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha < 1e6:
+        raise ValueError(f"{settings}: r is {brief(rank)} and lora_alpha {brief(alpha)}; both "
+                         "should be numbers above 0")
     layouts.require_supported(settings, config, SUPPORTED)
-    (weights, metadata), rank = open_file(file), config.get("r", 8)
+    weights, metadata = open_file(file)
     base = config.get("base_model_name_or_path") or "unknown"
     layers, shapes = {}, {}
     for layer, module in model.named_modules():
@@ -81,7 +85,7 @@ def load_adapter(model: LLaVA, path: Path | str, name: str) -> None:
     found = match(f"{file}: an adapter for another model ({base})", shapes, weights, WRAPPER)
     if metadata.get("base") not in (None, fingerprint(model)):
         raise ValueError(f"{file}: trained over other base weights than these, those of {base}")
-    add_adapter(model, name, rank, config.get("lora_alpha", 8), sorted(layers))
+    add_adapter(model, name, rank, alpha, sorted(layers))
     with torch.no_grad():
         for layer, module in layers.items():
             module.adapters[name].A.copy_(found[f"{layer}.lora_A.weight"])

@@ -9,6 +9,7 @@ target a single one.
 
 import contextlib
 import hashlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from torch import Tensor
 import formats.layouts as layouts
 import parallel
 import sharding
-from formats.files import atomic_folder, open_weights, read_json, write_atomic
+from config import path_fault
+from formats.files import atomic_folder, open_weights, read_json, understood, write_atomic
 from formats.tokenizer import Tokenizer
 from lora import LoRALinear
 from model import LLaVA, LLaVAConfig
@@ -62,14 +64,19 @@ def load_llava(
         FileNotFoundError, ValueError: one sentence that names the file and the fault.
     """
     folder, tower = Path(path), Path(tower) if tower else None
+    for each in filter(None, (folder, tower)):
+        if fault := path_fault(each, "model"):
+            raise FileNotFoundError(fault)
     file = folder / "config.json"
     values = read_json(file)
     original = not isinstance(values.get("text_config"), dict)
-    config = (layouts.original_config(file, values, tower) if original
-              else layouts.llava_hf_config(file, values))
-    tokenizer = read_tokenizer(folder, config)
-    pad = values.get("image_aspect_ratio") == "pad"
-    settings = read_image_settings(folder, tower, config.vision.image_size, pad)
+    with understood(file):
+        config = (layouts.original_config(file, values, tower) if original
+                  else layouts.llava_hf_config(file, values))
+    with understood(folder):
+        tokenizer = read_tokenizer(folder, config)
+        pad = values.get("image_aspect_ratio") == "pad"
+        settings = read_image_settings(folder, tower, config.vision.image_size, pad)
     weights = open_weights(folder)
     if tower and not any("vision_tower" in name for name in weights):
         clip = open_weights(tower).items()
@@ -150,7 +157,7 @@ def read_tokenizer(folder: Path, config: LLaVAConfig) -> Tokenizer:
                          "weights were trained with") from None
     added = set(read_json(folder / "added_tokens.json", optional=True).values())
     fields = read_json(folder / "tokenizer_config.json", optional=True)
-    added |= set(map(int, fields.get("added_tokens_decoder", {})))
+    added |= {int(key) for key in fields.get("added_tokens_decoder", {}) if key.isdecimal()}
     pieces = tokenizer.sp.vocab_size()
     if pieces > config.image_token or set(range(pieces, config.image_token)) - added:
         raise ValueError(f"{file}: has {pieces} pieces, but config.json places <image> at "
@@ -203,6 +210,13 @@ def fingerprint(model: LLaVA) -> str:
         some = flat[:: max(1, len(flat) // 64)][:64].cpu().bfloat16().view(torch.int16)
         digest.update(f"{name}{tuple(weight.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def not_finite(weights: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Return the names of weights with NaN or infinity, of sharded ones in this process's rows."""
+    mine = ((name, sharding.local(weight.detach())) for name, weight in weights)
+    return [name for name, weight in mine
+            if weight.numel() and not all(end.isfinite() for end in weight.aminmax())]
 
 
 def save_llava(

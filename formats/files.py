@@ -6,6 +6,7 @@ is opened as plain tensors and values only, so that it cannot run code.
 """
 
 import contextlib
+import errno
 import fcntl
 import glob
 import json
@@ -19,11 +20,40 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
-def error_message(error: Exception) -> str:
-    """Format an error as one line: ours unchanged, the system's as file and reason."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {(error.strerror or 'cannot be used').lower()}"
-    return str(error)
+def error_message(error: Exception, folder: Path | str = "") -> str:
+    """Format an error as one line: ours unchanged, the system's as file and reason.
+
+    Args:
+        folder: what was being written, where the system's error does not say.
+    """
+    if not isinstance(error, OSError) or not error.errno:
+        return str(error)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    reason = "the disk is full; make room and resume" if full else error.strerror.lower()
+    return f"{error.filename or folder}: {reason}"
+
+
+def brief(value: object) -> str:
+    """Return a value's repr for an error message, at most 80 characters of it."""
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def parse_json(content: bytes) -> object:
+    """Parse JSON in UTF-8; ValueError also for a key given twice, and for nesting too deep."""
+    try:
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def unique(pairs: list[tuple[str, object]]) -> dict:
+    """Return a dict of pairs; ValueError for a key that comes twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"{brief(twice)} is given twice")
+    return found
 
 
 def read_json(path: Path, optional: bool = False) -> dict:
@@ -31,7 +61,9 @@ def read_json(path: Path, optional: bool = False) -> dict:
     if optional and not path.exists():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # such as a pipe, which could block for ever
+            raise ValueError("not a regular file")
+        values = parse_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path}: no such file; is its folder the right one?") from None
     except ValueError as error:
@@ -56,9 +88,13 @@ def write_atomic(path: Path | str, content: str | bytes | dict | list) -> None:
     if not isinstance(content, str | bytes):
         content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    sync(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
     sync(path.parent)
 
 
@@ -87,23 +123,25 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
         shutil.rmtree(old, ignore_errors=True)
         sync(path.parent)
+    except SafetensorError:  # all that can go wrong while it writes
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path, wait: bool = False) -> Iterator[None]:
     """Make a folder and lock it against other processes; remove it afterwards if it is empty.
 
     The system's lock on the folder itself ends with its process, so a killed one leaves none. A
-    folder that another process holds, or that is a file, is a ValueError.
+    folder that another process holds, unless to wait is asked for, or a file, is a ValueError.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         os.close(handle)
         raise ValueError(f"{folder}: another run is using it; choose another --out") from None
@@ -115,10 +153,30 @@ def lock_folder(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def clear(folder: Path) -> None:
-    """Remove a folder's content, but not the folder."""
-    for entry in folder.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+def remove(path: Path) -> None:
+    """Delete a file or a folder, which disappears at once: it is renamed first."""
+    doomed = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.rename(doomed)
+    if doomed.is_dir() and not doomed.is_symlink():
+        shutil.rmtree(doomed)
+    else:
+        doomed.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files and folders of killed processes."""
+    for leftover in folder.glob(".*.[0-9]*.tmp"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+@contextlib.contextmanager
+def understood(file: Path | str) -> Iterator[None]:
+    """Make a ValueError that names the file of what its values of wrong types make code raise."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{file}: a field has a value that it cannot have "
+                         f"({type(error).__name__}: {brief(str(error))}); copy it again") from None
 
 
 def open_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -150,7 +208,10 @@ def open_weights(folder: Path) -> dict[str, Tensor]:
     if (folder / "model.safetensors").exists():
         return open_file(folder / "model.safetensors")[0]
     if index.exists():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+        with understood(index):
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+            if not all(shard == Path(shard).name for shard in shards):
+                raise ValueError(f"{index}: names a file outside its folder")
         return {k: tensor for shard in shards for k, tensor in open_file(folder / shard)[0].items()}
     others = {*folder.glob("*.bin"), *folder.glob("*.pth")} - {folder / "training_args.bin"}
     pickles = sorted(folder.glob("pytorch_model*.bin")) or sorted(others)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from formats.files import read_json
+from formats.files import brief, read_json
 from formats.tokenizer import Tokenizer
 from model import LLaVA, LLaVAConfig, TextConfig
 from vision import ACTIVATIONS, CLIP_MEAN, CLIP_STD, ImageSettings, VisionConfig
@@ -73,6 +73,7 @@ CLIP = {
     "num_attention_heads": 12, "image_size": 224, "patch_size": 32,
 }
 OPENAI_TOWERS = {"clip-vit-large-patch14-336": 336, "clip-vit-large-patch14": 224}  # pixels
+LIMITS, LAYERS = {int: 2**24, float: 1e12}, 1000  # of sensible numbers
 # The only values that model.py computes; the first is the meaning of an absent field.
 MODEL_VALUES = {  # of config.json and its text_config
     "model_type": ("llama", "llava", "llava_llama"), "hidden_act": ("silu",),
@@ -93,8 +94,8 @@ def require_supported(file: Path, values: dict, allowed: dict[str, tuple]) -> No
     for key, choices in allowed.items():
         value = values.get(key, choices[0])
         if value not in choices:
-            known = " or ".join(repr(choice) for choice in dict.fromkeys(choices))
-            raise ValueError(f"{file}: {key} is {value!r}, but only {known} is supported")
+            known = " or ".join(dict.fromkeys(map(repr, choices)))
+            raise ValueError(f"{file}: {key} is {brief(value)}, but only {known} is supported")
 
 
 def shape(file: Path, kind: type, values: dict, defaults: dict):
@@ -102,9 +103,12 @@ def shape(file: Path, kind: type, values: dict, defaults: dict):
     merged = defaults | {key: value for key, value in values.items() if value is not None}
     config = kind(**{f.name: merged[f.name] for f in fields(kind) if f.name in merged})
     for f in fields(kind):
-        value = getattr(config, f.name)
-        if f.type in (int, float) and not (isinstance(value, int | float) and value > 0):
-            raise ValueError(f"{file}: {f.name} is {value!r}, not a positive number")
+        if f.type not in LIMITS:
+            continue
+        most = LAYERS if f.name == "num_hidden_layers" else LIMITS[f.type]
+        if type(value := getattr(config, f.name)) not in (int, f.type) or not 0 < value <= most:
+            raise ValueError(f"{file}: {f.name} is {brief(value)}, not a positive "
+                             f"{f.type.__name__} up to {most:g}")
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(f"{file}: hidden_size {config.hidden_size} is not a multiple of its "
                          f"{config.num_attention_heads} attention heads")
@@ -133,8 +137,8 @@ def in_range(file: Path, config: LLaVAConfig) -> LLaVAConfig:
     ranges["vision_feature_layer"] = (-depth - 1, depth)
     for name, (least, most) in ranges.items():
         value = getattr(config, name)
-        if not isinstance(value, int) or not least <= value <= most:
-            raise ValueError(f"{file}: {name} is {value!r}, not one of {least} to {most}")
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"{file}: {name} is {brief(value)}, not one of {least} to {most}")
     return config
 
 
@@ -171,7 +175,8 @@ def original_config(file: Path, values: dict, tower: Path | None) -> LLaVAConfig
     elif name in OPENAI_TOWERS:
         vision = VisionConfig(image_size=OPENAI_TOWERS[name])
     else:
-        raise ValueError(f"{file}: mm_vision_tower {name!r} is not known; give the tower's folder")
+        raise ValueError(f"{file}: mm_vision_tower {brief(name)} is not known; give the tower's "
+                         "folder (--tower)")
     text = replace(text, vocab_size=-(-(stored + 2) // 64) * 64)
     eos, layer = values.get("eos_token_id", 2), values.get("mm_vision_select_layer", -2)
     act = "linear" if values.get("mm_projector_type", "linear") == "linear" else "gelu"
@@ -192,8 +197,12 @@ def image_settings(file: Path, values: dict, size: int, pad: bool) -> ImageSetti
     for key in ("size", "crop_size"):
         sides = values.get(key) or size
         if set(sides.values() if isinstance(sides, dict) else [sides]) - {size, None}:
-            raise ValueError(f"{file}: {key} is {sides}, but the tower takes {size} pixels")
+            raise ValueError(
+                f"{file}: {key} is {brief(sides)}, but the tower takes {size} pixels")
     mean, std = values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD)
+    for name, three, least in (("image_mean", mean, -10), ("image_std", std, 1e-6)):
+        if len(three) != 3 or not all(least <= each < 10 for each in three):
+            raise ValueError(f"{file}: {name} is {brief(three)}, not three numbers")
     return ImageSettings(size, tuple(mean), tuple(std), "pad" if pad else "crop")
 
 

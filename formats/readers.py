@@ -9,19 +9,19 @@
     prompts for PPO, GRPO (JSON) image, conversations, caption_type, length_bonus  -> Prompt
     image_to_caption.json        {file name: [captions]}                           -> read_captions
 
-The fields of a row decide which it is. A preference also serves as a conversation (with its better
+`dialects.py` brings other tools' rows to these forms. The fields of a row decide which it is. A preference also serves as a conversation (with its better
 response), and any row as a prompt. A row that cannot be used is an error that names file and row:
 nothing is cut, guessed or dropped silently. Tokens come later, in data.py.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from formats.files import read_json
+from formats.dialects import plain, wrong_types
+from formats.files import brief, read_json
 from formats.rows import (
-    DataError, ParquetImage, Source, find_files, image_path, read_rows, skipping,
+    LISTED, DataError, ParquetImage, Source, find_files, image_path, read_rows, refuse, skipping,
 )
 from formats.tokenizer import IMAGE
 
@@ -111,19 +111,26 @@ def read_prompts(patterns: Patterns, images: Folder = None, skip: Skip = None) -
 def read_records(make: Callable, patterns: Patterns, images: Folder, skip: Skip) -> list:
     """Return `make(name, row, folder of images)` of every row of every file.
 
-    A bad file, a bad row that is not skipped, and no usable row at all are a DataError.
+    A bad file, bad rows that are not skipped, and no usable row at all are a DataError.
     """
-    records = []
+    if images and not Path(images).is_dir():
+        raise DataError(f"{images}: no such folder")
+    records, bad = [], [] if skip is None else skip
     for path in find_files(patterns):
         for name, row in latest_corrections(read_rows(path)):
-            with skipping(skip):
+            with skipping(bad):
                 if isinstance(row, DataError):
                     raise row
                 if not isinstance(row, dict):
                     raise DataError(f"{name}: expected an object, found a {type(row).__name__}")
-                records.append(make(name, row, images or path.parent))
+                with wrong_types(name):
+                    records.append(make(name, plain(name, row), images or path.parent))
+            if skip is None:
+                refuse(bad, LISTED + 1)
+    if skip is None:
+        refuse(bad)
     if not records:
-        why = f"; the first one: {skip[0]}" if skip else ""
+        why = f"; the first one: {bad[0]}" if bad else ""
         raise DataError(f"no usable row in {', '.join(map(str, patterns))}{why}")
     return records
 
@@ -144,7 +151,7 @@ def read_captions(path: str | Path) -> dict[str, list[str]]:
     captions = read_json(Path(path))
     for image, texts in captions.items():
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-            raise DataError(f"{path}: {image!r} should have a list of captions")
+            raise DataError(f"{path}: {brief(image)} should have a list of captions")
     return captions
 
 
@@ -162,7 +169,7 @@ def captions_of(
     for i in range(len(parts)):
         if "/".join(parts[i:]) in captions:
             return captions["/".join(parts[i:])]
-    raise DataError(f"{name}: no captions for image '{path}'")
+    raise DataError(f"{name}: no captions for image {brief(str(path))}")
 
 
 # ------------------------------------------------------------------------------- from row to record
@@ -171,10 +178,11 @@ def captions_of(
 def make_pair(name: str, row: dict, images: str | Path) -> Pair:
     """Return a Pair from a row of any preference format."""
     if not {"chosen", "rejected", "output_1", "output_2"} & row.keys():
-        if "conversations" in row:
+        fields = [str(key) for key, value in row.items() if value is not None]
+        if row.get("conversations"):
             raise DataError(f"{name}: a conversation without two answers to compare (SFT takes it)")
         raise DataError(
-            f"{name}: no preference among its fields ({', '.join(map(str, row)) or 'none'}); "
+            f"{name}: no preference among its fields ({brief(', '.join(fields) or 'none')[1:-1]}); "
             "expected image, question, chosen and rejected; or text, which holds them as JSON; or "
             "conversations, output_1, output_2 and preference"
         )
@@ -186,8 +194,8 @@ def make_pair(name: str, row: dict, images: str | Path) -> Pair:
             raise DataError(f"{name}: the last turn should be from 'gpt', after one from 'human'")
         outputs = {key: value.get("value") for key, value in row.items() if isinstance(value, dict)}
         texts = [text_of(name, outputs, key) for key in ("output_1", "output_2")]
-        if row.get("preference") not in (1, 2):
-            raise DataError(f"{name}: preference is {row.get('preference')!r}, not 1 or 2")
+        if row.get("preference") not in (1, 2) or row["preference"] is True:
+            raise DataError(f"{name}: preference is {brief(row.get('preference'))}, not 1 or 2")
         chosen, rejected = texts if row["preference"] == 1 else texts[::-1]
     else:
         question, history = question_of(name, row), history_of(name, row)
@@ -217,10 +225,10 @@ def make_prompt(name: str, row: dict, images: str | Path) -> Prompt:
     else:
         question = question_of(name, row)
     kind, bonus = row.get("caption_type", 1), row.get("length_bonus", 1.0)
-    if kind not in range(1, 8):
-        raise DataError(f"{name}: caption_type is {kind!r}, not 1 to 7")
-    if not isinstance(bonus, int | float) or not math.isfinite(bonus):
-        raise DataError(f"{name}: length_bonus is {bonus!r}, not a number")
+    if kind not in range(1, 8) or kind is True:
+        raise DataError(f"{name}: caption_type is {brief(kind)}, not 1 to 7")
+    if not isinstance(bonus, int | float) or not abs(bonus) < 1e9:
+        raise DataError(f"{name}: length_bonus is {brief(bonus)}, not a number")
     prompt = Prompt(name, image, question, kind, float(bonus))
     if prompt.truth in ("A", "B", "C", "D") and f"{prompt.truth}." not in question:
         raise DataError(f"{name}: the right option is {prompt.truth}, but the question lists no "
@@ -279,9 +287,9 @@ def turns_of(name: str, messages: list[dict], image: bool) -> list[Turn]:
         expected = ("human", "gpt")[len(values) % 2]
         speaker, value = message.get("from"), message.get("value")
         if speaker != expected:
-            raise DataError(f"{name}: turn {number} is from {speaker!r}, not {expected!r}")
+            raise DataError(f"{name}: turn {number} is from {brief(speaker)}, not {expected!r}")
         if not isinstance(value, str) or not value.replace(IMAGE, "").strip():
-            raise DataError(f"{name}: turn {number}, from {speaker!r}, is empty")
+            raise DataError(f"{name}: turn {number}, from {brief(speaker)}, is empty")
         values.append(value)
     if not values:
         raise DataError(f"{name}: no question; the first turn should be from 'human'")

@@ -7,7 +7,7 @@ memory. `readers.py` interprets the rows.
 
 import contextlib
 import io
-import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,9 +18,16 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from formats.files import brief, parse_json
 from vision import to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders that ever open a user's file
+# A small file can hold a gigantic picture. Pillow only warns of one, and whether a warning becomes
+# an error is a setting that all threads share; so `open_image` compares the size itself.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+LISTED = 20  # bad rows are listed at once, up to this number
 
 
 class DataError(ValueError):
@@ -39,10 +46,20 @@ def skipping(skip: list[str] | None) -> Iterator[None]:
 
 
 def report_skipped(skip: list[str] | None) -> None:
-    """Print to stderr how many rows were left out, and why; at most 20 reasons."""
+    """Print to stderr how many rows were left out, and why; at most LISTED reasons."""
     if skip:
-        more = [f"and {len(skip) - 20} more"] if len(skip) > 20 else []
-        print(f"{len(skip)} rows left out:", *skip[:20], *more, sep="\n  ", file=sys.stderr)
+        more = [f"and {len(skip) - LISTED} more"] if len(skip) > LISTED else []
+        print(f"{len(skip)} rows left out:", *skip[:LISTED], *more, sep="\n  ", file=sys.stderr)
+
+
+def refuse(bad: list[str], least: int = 1) -> None:
+    """Raise a DataError of at least `least` messages about bad rows; it lists LISTED of them."""
+    if len(bad) == 1 == least:
+        raise DataError(bad[0])
+    if len(bad) >= least:
+        count = "many" if len(bad) > LISTED else len(bad)
+        raise DataError("\n  ".join([f"{count} rows cannot be used (--skip_bad_rows leaves them "
+                                     "out):", *bad[:LISTED]]))
 
 
 # -------------------------------------------------------------------------------- from file to rows
@@ -59,6 +76,8 @@ def find_files(patterns: Sequence[str | Path]) -> list[Path]:
         for path in map(Path, found):
             if path.is_dir():
                 raise DataError(f"{path}: a folder; name its files, for example '{path}/*.parquet'")
+            if not path.is_file():  # a pipe could be read once, and only in order
+                raise DataError(f"{path}: not a regular file; write the rows into one")
             paths.append(path)
     return paths
 
@@ -91,15 +110,15 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
             if line.strip():
                 name = f"{path} row {number}"
                 try:
-                    yield name, json.loads(line.decode("utf-8-sig"))
-                except (ValueError, RecursionError) as error:  # of the JSON or of its encoding
+                    yield name, parse_json(line)
+                except ValueError as error:  # of the JSON or of its encoding
                     yield name, DataError(f"{name}: not valid JSON ({error})")
 
 
 def read_array(path: Path) -> Iterator[tuple[str, object]]:
     try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        rows = parse_json(path.read_bytes())
+    except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error}); is the file complete?") from None
     for number, row in enumerate(rows, 1):
         yield f"{path} row {number}", row
@@ -120,11 +139,15 @@ def open_parquet(path: Path):
 def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
     """Yield rows, one row group in memory at a time, without the bytes of their images."""
     table, number = open_parquet(path), 0
-    fields = {f.name: str(f.type) for f in table.schema_arrow}
-    embedded = fields.get("image", "").startswith(("struct", "binary", "large_binary"))
+    kinds = {f.name: str(f.type) for f in table.schema_arrow}
     leaves = [table.schema.column(i).path for i in range(len(table.schema))]
-    columns = [leaf for leaf in leaves if not (embedded and leaf in ("image", "image.bytes"))]
+    binary = re.compile(r"(list<\w+: )?(struct<(.*, )?bytes: )?(large_)?binary")
+    column = next((name for name in ("image", "images") if binary.match(kinds.get(name, ""))), None)
+    leaf = next((leaf for leaf in leaves if re.fullmatch(rf"{column}(\..*)?\.bytes", leaf)), column)
     for group in range(table.num_row_groups):
+        # An image file of `datasets` may also be named only, its bytes null.
+        embedded = column and not all_null(table, group, leaves.index(leaf))
+        columns = [each for each in leaves if not (embedded and each == leaf)]
         try:
             rows = table.read_row_group(group, columns).to_pylist()
             rows = rows or [{} for _ in range(table.metadata.row_group(group).num_rows)]
@@ -134,14 +157,20 @@ def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
             number += 1
             name = f"{path} row {number}"
             if embedded:
-                file_name = (row.get("image") or {}).get("path") or row.get("image_path") or ""
-                row["image"] = ParquetImage(path, group, i, str(file_name))
-            if str(row.get("text", "")).startswith("{"):  # RLHF-V: question and answers as JSON
-                try:
-                    row |= json.loads(row["text"])
-                except (ValueError, RecursionError) as error:
-                    row = DataError(f"{name}: text is not valid JSON ({error})")
+                cell = row.get(column) or {}
+                cells = cell if isinstance(cell, list) else [cell]
+                if len(cells) > 1:
+                    row = DataError(f"{name}: {len(cells)} images; a row has one")
+                else:
+                    file_name = (cells or [{}])[0].get("path") or row.get("image_path") or ""
+                    row["image"] = ParquetImage(path, group, i, str(file_name), column)
             yield name, row
+
+
+def all_null(table, group: int, leaf: int) -> bool:
+    """Whether a column of a row group of a parquet file holds nothing."""
+    column = table.metadata.row_group(group).column(leaf)
+    return column.statistics is not None and column.statistics.null_count == column.num_values
 
 
 # ------------------------------------------------------------------------------------------- images
@@ -155,20 +184,24 @@ class ParquetImage:
     group: int  # row group
     row: int  # within the group
     name: str  # file name in the data set; may be empty
+    column: str = "image"
 
     def read(self) -> bytes | None:
-        column = image_column(self.file, self.file.stat().st_mtime_ns, self.group)
+        column = image_column(self.file, self.file.stat().st_mtime_ns, self.group, self.column)
         cell = column[self.row].as_py()
-        return cell.get("bytes") if isinstance(cell, dict) else cell
+        if isinstance(cell, list):
+            cell = cell[0] if cell else None
+        content = cell.get("bytes") if isinstance(cell, dict) else cell
+        return content if isinstance(content, bytes) else None
 
 
 Source = Path | ParquetImage  # where an image is
 
 
 @lru_cache(maxsize=1)
-def image_column(file: Path, changed: int, group: int):
+def image_column(file: Path, changed: int, group: int, column: str):
     """Return the images of one row group. The last group stays in memory: rows come in order."""
-    return open_parquet(file).read_row_group(group, ["image"]).column("image")
+    return open_parquet(file).read_row_group(group, [column]).column(column)
 
 
 def image_path(name: str, image: str, images: str | Path | None) -> Path:
@@ -177,12 +210,14 @@ def image_path(name: str, image: str, images: str | Path | None) -> Path:
     try:
         path = (folder / str(image)).resolve()
         there = path.is_file()
-    except (OSError, ValueError) as error:  # a name that no file can have
-        raise DataError(f"{name}: image {image[:80]!r} is no file name ({error})") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, a loop
+        raise DataError(f"{name}: image {brief(image)} is no file name "
+                        f"({getattr(error, 'strerror', None) or brief(str(error))})") from None
     if not path.is_relative_to(folder):
-        raise DataError(f"{name}: image {image!r} lies outside the image folder {folder}")
+        raise DataError(f"{name}: image {brief(image)} lies outside the image folder {folder}")
     if not there:
-        raise DataError(f"{name}: no image {image!r} in {folder}; point --images at its folder")
+        raise DataError(f"{name}: no image {brief(image)} in {folder}; point --images at its "
+                        "folder")
     return path
 
 
@@ -202,11 +237,14 @@ def open_image(name: str, source: Source | bytes) -> Image.Image:
     label = "its bytes" if isinstance(source, bytes) else source.name or "in the parquet file"
     content = image_content(name, source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            file = io.BytesIO(content) if isinstance(content, bytes) else content
-            with Image.open(file, formats=FORMATS) as image:
-                return to_rgb(ImageOps.exif_transpose(image))
+        file = io.BytesIO(content) if isinstance(content, bytes) else content
+        with Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
+            return to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
+        raise DataError(f"{name}: cannot read image {label}: it has more than "
+                        f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; make it smaller") from None
     except Exception as error:  # a broken file makes decoders raise anything
         reason = str(error).split("<")[0].strip() or type(error).__name__
         raise DataError(f"{name}: cannot read image {label} ({reason}); only complete JPEG, PNG "

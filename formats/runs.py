@@ -1,0 +1,84 @@
+"""The folder of a run: who may write into it, what is ever deleted there, and when it is finished."""
+
+import contextlib
+import platform
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from config import TRANSIENT, VERSION, Run, Training
+from formats.files import read_json, remove, remove_leftovers, write_atomic
+from formats.state import latest_state
+
+# What a run writes into its folder, and all that is ever deleted there. config.json proves that the
+# folder is a run's, so it goes last.
+WRITTEN = ("checkpoint-*", "model", "adapter", "tensorboard", "*_head.safetensors", "features.bin",
+           "metrics.jsonl", "samples.jsonl", "pairs.json", "reference.json", "results.json",
+           "report.html", "config.json")
+
+
+def settings_of(run: Run, config: Training) -> dict:
+    """The settings that decide a run's result."""
+    return {k: v for k, v in {**asdict(run), **asdict(config)}.items() if k not in TRANSIENT}
+
+
+def settings_of_run(folder: Path) -> dict | None:
+    """The settings of the run in a folder; None if its config.json is not one of ours, or absent."""
+    with contextlib.suppress(ValueError, OSError, LookupError, TypeError):
+        content = read_json(folder / "config.json")
+        if "plumbline" in content["versions"] and isinstance(content["settings"], dict):
+            return content["settings"]
+    return None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a run that has written all its outputs."""
+    return (settings_of_run(folder) is not None and (folder / "report.html").exists()
+            and not latest_state(folder))
+
+
+def clear(folder: Path, run: Run, config: Training) -> None:
+    """Delete what a run wrote, nothing else, and nothing that this run reads (a ValueError)."""
+    doomed = [path for pattern in WRITTEN for path in sorted(folder.glob(pattern))]
+    names = ("model", "images", "reward_model", "captions")
+    read = [*(run.data or ()), *(getattr(run, n, None) or getattr(config, n, None) for n in names)]
+    for path in doomed:
+        for each in filter(None, read):
+            if Path(each).resolve().is_relative_to(path.resolve()):
+                raise ValueError(f"{each} is an input of this run and in {folder}, which it would "
+                                 "overwrite; choose another --out")
+    for path in doomed:
+        remove(path)
+
+
+def open_folder(folder: Path, run: Run, config: Training, about: str, reads: str) -> bool:
+    """Prepare the output folder and write its config.json; True if resuming."""
+    settings, file = settings_of(run, config), folder / "config.json"
+    remove_leftovers(folder)
+    old, state = settings_of_run(folder), latest_state(folder)
+    if old is None and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run of ours; choose another --out")
+    if old is None and run.resume:
+        raise ValueError(f"{folder} holds no run to resume")
+    if old is not None and not run.overwrite:
+        changed = sorted(k for k in old.keys() | settings.keys() if old.get(k) != settings.get(k))
+        if changed and (run.resume or state or (folder / "metrics.jsonl").exists()):
+            raise ValueError(
+                f"{folder} holds a run with other settings ({', '.join(changed)} differ); "
+                "choose another --out, or --overwrite it"
+            )
+        if state and not run.resume:
+            raise ValueError(
+                f"{folder} holds an unfinished run; --resume continues, --overwrite restarts it")
+    resume = run.resume and state is not None  # else nothing was saved: from the start
+    if not resume:
+        if is_finished(folder):
+            print(f"{folder}: replacing the finished run", file=sys.stderr)
+        clear(folder, run, config)
+    versions = {"plumbline": VERSION, "torch": torch.__version__,
+                "python": platform.python_version()}
+    write_atomic(file, {"settings": settings, "versions": versions, "about": about,
+                        "reads": reads})
+    return resume
