@@ -126,7 +126,7 @@ from evaluation.answers import ImageQuestion, answer_file, read_questions
 from evaluation.builtin import SCENES
 from evaluation.parts import LONG_TOKENS, Part
 from formats.checkpoint import find_device, fingerprint, load_llava
-from formats.files import error_message, write_atomic
+from formats.files import error_message, understood, write_atomic
 from formats.rows import find_files, open_image, report_skipped
 from formats.tokenizer import Tokenizer
 from model import LLaVA
@@ -183,7 +183,8 @@ def run_world(args: Namespace) -> None:
 
 
 def run_compare(args: Namespace) -> None:
-    print(evaluation.compare_runs(args.compare, args.seed))
+    with understood(" and ".join(args.compare)):
+        print(evaluation.compare_runs(args.compare, args.seed))
 
 
 def run_image(args: Namespace) -> None:
@@ -262,7 +263,8 @@ def score(args: Namespace, chosen: Sequence[Part]) -> list[dict]:
     for part in chosen:
         tokens = args.max_new_tokens or part.tokens
         if args.answers:
-            rows = part.given(Path(args.answers))
+            with understood(args.answers):
+                rows = part.given(Path(args.answers))
         else:
             path = output_file(args, f"{part.file}.jsonl")
             rows = list(map(part.clean, answer(args, part.ask(), path, tokens)))

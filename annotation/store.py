@@ -23,11 +23,13 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 
-from formats.files import sync
+from formats.dialects import plain, wrong_types
+from formats.files import parse_json, sync
 from formats.readers import image_of, question_of, text_of
 from formats.rows import DataError, whole_rows
 
 FIELDS = {"id", "image", "chosen", "rejected", "status", "segments", "annotator", "seconds"}
+TEXTS = ("id", "image", "rejected", "status", "annotator")
 ANONYMOUS = "anonymous"  # the one annotator who gets the answers in the file's order
 
 
@@ -54,8 +56,8 @@ def read_answers(path: Path, images: str | Path | None) -> tuple[list[Answer], i
     """
     found, empty = {}, 0
     for name, row in whole_rows(path):
-        if not isinstance(row, dict):
-            raise DataError(f"{name}: expected an object with image, question and answer")
+        with wrong_types(name):
+            row = plain(name, row)
         if row.get("answer") == "" or "answer" not in row and "error" in row:
             empty += 1
             continue
@@ -75,9 +77,10 @@ def read_lines(path: Path, content: bytes) -> list[dict]:
     lines = []
     for number, text in enumerate(content.splitlines(), 1):
         try:
-            lines.append(json.loads(text))
-            if FIELDS - lines[-1].keys():
+            line = parse_json(text)
+            if FIELDS - line.keys() or not all(isinstance(line[name], str) for name in TEXTS):
                 raise ValueError
+            lines.append(line)
         except (ValueError, AttributeError):
             raise DataError(f"{path} row {number}: not a line of annotate.py; mend it, or move the "
                             "file away") from None

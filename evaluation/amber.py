@@ -84,16 +84,16 @@ def read_amber(folder: Path) -> Amber:
     for name, row in whole_rows(annotations):
         try:
             yes_or_no = row["type"] != "generative" and row["truth"] in ("yes", "no")
-            if not yes_or_no and not (isinstance(row["truth"], list) and
-                                      isinstance(row["hallu"], list)):
+            if not yes_or_no and not all(isinstance(each, str) for each in
+                                         (*row["truth"], *row["hallu"])):
                 raise TypeError
-            truths[int(row["id"])] = row
-        except (KeyError, TypeError, ValueError):
+            truths[int(row["id"])] = row | {"type": str(row["type"])}
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise DataError(f"{name}: expected id, type and truth, as in AMBER's "
                             "annotations.json") from None
     for number, row in enumerate(asked, 1):
-        fields = row.keys() if isinstance(row, dict) else ()
-        if not {"id", "image", "query"} <= set(fields) or row["id"] not in truths:
+        texts = all(isinstance(row.get(field), str) for field in ("image", "query"))
+        if not texts or type(row.get("id")) is not int or row["id"] not in truths:
             raise DataError(f"{queries} row {number}: expected id, image and query, and an "
                             f"annotation of that id in {annotations}")
     if not safe.is_file():

@@ -175,8 +175,11 @@ def read_mmhal(path: Path) -> list[dict]:
     rows = list(whole_rows(path))
     for name, row in rows:
         for field in MMHAL_FIELDS:
-            if not isinstance(row, dict) or field not in row:
+            wanted = list if field == "image_content" else str
+            if not isinstance(row.get(field), wanted):
                 raise DataError(f"{name}: no {field}; is it MMHal's template?")
+        if not all(isinstance(each, str) for each in row["image_content"]):
+            raise DataError(f"{name}: image_content should be a list of texts")
     return [row for _, row in rows]
 
 
@@ -203,14 +206,14 @@ def read_replies(path: Path, count: int) -> list[str]:
     OpenAI's chat completions. DataError if one is none of these, or its prompt does not exist.
     """
     replies = {}
-    for number, (name, row) in enumerate(whole_rows(path)):
+    for number, (name, row) in enumerate(whole_rows(path, (dict, str))):
         try:
             if isinstance(row, str):
                 row = {"reply": row}
             elif "choices" in row:
                 row = {"reply": row["choices"][0]["message"]["content"]}
             replies[int(row.get("id", number))] = str(row["reply"])
-        except (LookupError, TypeError, ValueError, AttributeError):
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
             raise DataError(f'{name}: expected {{"id": 0, "reply": "..."}}') from None
     if strange := sorted(set(replies) - set(range(count))):
         raise DataError(f"{path}: a reply to prompt {strange[0]}, but there are only {count}")

@@ -212,6 +212,8 @@ def read_objects(
         content = read_json(path)
         try:
             named, found = image_rows(content)
+            if not all(isinstance(text, str) for _, text in (*named, *found)):
+                raise TypeError
         except (KeyError, TypeError, AttributeError):
             raise DataError(f"{path}: neither COCO annotations (instances or captions) nor "
                             '{"image.jpg": ["object", ...]}') from None

@@ -18,6 +18,7 @@ from evaluation.benchmarks import (
 from evaluation.judge import judge_note
 from evaluation.metrics import Terms, grouped, with_intervals
 from evaluation.synonyms import Synonyms, synonym_terms
+from formats.files import understood
 from formats.rows import DataError, image_path, whole_rows
 
 DESCRIBE = "Please describe this image in detail."  # where a benchmark has no question of its own
@@ -80,7 +81,8 @@ def same_number(path: Path, answers: Path) -> list[tuple[str, dict, str]]:
     rows, given = list(whole_rows(path)), read_answers(answers)
     if len(rows) != len(given):
         raise DataError(f"{answers}: {len(given)} answers to {len(rows)} questions")
-    return [(name, row, each["answer"]) for (name, row), each in zip(rows, given)]
+    return [(name, {**row, "image": str(row.get("image", i))}, each["answer"])
+            for i, ((name, row), each) in enumerate(zip(rows, given))]
 
 
 # --------------------------------------------------------------------------- POPE and short answers
@@ -171,8 +173,9 @@ def amber_parts(
     folder: Path, images: str | None, suffix: str | None, skip: list | None
 ) -> list[Part]:
     """Return AMBER's descriptions and its yes/no questions, those that query_all.json has."""
-    bench = amber_.read_amber(folder)
-    words, ending = amber_.best_words(bench), on_new_line(suffix, "")
+    with understood(folder):
+        bench = amber_.read_amber(folder)
+        words, ending = amber_.best_words(bench), on_new_line(suffix, "")
     where = images or (folder / "images" if (folder / "images").is_dir() else folder)
 
     def given(generative: bool, answers: Path) -> Rows:

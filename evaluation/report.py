@@ -22,7 +22,7 @@ from evaluation.benchmarks import MMHAL_KINDS
 from evaluation.builtin import NEGATIVES, TOPICS, world_terms
 from evaluation.charts import curves, dumbbell
 from evaluation.metrics import PER_KIND, format_metric, paired, read_results, unit
-from formats.files import read_json, write_atomic
+from formats.files import read_json, understood, write_atomic
 from formats.readers import Pair
 from formats.rows import DataError, open_image
 from formats.tokenizer import Tokenizer
@@ -70,7 +70,15 @@ def write_report(run_folder: Path | str) -> Path:
 
     FileNotFoundError if there is no config.json, ValueError if a file cannot be read.
     """
-    folder = Path(run_folder)
+    path = Path(run_folder) / "report.html"
+    with understood(path.parent):
+        page = report_page(path.parent)
+    write_atomic(path, page)
+    return path
+
+
+def report_page(folder: Path) -> str:
+    """Return the page."""
     config = read_json(folder / "config.json")
     results, pairs = folder / "results.json", folder / "pairs.json"
     steps, samples = (whole_lines(folder / f"{log}.jsonl") for log in ("metrics", "samples"))
@@ -88,15 +96,13 @@ def write_report(run_folder: Path | str) -> Path:
         "Settings": setting_table(config),
     }
     anchors = {title: title.lower().replace(" ", "-") for title in sections if sections[title]}
-    path = folder / "report.html"
-    write_atomic(path, PAGE.substitute(
+    return PAGE.substitute(
         name=escape(folder.resolve().name), summary=summary(config, steps),
         tiles=tiles(before[0], after[0]),
         links="".join(f'<a href="#{anchor}">{title}</a>' for title, anchor in anchors.items()),
         sections="\n".join(
             f'<section id="{anchor}"><h2>{title}</h2>{sections[title]}</section>'
-            for title, anchor in anchors.items())))
-    return path
+            for title, anchor in anchors.items()))
 
 
 def summary(config: dict, steps: list[dict]) -> str:

@@ -26,11 +26,13 @@ def error_message(error: Exception, folder: Path | str = "") -> str:
     Args:
         folder: what was being written, where the system's error does not say.
     """
-    if not isinstance(error, OSError) or not error.errno:
-        return str(error)
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    reason = "the disk is full; make room and resume" if full else error.strerror.lower()
-    return f"{error.filename or folder}: {reason}"
+    text = str(error)
+    if isinstance(error, OSError) and error.errno:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "the disk is full; make room and resume" if full else error.strerror.lower()
+        text = f"{error.filename or folder}: {reason}"
+    lines = text.split("\n")  # some errors repeat a file's content
+    return "\n".join(f"{x[:400]} ... {x[-200:]}" if len(x) > 700 else x for x in lines)
 
 
 def brief(value: object) -> str:

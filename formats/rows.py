@@ -96,11 +96,13 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     return read_array(path) if is_array else read_jsonl(path)
 
 
-def whole_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """Yield what `read_rows` does, but raise the DataError of a row that cannot be read."""
+def whole_rows(path: Path, kinds: type | tuple[type, ...] = dict) -> Iterator[tuple[str, object]]:
+    """Yield what `read_rows` does; a DataError for a row that is none or not of these kinds."""
     for name, row in read_rows(path):
         if isinstance(row, DataError):
             raise row
+        if not isinstance(row, kinds):
+            raise DataError(f"{name}: expected an object, found a {type(row).__name__}")
         yield name, row
 
 

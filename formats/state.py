@@ -116,7 +116,7 @@ def load_state(folder: Path | str) -> tuple[dict, dict[str, StoredRows]]:
             file = folder / f"weights-{i + 1:05}-of-{saved['files']:05}.safetensors"
             for name, part in open_file(file)[0].items():
                 weights.setdefault(name, StoredRows()).parts.append(part)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         raise ValueError(
             f"{folder}: cannot be resumed from ({error}); use an earlier one") from None
     return state, weights
