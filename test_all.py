@@ -1929,7 +1929,7 @@ def test_one_command_at_a_time_writes_an_answers_file(run_evaluate):
         with pytest.raises(ValueError, match="a.jsonl: another command is writing it"):
             answers.answer_file(respond, "m", questions, Path("a.jsonl"), 2)
         found.append(len(texts))
-        return texts
+        return ["-"] * len(texts)
 
     assert len(answers.answer_file(respond, "m", questions, Path("a.jsonl"), 4)) == sum(found) == 7
 
