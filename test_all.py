@@ -3876,6 +3876,7 @@ def test_dry_run_prints_the_memory_of_gpus(run_train, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     shown = run_train("--dry_run", "--gpus", 8)
     assert shown.count("\n") == 12 and "13B LoRA 64, recomputing" in shown
+    assert not torch.utils.deterministic.fill_uninitialized_memory  # or each buffer is written
     shown = run_train("--dry_run", "--gpus", 2, "--lora", 8, "--model", recipes.SHIPPED["base"])
     assert "each of 2 GPUs" in shown and "base LoRA 8 " in shown and "7B" not in shown
     with pytest.raises(SystemExit):
@@ -5165,7 +5166,7 @@ TINY_GPU = bench_gpu.Sizes(
     checked=(2, 5, 16, 60), head=(2, 5, 16, 60), pairs=2, question=5, response=8, rank=4,
     batches=(2,), new_tokens=5, compiled=(False,), repeats=2, matrix=64, world=("--steps", "3"))
 GPU_ROWS = {  # rows, and columns that hold numbers above 0
-    bench_gpu.loss_head: (32, ("ms", "x floor")),
+    bench_gpu.loss_head: (30, ("ms", "x floor")),
     bench_gpu.lora_steps: (2, ("pairs/s", "MFU %", "decoder %", "head %", "backward %")),
     bench_gpu.full_steps: (2, ("pairs/s", "MFU %", "decoder %", "head %", "backward %")),
     bench_gpu.decoding: (1, ("tokens/s", "bandwidth %", "first run, s")),
@@ -5230,7 +5231,8 @@ def test_kernels_bench_gpu_goes_on_when_a_part_fails(tmp_path, monkeypatch, capf
     assert right["error"] is None and len(right["rows"]) == 7
     assert all(row["right"] for row in right["rows"])
     shown = capfd.readouterr().out
-    assert shown == (tmp_path / "gpu.md").read_text() and "Failed: stopped after 0 s" in shown
+    assert shown.split() == (tmp_path / "gpu.md").read_text().split()
+    assert "Failed: stopped after 0 s" in shown
     assert "| segment_reduce | " in shown
 
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import ddpo
+import ppo
 import recipes
 import rollouts
 import sharding
@@ -241,8 +241,7 @@ def ppo_rollout(sizes: Sizes) -> Iterator[Row]:
     """Completions of PPO's policy, four to a prompt, with LoRA."""
     start = make_start(sizes, sizes.rank)
     count = max(sizes.batches)
-    config = SimpleNamespace(samples=4, temperature=1.0, max_new_tokens=sizes.new_tokens,
-                             generate_batch=count)
+    config = ppo.PPOConfig(samples=4, max_new_tokens=sizes.new_tokens, generate_batch=count)
     policy = rollouts.AdaptedModel(start.model, "default")
     run = partial(rollouts.sample, policy, make_examples(sizes, count), config, 0, 0)
     first = seconds(run, sizes.device)
