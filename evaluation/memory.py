@@ -33,12 +33,13 @@ def memory_table(models: dict[str, LLaVAConfig], gpus: int, rank: int, config: T
     lines = [
         f"Computed, not measured: gigabytes on each of {gpus} GPUs, {rows} rows of {TOKENS} tokens",
         "per forward pass, products in bfloat16, AdamW. CUDA itself takes 1 to 2 more. Without",
-        "LoRA PPO holds three models, with a critic four. Recomputing: with --gradient_checkpointing."]
+        "LoRA reinforcement holds three models (a critic is a fourth). Recomputing: with",
+        "--gradient_checkpointing."]
     for name, shape in models.items():
         for lora in (0, rank):
             for recompute in (False, True):
                 numbers = per_gpu(shape, gpus, lora, rows, recompute)
-                if len(lines) == 3:
+                if len(lines) == 4:
                     lines.append(" " * 24 + "".join(f"{column:>12}" for column in numbers))
                 kind = f"{name} {f'LoRA {lora}' if lora else 'full'}{', recomputing' * recompute}"
                 cells = [f"{number / 1e9:12.2f}" for number in numbers.values()]
