@@ -24,6 +24,7 @@ from annotation.server import LOOPBACK, Server
 from annotation.store import Store, read_answers
 from formats.checkpoint import fingerprint, load_llava
 from formats.files import error_message, jsonl, write_atomic
+from formats.opening import open_model
 from generation import answers
 
 WORLD = Path("runs/annotate")  # where --world works
@@ -57,10 +58,7 @@ def make_world() -> Path:
 
 def read_units(model: str | Path | None) -> Units:
     """Return the tokens of a run's or model's folder, or words."""
-    if model is None:
-        return Units()
-    folder = Path(model) / "model" if (Path(model) / "model").is_dir() else Path(model)
-    return Units(load_llava(folder)[1])
+    return Units() if model is None else Units(open_model(model)[1])
 
 
 def open_server(given: argparse.Namespace) -> Server:

@@ -47,7 +47,8 @@ def number(kind: type, least: float):
 class Training:
     """Optimisation; each algorithm sets its own defaults."""
 
-    learning_rate: float = option(1e-5, "peak learning rate")
+    learning_rate: float | None = option(
+        None, "peak learning rate; default: by the size of the model and --lora, as printed")
     batch_size: int = option(32, "rows per optimizer step", least=1)
     micro_batch: int = option(
         32, "rows per forward pass; smaller needs less memory, same result", least=1)
@@ -56,9 +57,12 @@ class Training:
     warmup: float = option(0.1, "share of the steps over which the learning rate rises linearly")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay, of matrices only")
+    adam_beta2: float = option(0.95, "AdamW's second beta (both releases: 0.999)")
 
     # Fixed for most algorithms; one that leaves the choice to the user makes options of them.
     optimizer: ClassVar[str] = "adamw"
+    # Learning rates where none is given: all of a small model, all of a large one, and LoRA.
+    rates: ClassVar[dict[str, float]] = {"small": 1e-5, "large": 5e-7, "lora": 2e-4}
     facts: ClassVar[bool] = False  # whether examples carry the image's captions
     captions: ClassVar[str | None] = None  # image_to_caption.json, where the data is the user's
 
@@ -88,10 +92,13 @@ class Run:
     model: str | None = option(None, "folder of a LLaVA model; default: the built-in world's base")
     data: list[str] | None = option(
         None, "JSONL or parquet files; 'world': feedback on the base's own answers")
+    tower: str | None = option(
+        None, "folder of the CLIP of an original LLaVA model that does not include it")
     images: str | None = option(None, "folder of the images that JSONL rows name")
     seed: int = option(0, "decides every random choice")
     lora: int = option(0, "train low-rank adapters of this rank; 0: all of decoder and projector")
-    lora_alpha: float = option(16.0, "LoRA's scale: the update is B A alpha / rank")
+    lora_alpha: float | None = option(
+        None, "LoRA's scale: the update is B A alpha / rank; default: twice the rank")
     device: str = option("auto", "cpu, cuda, cuda:1 ...")
     dtype: str = option("auto", "of computation; auto: bfloat16 on a GPU, float32 on a CPU",
                         choices=("auto", "float32", "bfloat16"))
@@ -108,6 +115,11 @@ class Run:
     gpus: int = option(0, "with --dry_run: print the memory that each of so many GPUs needs")
     resume: bool = option(False, "continue the interrupted run in the output folder")
     overwrite: bool = option(False, "replace the run in the output folder")
+
+    @property
+    def alpha(self) -> float:
+        """LoRA's scale, as given or twice the rank."""
+        return 2.0 * self.lora if self.lora_alpha is None else self.lora_alpha
 
     def use_bfloat16(self, device_type: str) -> bool:
         """Whether products are computed in bfloat16; on a CPU only if asked for."""

@@ -24,13 +24,8 @@ from torch import Tensor
 import parallel
 from formats.rows import DataError, Source
 from formats.readers import Conversation, Pair, Turn
-from formats.tokenizer import IMAGE, Tokenizer
+from formats.tokenizer import IMAGE, SYSTEM, Tokenizer
 from model import LLaVA
-
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the user's questions."
-)
 
 # ----------------------------------------------------------------------------------------- examples
 

@@ -29,7 +29,13 @@ What this file does differently from the released code (RLHF-V/RLHF-V), and why:
    gamma 1.1 and the sum: `--beta 0.1 --gamma 1.1 --no-normalize`.
 2. A segment that was only inserted or deleted counts as corrected, as Eq. 5 says. The released code
    keeps replacements alone: `--replacements_only`.
-3. The diff covers the answers alone; the released code diffs prompt and answer together.
+3. The diff covers the answers alone; the released code diffs prompt and answer together. So where
+   both answers begin with the same one or two tokens, as in "The image", these count as corrected
+   here. difflib's "autojunk", which the release leaves on, is off: it skips frequent tokens.
+4. AdamW's betas are (0.9, 0.95), the release's (0.9, 0.999): `--adam_beta2 0.999`. There are 3
+   passes over the data, in the paper 7: `--epochs 7`.
+5. With `--lora` the learning rate is 2e-4 and alpha twice the rank, as in LLaVA-1.5's own LoRA
+   recipe; the papers train DDPO without LoRA.
 Like the released code, it computes the reference's scores once, before the first step.
 
 The loss is `DDPO.loss`, in plain PyTorch. `--fused on` (the default on a GPU) computes the same
@@ -108,7 +114,8 @@ def anchor_loss(logp: Tensor, group: Tensor, groups: int) -> Tensor:
 class LossConfig(Training):
     """Options of the loss."""
 
-    learning_rate: float = option(1e-5, "peak learning rate (paper, 7B and up: 5e-7)")
+    learning_rate: float | None = option(
+        None, "peak learning rate [1e-5; of a model of 1B and more 5e-7 (paper); with --lora 2e-4]")
     beta: float = option(0.5, "strength of the tie to the reference (paper; release: 0.1)")
     gamma: float = option(5.0, "weight of corrected segments (paper; release: 1.1; 1: no segments)")
     normalize: bool = option(True, "scores are means (Eq. 5), not sums (Eq. 4, and the release)")

@@ -50,6 +50,7 @@ def make_parser(**options) -> ArgumentParser:
     add("run", nargs="?", help="run (or model) folder to measure on the built-in world")
     add("--compare", nargs="+", metavar="RUN", help="measured runs; differences are to the first")
     add("--model", metavar="DIR", help="run or model folder that answers")
+    add("--tower", metavar="DIR", help="CLIP of an original LLaVA model that does not include it")
     add("--image", metavar="FILE", help="a picture to ask about, with --prompt")
     add("--prompt", metavar="TEXT", help="the question; with --data, of rows that have none")
     add("--data", nargs="+", metavar="FILE", help="JSONL, JSON or parquet: image and question")
@@ -115,7 +116,8 @@ if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:
     files = ("image", "data", "pope", "chair", "vqa", "mmhal", "answers", "synonyms",
              "judge_prompt", "replies", "captions")
     check_early(cli, amber="folder", suite="folder", images="folder", run="model", model="model",
-                reward_model="model", compare="model", models="model", **dict.fromkeys(files, "files"))
+                tower="model", reward_model="model", compare="model", models="model",
+                **dict.fromkeys(files, "files"))
 
 import torch
 
@@ -125,32 +127,18 @@ from evaluation import benchmarks, best_of, judge, parts, suite
 from evaluation.answers import ImageQuestion, answer_file, read_questions
 from evaluation.builtin import SCENES
 from evaluation.parts import LONG_TOKENS, Part
-from formats.checkpoint import find_device, fingerprint, load_llava
+from formats.checkpoint import find_device, fingerprint
 from formats.files import error_message, understood, write_atomic
+from formats.opening import Loaded, model_folder, open_model
 from formats.rows import find_files, open_image, report_skipped
-from formats.tokenizer import Tokenizer
-from model import LLaVA
-from vision import ImageSettings
-
-Loaded = tuple[LLaVA, Tokenizer, ImageSettings]
 
 # ----------------------------------------------------------------------- runs, and single questions
-
-
-def model_folder(path: str) -> Path:
-    """Return the folder of a run's model, or the folder itself if it holds a model."""
-    folder = Path(path)
-    if (folder / "model" / "config.json").exists():
-        return folder / "model"
-    if (folder / "metrics.jsonl").exists():
-        raise FileNotFoundError(f"{folder}: an unfinished run; it has no model yet")
-    return folder
 
 
 def load(args: Namespace, path: str) -> Loaded:
     """Load a model in the wanted dtype; a CPU computes float16 models in float32, much faster."""
     device, auto = find_device(args.device), args.dtype == "auto"
-    loaded = load_llava(model_folder(path), device, None if auto else getattr(torch, args.dtype))
+    loaded = open_model(path, device, None if auto else getattr(torch, args.dtype), args.tower)
     if auto and device.type == "cpu" and loaded[0].head.weight.dtype == torch.float16:
         loaded[0].float()
     return loaded

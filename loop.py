@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import nn
@@ -192,6 +193,27 @@ class Loop:
                 write_atomic(log, jsonl(kept))
 
 
+def verdict(folder: Path, reads: str, start: Start, config: Training) -> str:
+    """What to say about a run whose loss has not moved by 5 % after half of its steps; "": nothing.
+
+    Args:
+        reads: kind of rows; PPO's loss, on prompts, says nothing about learning.
+    """
+    guess = {"pairs": math.log(2), "rankings": math.log(2),
+             "conversations": math.log(start.model.config.text.vocab_size)}.get(reads)
+    losses = [row["loss"] for row in whole_lines(folder / "metrics.jsonl")]
+    if guess is None or len(losses) < 2:
+        return ""
+    first, late = losses[0], mean(losses[len(losses) // 2 :])
+    if late < 0.95 * first:
+        return ""
+    how = "has risen" if late > 1.05 * first else "has hardly moved"
+    guessing = ", that of guessing" if abs(late - guess) < 0.05 * guess else ""
+    return (f"the loss {how}: {first:.4g} at first, {late:.4g} in the second half{guessing}; try a "
+            f"larger --learning_rate than {config.learning_rate:g}, or a smaller one if "
+            "logps/chosen has fallen far")
+
+
 def remove_checkpoints(folder: Path, but: Path | None = None) -> None:
     """Remove a run's checkpoints, and what a process that was killed while saving left."""
     for old in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")):
@@ -236,7 +258,7 @@ def make_optimizers(
             group["weight_decay"] = config.weight_decay if weight.ndim > 1 else 0.0
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(  # fused: one pass over the weights, and no temporaries of their size
-            list(groups.values()), betas=(0.9, 0.95), fused=True)
+            list(groups.values()), betas=(0.9, config.adam_beta2), fused=True)
     ]
     if muon:
         optimizers.append(torch.optim.Muon(

@@ -96,6 +96,13 @@ def lora_layers(model: nn.Module, name: str) -> list[LoRALinear]:
     return found
 
 
+def merge_adapter(model: nn.Module, name: str) -> None:
+    """Add an adapter's update to the weights below it, and remove the adapter."""
+    for module in lora_layers(model, name):
+        module.weight = nn.Parameter(module.merged(name).detach(), module.weight.requires_grad)
+        del module.adapters[name]
+
+
 @contextlib.contextmanager
 def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
     """Compute with one adapter, or with none (None); restores the previously active one."""

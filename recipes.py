@@ -5,6 +5,7 @@ say which model and seed they belong to. A user's own model and data take the sa
 """
 
 import contextlib
+import hashlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -30,12 +31,14 @@ from formats import (
     report_skipped,
 )
 from formats.files import lock_folder
+from formats.opening import open_model, parameter_count
 from formats.rows import LISTED, refuse, skipping
 from formats.runs import settings_of, settings_of_run
 from lora import add_adapter, lora_layers, select_trainable
 from model import LLaVA
 from world import feedback, pretraining
 
+LARGE = 1e9  # parameters, from which the papers' learning rates for 7B and 13B apply
 WORLD = Path("runs/world")  # what the built-in world's runs make and reuse
 SHIPPED = {name: Path(world.__file__).parent / name for name in ("base", "rm_init")}
 READERS = {"pairs": read_pairs, "conversations": read_conversations, "rankings": read_pairs,
@@ -63,12 +66,40 @@ def plan(
         if name == "rm":
             first = replace(run, algo=name, dry_run=False)
         settings = algorithms[name].Config(**({"facts": config.facts} if name == "rm" else {}))
+        settings = with_rate(first, settings)
         first = replace(first, out=str(folder), resume=False, overwrite=False)
         begun = settings_of_run(folder)
         same = begun == settings_of(first, settings)  # else that of a killed run is in the way
         first = replace(first, resume=same, overwrite=begun is not None and not same)
         steps += [step for step in plan(first, settings, algorithms) if step not in steps]
-    return [*steps, (run, config)]
+    return [*steps, (run, with_rate(run, config))]
+
+
+def with_rate(run: Run, config: Training) -> Training:
+    """The settings with a learning rate, where neither the user nor the algorithm has one."""
+    if config.learning_rate is not None:
+        return config
+    return replace(config, learning_rate=config.rates[method(run)])
+
+
+def method(run: Run) -> str:
+    """What is trained, as far as learning rates depend on it: a key of `Training.rates`."""
+    if run.lora:
+        return "lora"
+    large = run.model and parameter_count(run.model, run.tower) >= LARGE
+    return "large" if large else "small"
+
+
+def choice(run: Run, config: Training, given: Training) -> str:
+    """Say which settings were chosen and not given, and why; "": none."""
+    why = {"lora": "LoRA's", "large": "that for all of a model of 1B and more parameters",
+           "small": "that for all of a small model"}[method(run)]
+    said = []
+    if given.learning_rate is None:
+        said.append(f"learning rate {config.learning_rate:g}, {why} (--learning_rate)")
+    if run.lora and run.lora_alpha is None:
+        said.append(f"alpha {run.alpha:g}, twice the rank (--lora_alpha)")
+    return "; ".join(said)
 
 
 def dependency(name: str, run: Run, config: Training) -> Path | None:
@@ -100,8 +131,10 @@ def reward_folder(run: Run, config: Training) -> Path:
                          "of a run of python train.py --algo rm")
     kind = "facts" if config.facts else "plain"
     kind += f"-lora{run.lora}" if run.lora else ""
-    base = f"-{Path(run.model).resolve().name}" if run.model else ""
-    return WORLD / f"rm-{kind}{base}-{run.seed}"
+    if run.model:  # its name for people, and what tells folders of one name apart
+        path = Path(run.model).resolve()
+        kind += f"-{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
+    return WORLD / f"rm-{kind}-{run.seed}"
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -125,7 +158,7 @@ def load_start(
     half = run.lora and run.use_bfloat16(device.type)
     dtype = torch.bfloat16 if half else torch.float32
     path = model_path(run, algorithm.first[0])
-    model, tokenizer, images = load_llava(path, device, dtype)
+    model, tokenizer, images = open_model(path, device, dtype, run.tower)
     if bad := not_finite(model.named_parameters()):
         raise ValueError(f"{path}: NaN or infinity in the weights ({', '.join(bad[:4])}); "
                          "download or train them again")
@@ -144,7 +177,7 @@ def select_weights(start: Start, algorithm: type[Algorithm]) -> None:
         start.model.decoder.gradient_checkpointing = run.gradient_checkpointing
     adapter = "default" if run.lora else None
     if adapter:
-        add_adapter(start.model, adapter, run.lora, run.lora_alpha, seed=run.seed)
+        add_adapter(start.model, adapter, run.lora, run.alpha, seed=run.seed)
         for module in lora_layers(start.model, adapter):
             module.active = adapter
         sharding.shard_adapter(start.model, adapter)
@@ -207,7 +240,8 @@ def unsharded(start: Start) -> LLaVA:
     if parallel.world() == 1:
         return start.model
     path = model_path(start.run, "base")
-    return load_llava(path, start.device, start.model.head.weight.dtype, sharded=False)[0]
+    return load_llava(path, start.device, start.model.head.weight.dtype, start.run.tower,
+                      sharded=False)[0]
 
 
 def world_corrections(start: Start, config: Training) -> Path:

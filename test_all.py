@@ -76,7 +76,7 @@ from evaluation import (
 from formats import (
     Conversation, DataError, Pair, checkpoint, features, files, fingerprint, latest_state, layouts,
     load_adapter, load_llava, load_state, open_image, read_conversations, read_pairs, read_prompts,
-    readers, report_skipped, runs, save_adapter, save_llava, save_state,
+    opening, readers, report_skipped, runs, save_adapter, save_llava, save_state,
 )
 from formats import tokenizer as tokenizer_file
 from formats.rows import ParquetImage, find_files, whole_rows
@@ -656,7 +656,8 @@ def test_runs_are_planned_from_settings_alone(tmp_path, monkeypatch, run_train):
 
 
 def test_options_of_optimiser_and_images(tiny, tmp_path):
-    muon = SimpleNamespace(optimizer="muon", muon_rate=0.1, learning_rate=0.01, weight_decay=0.5)
+    muon = SimpleNamespace(optimizer="muon", muon_rate=0.1, learning_rate=0.01, weight_decay=0.5,
+                           adam_beta2=0.9)
     weights = {n: p for n, p in tiny.named_parameters() if n.startswith("decoder")}
     found = [(group["peak"], group["weight_decay"], {p.ndim for p in group["params"]})
              for each in loop.make_optimizers(weights, muon, lambda name: 0.01)
@@ -4403,6 +4404,9 @@ def test_original_layout(tokenizer_model, tmp_path, linear, inside):
     ids = {"vision_model.embeddings.position_ids": torch.arange(5)}  # in old files
     damage(tmp_path / "tower/model.safetensors", None if inside else lambda w: w | ids)
     ours, tokenizer, settings = load_llava(path, tower=tmp_path / "tower")
+    asked = train.parse(["--model", str(path), "--tower", str(tmp_path / "tower")])
+    start = recipes.load_start(*asked, ddpo.DDPO, torch.device("cpu"), tmp_path)
+    assert start.model.config == ours.config
     assert (tokenizer.image_token, tokenizer.pad_token) == (PUBLIC_IMAGE, PUBLIC_PAD)
     assert (settings.mode, ours.config.text.vocab_size) == ("pad", PUBLIC_ROWS)
     assert_equal_logits(ours, public, rows=PIECES)
@@ -4696,6 +4700,136 @@ def test_tokens_are_those_of_transformers(hub_folder, tmp_path):
     for answer in ("Two red cars.", "The bridge is old, and 日本 😀.", "No"):
         whole = theirs(f"{text} {answer}</s>").input_ids
         assert prompt + tokenizer.encode(answer, eos=True) == whole
+
+
+def test_chat_interfaces_give_our_text_and_our_answers(tokenizer_model, tmp_path):
+    public = public_model(text={"max_position_embeddings": 512})
+    ours, tokenizer, _ = load_llava(write_model(tmp_path / "base", public, tokenizer_model))
+    settings, picture = ImageSettings(28, mode="pad"), pictures()["photo"]
+    save_llava(ours, tokenizer, settings, tmp_path / "a")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "a", backend="pil")
+    part = lambda text: [{"type": "text", "text": text}]
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture}, *part("What is it?")]}]
+    more = [*chat, {"role": "assistant", "content": part("A car.")},
+            {"role": "user", "content": part("And?")}]
+    trunk = data.trunk_tokens(tokenizer, [("What is it?", "A car.")], "And?", 4)
+    for messages, ids in ((chat, data.prompt_tokens(tokenizer, data.prompt_text("What is it?"), 4)),
+                          (more, trunk)):
+        inputs = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt")
+        assert inputs.input_ids[0].tolist() == ids
+        answer = open_public(tmp_path / "a").generate(
+            **inputs, do_sample=False, max_new_tokens=12,
+            suppress_tokens=[PUBLIC_IMAGE, PUBLIC_PAD])[0, len(ids) :]
+        pixels = preprocess(picture, 28, mode="pad")[None]
+        mine = generate(ours, pixels, [torch.tensor(ids)], max_new_tokens=12)[0]
+        assert answer.tolist() == mine.tolist()
+    joint = "".join(processor.apply_chat_template([*more, {"role": "assistant", "content": "No."}]))
+    assert joint == (f"<s>{data.prompt_text('What is it?')} A car.</s>USER: And? ASSISTANT: No.</s>")
+    values = json.loads((tmp_path / "a/config.json").read_text())  # what vLLM and SGLang look up
+    assert values["text_config"]["architectures"] == ["LlamaForCausalLM"]
+    assert {"image_token_index", "projector_hidden_act", "multimodal_projector_bias",
+            "vision_feature_layer", "vision_feature_select_strategy", "vision_config"} <= {*values}
+
+
+def test_a_tokenizer_json_is_enough(hub_folder, tmp_path):
+    loaded = load_llava(hub_folder)
+    save_llava(*loaded, tmp_path / "a")
+    (tmp_path / "a/tokenizer.model").unlink()
+    again = load_llava(tmp_path / "a")[1]
+    rng, alphabet = random.Random(1), " \n\tabcdeé日😀.,!?<>'\"0123"
+    drawn = ["".join(rng.choices(alphabet, k=rng.randrange(40))) for _ in range(300)]
+    drawn += ["".join(rng.choices([*WORDS.split(), "<image>", " "], k=9)) for _ in range(200)]
+    for text in TEXTS + drawn:
+        assert again.encode(text, bos=True, eos=True) == loaded[1].encode(text, bos=True, eos=True)
+        assert again.decode(again.encode(text)) == text
+    values = json.loads((tmp_path / "a/tokenizer.json").read_text())
+    json_file(tmp_path / "a", {**values, "model": {"type": "WordPiece"}}, "tokenizer.json")
+    with pytest.raises(ValueError, match="tokenizer.json: not LLaMA's kind of tokenizer"):
+        load_llava(tmp_path / "a")
+
+
+def test_adapters_runs_and_towers_are_models(photos, tokenizer_model, tmp_path, run_train):
+    public = public_model(text={"max_position_embeddings": 512})
+    base = write_model(tmp_path / "base", public.half(), tokenizer_model)
+    own = lambda out, *more: own_data(photos, tmp_path / out, "--steps", 1, "--device", "cpu", *more)
+    shown = run_train(*own("one", "--lora", 4, "--model", base))
+    assert "learning rate 0.0002, LoRA's (--learning_rate); alpha 8, twice the rank" in shown
+    whole, merged = (opening.open_model(tmp_path / "one" / name)[0] for name in (".", "adapter"))
+    assert whole.stored_dtype == torch.float16  # as the base
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], weight, atol=1e-3, rtol=1e-3)
+    shown = run_train(*own("two", "--model", tmp_path / "one/adapter"))
+    assert "learning rate 1e-05, that for all of a small model (--learning_rate)" in shown
+    assert opening.open_model(tmp_path / "two")[0].stored_dtype == torch.float16
+    config_file = tmp_path / "one/adapter/adapter_config.json"
+    damage(config_file, {"base_model_name_or_path": "us/gone"})
+    assert f"{config_file}: an adapter over us/gone: no such folder" in run_train(
+        *own("three", "--model", tmp_path / "one/adapter"), status=1)
+    run = config.Run(model=str(base))
+    for names in (("a", "b"), ("a/model", "b/model")):  # folders of one name are two models
+        folders = {recipes.reward_folder(replace(run, model=name, data=None), ppo.PPOConfig())
+                   for name in names}
+        assert len(folders) == 2
+
+
+def test_large_models_get_the_papers_learning_rate(tmp_path):
+    text = {"model_type": "llama", "vocab_size": 32064}
+    json_file(tmp_path, {"text_config": text, "vision_config": None}, "config.json")
+    for more, kind, rate in (((), "ddpo", 5e-7), ((), "sft", 2e-5), (("--lora", "8"), "ddpo", 2e-4),
+                             (("--learning_rate", "1e-3"), "ddpo", 1e-3)):
+        run, given = train.parse(["--algo", kind, "--model", str(tmp_path), *more])
+        settled = recipes.with_rate(run, given)
+        assert settled.learning_rate == rate and (run.alpha == 16 or not run.lora)
+        said = recipes.choice(run, settled, given)
+        assert ("1B and more" in said) == (more == ()) and ("alpha" in said) == ("--lora" in more)
+
+
+@pytest.mark.parametrize("losses, phrase", [
+    ((0.69, 0.69, 0.68, 0.69), "hardly moved: 0.69 at first, 0.685 in the second half, that of g"),
+    ((0.3, 0.9, 0.9, 0.9), "has risen: 0.3"), ((0.69, 0.6, 0.5, 0.4), ""), ((0.69,), "")])
+def test_a_loss_that_does_not_move_is_reported(tiny, tmp_path, losses, phrase):
+    write_lines(tmp_path / "metrics.jsonl", *({"step": i, "loss": x} for i, x in enumerate(losses)))
+    start = make_start(tiny, None, tmp_path)
+    said = loop.verdict(tmp_path, "pairs", start, ddpo.DDPOConfig(learning_rate=1e-6))
+    assert phrase in said and bool(said) == bool(phrase) and ("1e-06" in said) == bool(phrase)
+    assert not loop.verdict(tmp_path, "prompts", start, ddpo.DDPOConfig())
+
+
+def test_commands_for_a_real_llava(tokenizer_model, tmp_path, monkeypatch, run_train):
+    """REAL.md's commands, word by word, on a tiny model in the same layout."""
+    monkeypatch.chdir(tmp_path)
+    public = public_model(text={"max_position_embeddings": 512})
+    write_model(tmp_path / "llava-1.5-7b-hf", public, tokenizer_model)
+    for folder in ("RLHF-V-Dataset", "photos", "benchmarks/pope", "benchmarks/images"):
+        Path(folder).mkdir(parents=True)
+    write_parquet(Path("RLHF-V-Dataset/a.parquet"), *(rlhf_v(i) for i in range(3)))
+    for folder in ("photos", "benchmarks/images"):
+        Path(folder, "ok.png").write_bytes(image_bytes(0))
+    write_lines("questions.jsonl", {"image": "ok.png", "question": "What?"})
+    write_lines("benchmarks/pope/random.jsonl", {"image": "ok.png", "text": "A?", "label": "no"})
+    text = (ROOT / "REAL.md").read_text()
+    assert text.count("\n") <= 60
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines()]
+    done = []
+    for command in (line for line in lines if not line.startswith("hf download")):
+        name, *more = command.partition(".py ")[0].split()[-1], *command.partition(".py ")[2].split()
+        done.append(name)
+        if name == "train":
+            small = [] if "--gpus" in more else ["--steps", 1, "--batch_size", 2, "--device", "cpu"]
+            run_train(*more, *small)
+        elif name == "evaluate":
+            assert evaluate.main([*more, "--max_new_tokens", "3", "--device", "cpu"]) == 0
+        else:
+            given = annotate.parser().parse_args([*more, "--port", "0"])
+            annotate.open_server(given).server_close()
+            (row,) = read_lines("out/questions.jsonl")
+            write_lines("out/questions.corrections.jsonl", {
+                "image": "ok.png", "question": "What?", "chosen": "A.", "rejected": "B " + row["by"]})
+    assert done == ["train"] * 4 + ["evaluate", "annotate", "train", "evaluate"]
+    assert Path("runs/lora/adapter").exists() and Path("runs/suite/suite.json").exists()
 
 
 def pictures() -> dict[str, Image.Image]:

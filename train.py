@@ -24,8 +24,8 @@ if __name__ == "__main__":
     add_options(known, Run)
     for option in ("--captions", "--reward_model"):
         known.add_argument(option)
-    check_early(known, data="files", images="folder", model="model", captions="files",
-                reward_model="model")
+    check_early(known, data="files", images="folder", model="model", tower="model",
+                captions="files", reward_model="model")
 
 import torch
 
@@ -41,10 +41,11 @@ from algorithm import Algorithm, Start
 from evaluation import (
     SHAPES, columns, memory_table, table, write_report, write_results,
 )
-from formats import find_device, latest_state, load_llava, save_adapter, save_llava
+from formats import find_device, latest_state, save_adapter, save_llava
 from formats.files import error_message, lock_folder
+from formats.opening import open_model
 from formats.runs import is_finished, open_folder
-from loop import Interrupted, Loop, TrainingError, event_writer, remove_checkpoints
+from loop import Interrupted, Loop, TrainingError, event_writer, remove_checkpoints, verdict
 from world import pretraining
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
@@ -96,6 +97,8 @@ def train_in(folder: Path, start: Start, config: Training, kind: type[Algorithm]
         loop.load(state)
         print(f"resumed at step {loop.step} of {algorithm.steps}", file=sys.stderr)
     loop.train()
+    if not parallel.rank() and (said := verdict(folder, kind.reads, start, config)):
+        print(said, file=sys.stderr)
     save_result(start, algorithm, folder)
     after = recipes.measure(start, algorithm, trained=True) if before else None
     if parallel.rank():
@@ -123,7 +126,10 @@ def save_result(start: Start, algorithm: Algorithm, folder: Path) -> None:
     if adapter:
         base = recipes.model_path(start.run, algorithm.first[0])
         save_adapter(start.model, adapter, folder / "adapter", base=str(base))
-    save_llava(start.model, start.tokenizer, start.images, folder / "model", adapter=adapter)
+    # In the precision of the user's model; the built-in ones, which later runs start from, in full.
+    dtype = start.model.stored_dtype if start.run.model else None
+    save_llava(start.model, start.tokenizer, start.images, folder / "model", adapter=adapter,
+               dtype=dtype)
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -160,7 +166,8 @@ def run_all(run: Run, config: Training) -> None:
     """Do the planned runs in order, or list them."""
     *first, last = parallel.once(lambda: recipes.plan(run, config, ALGORITHMS))
     if run.dry_run and run.gpus:
-        own = run.model and {Path(run.model).resolve().name: load_llava(run.model)[0].config}
+        own = run.model and {Path(run.model).resolve().name:
+                             open_model(run.model, tower=run.tower)[0].config}
         print(memory_table(own or SHAPES, run.gpus, run.lora or 64, config))
     elif run.dry_run:
         for step, _ in (*first, last):
@@ -169,6 +176,8 @@ def run_all(run: Run, config: Training) -> None:
             recipes.preview(*last, ALGORITHMS[run.algo])
     if run.dry_run:
         return
+    if said := recipes.choice(*last, config):
+        print(said, file=sys.stderr)
     for step, settings in first:
         print(f"{step.algo}: not found in {step.out}, making it first", file=sys.stderr)
         execute(step, settings)

@@ -22,7 +22,7 @@ import parallel
 import sharding
 from config import path_fault
 from formats.files import atomic_folder, open_weights, read_json, understood, write_atomic
-from formats.tokenizer import Tokenizer
+from formats.tokenizer import Tokenizer, sentencepiece_model
 from lora import LoRALinear
 from model import LLaVA, LLaVAConfig
 from vision import ImageSettings
@@ -64,15 +64,8 @@ def load_llava(
         FileNotFoundError, ValueError: one sentence that names the file and the fault.
     """
     folder, tower = Path(path), Path(tower) if tower else None
-    for each in filter(None, (folder, tower)):
-        if fault := path_fault(each, "model"):
-            raise FileNotFoundError(fault)
-    file = folder / "config.json"
-    values = read_json(file)
-    original = not isinstance(values.get("text_config"), dict)
-    with understood(file):
-        config = (layouts.original_config(file, values, tower) if original
-                  else layouts.llava_hf_config(file, values))
+    config, values = read_config(folder, tower)
+    original = is_original(values)
     with understood(folder):
         tokenizer = read_tokenizer(folder, config)
         pad = values.get("image_aspect_ratio") == "pad"
@@ -89,7 +82,8 @@ def load_llava(
         if config.projector_hidden_act == "linear":
             del shapes["projector.linear_2.weight"], shapes["projector.linear_2.bias"]
     found = match(f"{folder}: the weights do not fit config.json", shapes, weights)
-    dtype = dtype or found["head.weight"].dtype
+    model.stored_dtype = found["head.weight"].dtype
+    dtype = dtype or model.stored_dtype
     parts = set()  # weights of which this process reads its rows alone
     if sharded and parallel.world() > 1:
         sharding.shard(model)
@@ -112,6 +106,24 @@ def load_llava(
         state[name] = sharding.place(state[name][rows], weight)
     model.load_state_dict(state, assign=True)
     return model, tokenizer, settings
+
+
+def is_original(values: dict) -> bool:
+    """Whether a config.json is that of an original LLaVA."""
+    return not isinstance(values.get("text_config"), dict)
+
+
+def read_config(folder: Path, tower: Path | None = None) -> tuple[LLaVAConfig, dict]:
+    """Return a model's shape and the content of its config.json, in any public layout."""
+    for each in filter(None, (folder, tower)):
+        if fault := path_fault(each, "model"):
+            raise FileNotFoundError(fault)
+    file = folder / "config.json"
+    values = read_json(file)
+    with understood(file):
+        if is_original(values):
+            return layouts.original_config(file, values, tower), values
+        return layouts.llava_hf_config(file, values), values
 
 
 def match(
@@ -150,8 +162,11 @@ def match(
 def read_tokenizer(folder: Path, config: LLaVAConfig) -> Tokenizer:
     """Read a folder's tokenizer and check it against the model's vocabulary."""
     file = folder / "tokenizer.model"
+    fast = folder / "tokenizer.json"  # all that transformers 5 writes
     try:
-        tokenizer = Tokenizer(file, config.image_token, config.pad_token)
+        alone = fast.exists() and not file.exists()
+        source = sentencepiece_model(fast, read_json(fast)) if alone else file
+        tokenizer = Tokenizer(source, config.image_token, config.pad_token)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{file}: not a sentencepiece model ({error}); copy the one that the "
                          "weights were trained with") from None
@@ -221,7 +236,7 @@ def not_finite(weights: Iterable[tuple[str, Tensor]]) -> list[str]:
 
 def save_llava(
     model: LLaVA, tokenizer: Tokenizer, settings: ImageSettings, path: Path | str,
-    adapter: str | None = None, shard_bytes: int = SHARD_BYTES,
+    adapter: str | None = None, shard_bytes: int = SHARD_BYTES, dtype: torch.dtype | None = None,
 ) -> None:
     """Write a model in the llava-hf layout, with all that `transformers` needs to open it.
 
@@ -232,20 +247,22 @@ def save_llava(
         adapter: name of the LoRA adapter to merge into the written weights, one layer at a time;
             the model itself keeps it apart. None writes the base alone.
         shard_bytes: weights beyond this size are split over several files.
+        dtype: of the written weights; None: of the model's.
     """
-    folder = Path(path)
+    folder, dtype = Path(path), dtype or model.head.weight.dtype
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise ValueError(f"{folder}: not empty, and not a model that could be replaced")
     weights = base_weights(model)
     groups = shards(weights, shard_bytes)
-    contents = layouts.public_files(model, tokenizer, settings)
+    contents = layouts.public_files(model, tokenizer, settings, dtype)
     with contextlib.ExitStack() as stack:
         out = parallel.once(lambda: stack.enter_context(atomic_folder(folder)))
         weight_map = {}
         for i, group in enumerate(groups, 1):
             part = f"-{i:05}-of-{len(groups):05}" if len(groups) > 1 else ""
-            tensors = {layouts.public_names(name)[0]: merged(model, name, weights[name], adapter)
-                       for name in group}
+            tensors = {
+                layouts.public_names(name)[0]: merged(model, name, weights[name], adapter).to(dtype)
+                for name in group}
             if parallel.rank():
                 continue  # it only helps to gather the weights
             save_file(tensors, out / f"model{part}.safetensors", {"format": "pt"})
@@ -253,7 +270,8 @@ def save_llava(
         if parallel.rank():
             return
         if len(groups) > 1:
-            total = {"total_size": sum(weight.nbytes for weight in weights.values())}
+            size = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
+            total = {"total_size": size}
             contents["model.safetensors.index.json"] = {"metadata": total, "weight_map": weight_map}
         for name, content in contents.items():
             write_atomic(out / name, content)

@@ -14,10 +14,11 @@ import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import torch
 from sentencepiece import SentencePieceProcessor
 
 from formats.files import brief, read_json
-from formats.tokenizer import Tokenizer
+from formats.tokenizer import SYSTEM, Tokenizer
 from model import LLaVA, LLaVAConfig, TextConfig
 from vision import ACTIVATIONS, CLIP_MEAN, CLIP_STD, ImageSettings, VisionConfig
 
@@ -209,9 +210,9 @@ def image_settings(file: Path, values: dict, size: int, pad: bool) -> ImageSetti
 # ---------------------------------------------------------------------- writing the llava-hf layout
 
 
-def public_config(model: LLaVA) -> dict:
+def public_config(model: LLaVA, dtype: torch.dtype) -> dict:
     """Return config.json of the llava-hf layout, with every shape spelled out."""
-    config, dtype = model.config, {"torch_dtype": str(model.head.weight.dtype)[len("torch."):]}
+    config, dtype = model.config, {"torch_dtype": str(dtype)[len("torch."):]}
     return {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", **dtype,
         "image_token_index": config.image_token, "image_seq_length": config.vision.patches,
@@ -219,6 +220,7 @@ def public_config(model: LLaVA) -> dict:
         "multimodal_projector_bias": True, "vision_feature_layer": config.vision_feature_layer,
         "vision_feature_select_strategy": "default", "tie_word_embeddings": False,
         "text_config": {
+            "architectures": ["LlamaForCausalLM"],  # by which servers find the language model
             "model_type": "llama", "hidden_act": "silu", "tie_word_embeddings": False,
             "eos_token_id": config.eos_token, "pad_token_id": config.pad_token,
             **dtype, **asdict(config.text),
@@ -256,12 +258,34 @@ def added_tokens(tokenizer: Tokenizer) -> list[dict]:
     return [{"id": i, "content": ids[i], "special": True, **flags} for i in sorted(ids)]
 
 
-def public_files(model: LLaVA, tokenizer: Tokenizer, settings: ImageSettings) -> dict[str, dict]:
-    """Return all JSON files from which `transformers` builds model, tokenizer and processor."""
+# data.py's conversation, for the chat interfaces of `transformers` and of servers.
+CHAT_TEMPLATE = (
+    "{%- macro text(content) -%}{%- if content is string -%}{{ content }}{%- else -%}"
+    "{%- for part in content if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}"
+    "{%- for part in content if part['type'] == 'text' -%}{{ part['text'] }}{%- endfor -%}"
+    "{%- endif -%}{%- endmacro -%}{{ '<s>' }}"
+    "{%- if messages[0]['role'] == 'system' -%}{{ text(messages[0]['content']) }}"
+    "{%- else -%}{{ '@SYSTEM@' }}{%- endif -%}"
+    "{%- for message in messages if message['role'] != 'system' -%}"
+    "{%- if message['role'] == 'user' -%}{{ (' ' if loop.first else '') + 'USER: ' }}"
+    "{{ text(message['content']) }}"
+    "{%- else -%}{{ ' ASSISTANT: ' + text(message['content']) + '</s>' }}{%- endif -%}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ ' ASSISTANT:' }}{%- endif -%}")
+
+
+def public_files(
+    model: LLaVA, tokenizer: Tokenizer, settings: ImageSettings, dtype: torch.dtype,
+) -> dict[str, dict | str]:
+    """Return the files from which `transformers` builds model, tokenizer and processor.
+
+    Args:
+        dtype: of the weights that are written.
+    """
     added = added_tokens(tokenizer)
     decoder = {str(t["id"]): {k: t[k] for k in t if k != "id"} for t in added}
     return {
-        "config.json": public_config(model),
+        "config.json": public_config(model, dtype),
+        "chat_template.jinja": CHAT_TEMPLATE.replace("@SYSTEM@", SYSTEM.replace("'", "\\'")),
         "preprocessor_config.json": image_processor(settings),
         "processor_config.json": {
             "processor_class": "LlavaProcessor", "image_token": "<image>",

@@ -13,6 +13,8 @@ What this file does differently, and why:
 """
 
 import io
+import re
+import struct
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,15 +24,19 @@ import sentencepiece
 from formats.files import write_atomic
 
 IMAGE = "<image>"
+SYSTEM = (  # LLaVA's vicuna_v1: what every conversation begins with
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
 
 
 class Tokenizer:
     """A sentencepiece model with `<image>` and `<pad>`; their ids default to the next two."""
 
     def __init__(
-        self, path: Path | str, image_token: int | None = None, pad_token: int | None = None
+        self, path: Path | str | bytes, image_token: int | None = None, pad_token: int | None = None
     ):
-        self.model_proto = Path(path).read_bytes()
+        self.model_proto = path if isinstance(path, bytes) else Path(path).read_bytes()
         self.sp = sentencepiece.SentencePieceProcessor(model_proto=self.model_proto)
         size = self.sp.vocab_size()
         self.image_token = size if image_token is None else image_token
@@ -60,6 +66,42 @@ class Tokenizer:
             elif i < self.sp.vocab_size() and i != self.pad_token:
                 pieces[-1].append(i)
         return IMAGE.join(map(self.sp.decode, pieces))
+
+
+def sentencepiece_model(file: Path, content: dict) -> bytes:
+    """Return the sentencepiece model that a tokenizer.json was made from, but for its scores.
+
+    sentencepiece merges the pair whose piece has the best score, tokenizer.json the pair that comes
+    first in a list: places in the list serve as scores.
+
+    Raises:
+        ValueError: it is no BPE with byte fallback, as LLaMA's is.
+    """
+    model = content["model"]
+    if model.get("type") != "BPE" or not model.get("byte_fallback") or "<unk>" not in model["vocab"]:
+        raise ValueError(f"{file}: not LLaMA's kind of tokenizer; add the tokenizer.model that the "
+                         "weights were trained with")
+    scores: dict[str, int] = {}
+    for place, merge in enumerate(model["merges"]):
+        scores.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), -place)
+
+    def number(value: int) -> bytes:  # protobuf's varint
+        return bytes([value]) if value < 128 else bytes([value % 128 + 128]) + number(value >> 7)
+
+    def part(field: int, body: bytes) -> bytes:  # protobuf's length-delimited field
+        return number(field * 8 + 2) + number(len(body)) + body
+
+    proto = b""
+    for piece, i in sorted(model["vocab"].items(), key=lambda item: item[1]):
+        kind = 2 if piece == "<unk>" else 3 if piece in ("<s>", "</s>") else 1
+        kind = 6 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else kind  # unknown, control, byte
+        score = struct.pack("<f", scores.get(piece, -len(scores) - i))
+        proto += part(1, part(1, piece.encode()) + b"\x15" + score + b"\x18" + number(kind))
+    ids = (model["vocab"][piece] for piece in ("<unk>", "<s>", "</s>"))
+    trainer = b"\x18\x02" + number(35 * 8) + b"\x01"  # BPE, with byte fallback
+    trainer += b"".join(number(field * 8) + number(i) for field, i in zip((40, 41, 42), ids))
+    normalizer = part(1, b"identity") + b"\x18\x01\x20\x00\x28\x01"  # a space first; keep spaces
+    return proto + part(2, trainer) + part(3, normalizer)
 
 
 def train_tokenizer(texts: Iterable[str], path: Path | str, vocab_size: int = 800) -> None:

@@ -1,0 +1,65 @@
+"""Whatever a user calls a model: its own folder, that of a run, or an adapter, merged into its base."""
+
+from pathlib import Path
+
+import torch
+
+import parallel
+from config import path_fault
+from formats.adapters import load_adapter
+from formats.checkpoint import load_llava, read_config
+from formats.files import read_json
+from formats.tokenizer import Tokenizer
+from lora import merge_adapter
+from model import LLaVA
+from vision import ImageSettings
+
+Loaded = tuple[LLaVA, Tokenizer, ImageSettings]
+
+
+def model_folder(path: Path | str) -> Path:
+    """Return the folder of a run's model, or the folder itself."""
+    folder = Path(path)
+    if (folder / "model" / "config.json").exists():
+        return folder / "model"
+    if (folder / "metrics.jsonl").exists():
+        raise FileNotFoundError(f"{folder}: an unfinished run; it has no model yet")
+    return folder
+
+
+def base_of(folder: Path) -> Path | None:
+    """Return the base of an adapter's folder; None if the folder holds a whole model."""
+    file = folder / "adapter_config.json"
+    if not file.exists() or (folder / "config.json").exists():
+        return None
+    base = str(read_json(file).get("base_model_name_or_path"))
+    if fault := path_fault(base, "model"):
+        raise FileNotFoundError(f"{file}: an adapter over {fault}")
+    return model_folder(base)
+
+
+def open_model(
+    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+    tower: Path | str | None = None,
+) -> Loaded:
+    """Load a model, its tokenizer and image settings. For arguments and errors see `load_llava`."""
+    folder = model_folder(path)
+    base = base_of(folder)
+    if base is None:
+        return load_llava(folder, device, dtype, tower)
+    if parallel.world() > 1:
+        raise ValueError(f"{folder}: an adapter can be the model of one process only; merge it")
+    loaded = open_model(base, device, dtype, tower)
+    load_adapter(loaded[0], folder, "given")
+    merge_adapter(loaded[0], "given")
+    return loaded
+
+
+def parameter_count(path: Path | str, tower: Path | str | None = None) -> int:
+    """Return the size of a model from its config.json alone."""
+    folder = model_folder(path)
+    if base := base_of(folder):
+        return parameter_count(base, tower)
+    with torch.device("meta"):
+        model = LLaVA(read_config(folder, Path(tower) if tower else None)[0])
+    return sum(weight.numel() for weight in model.parameters())
