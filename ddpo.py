@@ -22,7 +22,8 @@ alpha adds a likelihood term on the chosen response, as the supervised loss of t
 
     L + alpha * mean over the chosen response's tokens of -log p
 
-`--anchor 0` is the paper's loss to the letter.
+`--anchor 0` is the paper's loss to the letter. The default is what did best on the built-in world
+(CLAIMS.md): scores are means, and so is the term, but the loss has a slope of beta / 2 at most.
 
 What this file does differently from the released code (RLHF-V/RLHF-V), and why:
 1. The defaults are the paper's (beta 0.5, gamma 5, mean form); the released command used beta 0.1,
@@ -115,12 +116,13 @@ class LossConfig(Training):
     """Options of the loss."""
 
     learning_rate: float | None = option(
-        None, "peak learning rate [1e-5; of a model of 1B and more 5e-7 (paper); with --lora 2e-4]")
+        None, "peak learning rate [1e-4; of a model of 1B and more 5e-7 (paper); with --lora 2e-4]")
+    rates = Training.rates | {"small": 1e-4}
     beta: float = option(0.5, "strength of the tie to the reference (paper; release: 0.1)")
     gamma: float = option(5.0, "weight of corrected segments (paper; release: 1.1; 1: no segments)")
     normalize: bool = option(True, "scores are means (Eq. 5), not sums (Eq. 4, and the release)")
-    anchor: float = option(0.0, "weight of the likelihood term on the chosen response (RPO, "
-                           "arXiv 2404.19733)", least=0)
+    anchor: float = option(16.0, "weight of the likelihood term on the chosen response (RPO, "
+                           "arXiv 2404.19733); 0: the paper's loss")
     min_match: int = option(3, "a common run of fewer tokens counts as corrected (release)")
     replacements_only: bool = option(False, "insertions and deletions keep weight 1 (release)")
     fused: str = option("auto", "compute the loss in the fused kernel, the same numbers without "
@@ -134,6 +136,10 @@ class DDPOConfig(LossConfig, Corrected):
 
 @dataclass
 class DPOConfig(DDPOConfig):
+    learning_rate: float | None = option(
+        None, "peak learning rate [1e-5; of a model of 1B and more 5e-7; with --lora 2e-4]")
+    rates = Training.rates
+    anchor: float = option(0.0, "weight of the likelihood term on the chosen response", least=0)
     beta: float = option(0.1, "strength of the tie to the reference (DPO's own code)")
     gamma: float = option(1.0, "weight of corrected segments; DPO has none")
     normalize: bool = option(False, "scores are sums (Eq. 4)")
