@@ -3854,7 +3854,7 @@ def test_memory_of_one_gpu_is_that_of_the_tensors(tokenizer, tmp_path, lora):
     example = Example("row 1", torch.zeros(vision.patches, vision.hidden_size),
                       *data.conversation_tokens(talk, start.tokenizer, vision.patches))
     algorithm = sft.SFT(start, sft.SFTConfig(steps=1), Data([example]))
-    one = loop.Loop(algorithm, start)
+    one = loop.Loop(algorithm, start, Data([example]))
     one.one_step()
     weights, bytes_of = list(start.model.parameters()), lambda of: sum(each.nbytes for each in of)
     moments = [value for _, each in one.moments() for key, value in each.items() if key != "step"]
@@ -5326,7 +5326,7 @@ def test_kernels_bench_gpu_counts_the_flops_of_a_step(tmp_path, monkeypatch):
     sizes, text = replace(TINY_GPU, question=40, response=60), TINY_GPU.model.text
     start, config = bench_gpu.make_start(sizes, 0), ddpo.DDPOConfig(batch_size=2, micro_batch=2)
     examples = bench_gpu.make_examples(sizes)
-    steps = loop.Loop(ddpo.DDPO(start, config, Data(examples)), start)
+    steps = loop.Loop(ddpo.DDPO(start, config, Data(examples)), start, Data(examples))
     blocks = sum(w.numel() for w in start.model.decoder.layers.parameters() if w.ndim > 1)
     length = len(examples[0].prompt) + 2 * 60
     by_hand = 2 * 6 * (blocks * length + text.vocab_size * text.hidden_size * 120)

@@ -32,14 +32,13 @@ def memory_table(models: dict[str, LLaVAConfig], gpus: int, rank: int, config: T
     rows = min(config.micro_batch, ceil(config.batch_size / gpus))
     lines = [
         f"Computed, not measured: gigabytes on each of {gpus} GPUs, {rows} rows of {TOKENS} tokens",
-        "per forward pass, products in bfloat16, AdamW. CUDA itself takes 1 to 2 more. Without",
-        "LoRA reinforcement holds three models (a critic is a fourth). Recomputing: with",
-        "--gradient_checkpointing."]
+        "per forward pass, products in bfloat16, AdamW. CUDA itself takes 1 to 2 more. Full RL",
+        "holds three models, with a critic four. Recomputing: with --gradient_checkpointing."]
     for name, shape in models.items():
         for lora in (0, rank):
             for recompute in (False, True):
                 numbers = per_gpu(shape, gpus, lora, rows, recompute)
-                if len(lines) == 4:
+                if len(lines) == 3:
                     lines.append(" " * 24 + "".join(f"{column:>12}" for column in numbers))
                 kind = f"{name} {f'LoRA {lora}' if lora else 'full'}{', recomputing' * recompute}"
                 cells = [f"{number / 1e9:12.2f}" for number in numbers.values()]
