@@ -309,6 +309,9 @@ def load_head(
         if found.get(key) != value:
             raise ValueError(f"{folder}: a reward model for another {key} ({found.get(key)}, not "
                              f"{value}); train one with python train.py --algo rm")
+    sizes = {name: getattr(reward_model, name).numel() for name in ("weight", "bias")}
+    if {name: tensor.numel() for name, tensor in tensors.items()} != sizes:
+        raise ValueError(f"{folder / HEAD}: not a head of {sizes['weight']} weights and a bias")
     with torch.no_grad():
         for name, tensor in tensors.items():
             own = getattr(reward_model, name)

@@ -907,6 +907,11 @@ def test_head_is_saved_and_refused_elsewhere(tiny_world, tokenizer, tmp_path):
         ("facts", "without facts", "with facts, not without facts")):
         with pytest.raises(ValueError, match=phrase):
             reward.load_head(again, tmp_path, {**origin, key: wrong})
+    for change in (lambda w: {"weight": w["weight"][:5]}, lambda w: w | {"x": w["bias"]}):
+        damage(tmp_path / reward.HEAD, change)
+        with pytest.raises(ValueError, match="safetensors: not a head of 32 weights and a bias"):
+            reward.load_head(again, tmp_path, {})
+        reward.save_head(saved, tmp_path, origin)
 
 
 def test_the_releases_request_and_head_are_read(tiny_world, tokenizer, tmp_path):
@@ -4761,7 +4766,7 @@ def test_adapters_runs_and_towers_are_models(photos, tokenizer_model, tmp_path, 
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(merged.state_dict()[name], weight, atol=1e-3, rtol=1e-3)
     shown = run_train(*own("two", "--model", tmp_path / "one/adapter"))
-    assert "learning rate 1e-05, that for all of a small model (--learning_rate)" in shown
+    assert "learning rate 0.0001, that for all of a small model (--learning_rate)" in shown
     assert opening.open_model(tmp_path / "two")[0].stored_dtype == torch.float16
     config_file = tmp_path / "one/adapter/adapter_config.json"
     damage(config_file, {"base_model_name_or_path": "us/gone"})
