@@ -2655,7 +2655,7 @@ def test_agreement_and_adjudication(page, capsys):
     ({"answer": None}, [], "row 1: field 'answer' is missing or empty"),
     ({"answer": ""}, [], "no row with an answer to correct"),
     ({"question": ""}, [], "row 1: field 'question' is missing"),
-    ({}, ["--model", "nowhere"], "nowhere/config.json: no such file"),
+    ({}, ["--model", "nowhere"], "nowhere: no such folder"),
     ({}, ["--adjudicate"], "no answer has two different corrections"),
     ({}, ["--out", "nowhere/x.jsonl"], "nowhere/x.jsonl: no such file"),
     ({}, ["--out", "BAD"], "row 1: not a line of annotate.py"),
