@@ -1,16 +1,14 @@
-"""What a run starts from: the runs that come first, a model, and data.
+"""What a run starts from: the runs that come first, and a model; and how it is measured.
 
-The built-in world's models and feedback are made once, kept in runs/world and reused; their names
-say which model and seed they belong to. A user's own model and data take the same path.
+The built-in world's models are made once, kept in runs/world and reused; their names say which seed
+they belong to.
 """
 
 import contextlib
 import hashlib
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import torch
@@ -18,31 +16,18 @@ import torch
 import parallel
 import sharding
 import world
-from algorithm import Algorithm, Data, Start
+from algorithm import Algorithm, Start
 from config import Run, Training
-from data import Example, check_lengths
-from evaluation import (
-    blind_baselines, measure_world, memory_estimate, read_results, save_pairs, show_rows,
-    with_intervals, write_results,
-)
-from formats import (
-    DataError, Prompt, captions_of, encode_images, find_device, fingerprint,
-    load_llava, not_finite, open_image, read_captions, read_conversations, read_pairs, read_prompts,
-    report_skipped,
-)
-from formats.files import lock_folder
+from evaluation import measure_world, read_results, with_intervals, write_results
+from formats import fingerprint, load_llava, not_finite
 from formats.opening import open_model, parameter_count
-from formats.rows import LISTED, refuse, skipping
 from formats.runs import settings_of, settings_of_run
 from lora import add_adapter, lora_layers, select_trainable
-from model import LLaVA
-from world import feedback, pretraining
+from world import pretraining
 
 LARGE = 1e9  # parameters, from which the papers' learning rates for 7B and 13B apply
 WORLD = Path("runs/world")  # what the built-in world's runs make and reuse
 SHIPPED = {name: Path(world.__file__).parent / name for name in ("base", "rm_init")}
-READERS = {"pairs": read_pairs, "conversations": read_conversations, "rankings": read_pairs,
-           "prompts": read_prompts}
 
 # --------------------------------------------------------------------------------- what comes first
 
@@ -184,170 +169,6 @@ def select_weights(start: Start, algorithm: type[Algorithm]) -> None:
     select_trainable(start.model, adapter)
 
 
-# --------------------------------------------------------------------------------------------- data
-
-
-def read_data(start: Start, config: Training, algorithm: type[Algorithm]) -> Data:
-    """What an algorithm learns from: the user's rows, or the built-in world's feedback."""
-    run, kind = start.run, algorithm.reads
-    if not kind:
-        return Data([])
-    if run.on_world():
-        return world_data(start, config, algorithm)
-    rows, examples = read_examples(start, config, algorithm, run.data, run.images, config.captions)
-    if kind == "pairs":
-        parallel.once(lambda: save_pairs(start.folder, rows, examples, start.tokenizer))
-    if kind != "rankings":
-        return Data(examples)
-    Random(f"held out {run.seed}").shuffle(examples)
-    held_out = min(config.held_out, len(examples) // 10)
-    return Data(examples[held_out:], examples[:held_out])
-
-
-def world_data(start: Start, config: Training, algorithm: type[Algorithm]) -> Data:
-    """The built-in world's feedback, collected if it is not there yet."""
-    def read(folder: Path, file: str):
-        return read_examples(start, config, algorithm, [folder / file], folder / "images",
-                             folder / "image_to_caption.json")
-
-    if algorithm.reads == "prompts":
-        folder = WORLD / f"prompts-{config.prompts}-{start.run.seed}"
-        parallel.once(lambda: collect(
-            folder, "prompts.json", f"{config.prompts} prompts", lambda: feedback.prompts(
-                start.images, folder, config.prompts, start.run.seed)))
-        oracle, examples = feedback.Oracle(folder), read(folder, "prompts.json")[1]
-        return Data(examples, false_parts=oracle.false_parts, correct=oracle.correct)
-    if algorithm.reads == "rankings":
-        train, test = parallel.once(lambda: (
-            world_rankings(start, "train", config.rankings, config.noise),
-            world_rankings(start, "test", config.held_out, 0.0)))
-        return Data(*(read(folder, "preferences.json")[1] if folder else []
-                      for folder in (train, test)))
-    if config.feedback == "rankings":
-        folder = parallel.once(
-            lambda: world_rankings(start, "train", config.corrections, config.noise))
-        rows, examples = read(folder, "preferences.json")
-    else:
-        folder = parallel.once(lambda: world_corrections(start, config))
-        rows, examples = read(folder, "corrections.jsonl")
-    if algorithm.reads == "pairs":
-        parallel.once(lambda: save_pairs(start.folder, rows, examples, start.tokenizer))
-    return Data(examples)
-
-
-def unsharded(start: Start) -> LLaVA:
-    """The whole model for one process that works while the others wait."""
-    if parallel.world() == 1:
-        return start.model
-    path = model_path(start.run, "base")
-    return load_llava(path, start.device, start.model.head.weight.dtype, start.run.tower,
-                      sharded=False)[0]
-
-
-def world_corrections(start: Start, config: Training) -> Path:
-    """The folder of corrections of this base's own answers."""
-    count, seed = config.corrections, start.run.seed
-    folder = WORLD / f"corrections-{start.base[:8]}-{seed}-{count}"
-    if config.overlook or config.noise:
-        folder = folder.with_name(f"{folder.name}-{config.overlook:g}-{config.noise:g}")
-    return collect(folder, "corrections.jsonl", f"{count} corrections of the base's answers",
-                   lambda: feedback.corrections(unsharded(start), start.tokenizer, start.images,
-                                                folder, count, seed, config.overlook,
-                                                config.noise))
-
-
-def collect(folder: Path, last: str, what: str, make: Callable[[], Path]) -> Path:
-    """Make data in a folder, unless its last file is there. Waits while another process makes it."""
-    with lock_folder(folder, wait=True):
-        if not (folder / last).exists():
-            print(f"collecting {what} in {folder}", file=sys.stderr)
-            make()
-    return folder
-
-
-def world_rankings(start: Start, split: str, count: int, noise: float) -> Path | None:
-    """The folder of ranked pairs of this base's own answers; None for no pairs."""
-    if not count:
-        return None
-    folder = WORLD / f"rankings-{split}-{count}-{noise}-{start.base[:8]}-{start.run.seed}"
-    return collect(folder, "preferences.json", f"{count} ranked pairs of the base's answers",
-                   lambda: feedback.rankings(unsharded(start), start.tokenizer, start.images,
-                                             folder, count, start.run.seed, noise, split))
-
-
-def read_examples(
-    start: Start, config: Training, algorithm: type[Algorithm], paths: list, images,
-    captions: str | Path | None, encode: bool = True,
-) -> tuple[list, list[Example]]:
-    """Every usable row of the data, and the example made of it.
-
-    Args:
-        images: folder that the rows' image names are relative to.
-        captions: image_to_caption.json, read where the config asks for facts.
-        encode: False, for a dry run, only tries to open the images.
-
-    Raises:
-        DataError: lists bad rows (with --skip_bad_rows they are left out), or no row is usable.
-    """
-    if config.facts and not captions:
-        raise ValueError("--facts needs captions of the images: --captions image_to_caption.json")
-    known = read_captions(captions) if config.facts else None
-    keep, skipped = start.run.skip_bad_rows, []
-    model, patches = start.model, start.model.config.vision.patches
-    rows, made, features, failed = [], [], None, None
-    for row in READERS[algorithm.reads](paths, images, skipped if keep else None):
-        with skipping(skipped):
-            prompt, responses = algorithm.tokens(row, start.tokenizer, patches, config)
-            check_lengths(row.name, prompt, responses, model.config.text.max_position_embeddings)
-            facts = () if known is None else captions_of(
-                row.name, row.image, known, row.facts_prefix)
-            rows.append(row)
-            made.append((prompt, responses, row.question, facts))
-    if not keep:
-        refuse(skipped)
-    if encode:
-        named = [(row.name, row.image) for row in rows]
-        try:
-            features = encode_images(model, start.images, named, start.folder, stop=not keep)
-        except DataError as error:  # the first image that cannot be read; are there others?
-            encode, failed = False, error
-    usable, examples = [], []
-    for i, row in enumerate(rows):
-        with skipping(skipped):
-            if not encode and row.image is not None:
-                open_image(row.name, row.image)
-            if not keep:
-                refuse(skipped, LISTED)
-            image = features[i] if encode else None
-            rules = (row.truth, row.length_bonus) if isinstance(row, Prompt) else (None, 1.0)
-            examples.append(Example(row.name, image, *made[i], *rules, row.picture, row.image))
-            usable.append(row)
-    if not keep:
-        refuse(skipped)
-    if failed:
-        raise failed
-    report_skipped(skipped)
-    if not examples:
-        raise DataError("no usable row is left")
-    return usable, examples
-
-
-def preview(run: Run, config: Training, algorithm: type[Algorithm]) -> None:
-    """Print the rows that a run would train on, and the memory that it would take."""
-    if algorithm.reads not in ("pairs", "conversations"):
-        return
-    start = load_start(run, config, algorithm, find_device(run.device), Path(run.out))
-    paths, images = run.data, run.images
-    if run.on_world():
-        folder = world_corrections(start, config)
-        paths, images = [folder / "corrections.jsonl"], folder / "images"
-    rows, examples = read_examples(start, config, algorithm, paths, images, None, encode=False)
-    show_rows(examples, start.tokenizer)
-    select_weights(start, algorithm)
-    named = [(row.name, row.image) for row in rows]
-    print(memory_estimate(start.model, config, examples, named, 2 if start.bfloat16 else 4))
-
-
 # ---------------------------------------------------------------------------------------- measuring
 
 
@@ -376,17 +197,3 @@ def measure(start: Start, algorithm: Algorithm, trained: bool) -> tuple[dict, li
     # Gathered weights are in the dtype of products, as autocast expects them.
     with start.autocast() if parallel.world() > 1 else contextlib.nullcontext():
         return algorithm.measure(on_world, means)
-
-
-def blind(
-    start: Start, config: Training, algorithm: type[Algorithm], before: tuple, after: tuple
-) -> dict[str, tuple[dict, list[dict]]]:
-    """The blind baselines of a run on the built-in world, as {name: (metrics, records)}."""
-    if not start.run.on_world() or algorithm.reads == "rankings":
-        return {}
-    corrections = []
-    if algorithm.reads != "prompts" and config.feedback == "corrections":
-        folder = world_corrections(start, config)
-        rows = read_pairs([folder / "corrections.jsonl"], folder / "images", None)
-        corrections = [(row.chosen, row.rejected) for row in rows]
-    return blind_baselines(before[1], after[1], corrections)

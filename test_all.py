@@ -60,6 +60,7 @@ import reward
 import rollouts
 import scoring
 import sft
+import sources
 import train
 import world
 from algorithm import Data, Start
@@ -527,7 +528,8 @@ def test_corrections_are_true_and_reproducible(tmp_path):
 # ============================================================================ the house, recipes.py
 
 FLOORS = [  # an import only ever points down this list; within a folder, to other files of it
-    r"kernels\.bench.*|claims", "train|evaluate|annotate", "annotation", "recipes|loop", "evaluation",
+    r"kernels\.bench.*|claims", "train|evaluate|annotate", "annotation", "sources",
+    "recipes|loop", "evaluation",
     "world", "grpo|online_ddpo", "ppo", "rollouts", "scoring", "reward", "ddpo|sft", "algorithm",
     "generation", "data", "formats", "model", "lora", "vision|kernels|config|sharding", "parallel",
 ]
@@ -1354,7 +1356,7 @@ def read_given(tiny_world, tokenizer, tmp_path):
     def read(kind, path=None, images=tmp_path, captions="captions.json", facts=True, **changes):
         own = tmp_path / "rows.json"
         own.write_text(json.dumps([row | changes]))
-        return recipes.read_examples(
+        return sources.read_examples(
             make_start(tiny_world, tokenizer, tmp_path), kind.Config(facts=facts), kind,
             [path or own], images, captions and tmp_path / captions)[1]
 

@@ -37,6 +37,7 @@ import ppo
 import recipes
 import reward
 import sft
+import sources
 from algorithm import Algorithm, Start
 from evaluation import (
     SHAPES, columns, memory_table, table, write_report, write_results,
@@ -87,7 +88,7 @@ def train_in(folder: Path, start: Start, config: Training, kind: type[Algorithm]
         return
     resume = parallel.once(
         lambda: open_folder(folder, start.run, config, about(kind), kind.reads))
-    data = recipes.read_data(start, config, kind)
+    data = sources.read_data(start, config, kind)
     recipes.select_weights(start, kind)
     algorithm = kind(start, config, data)
     before = recipes.measure(start, algorithm, trained=False)
@@ -104,7 +105,7 @@ def train_in(folder: Path, start: Start, config: Training, kind: type[Algorithm]
     if parallel.rank():
         return
     if before:
-        blind = recipes.blind(start, config, kind, before, after)
+        blind = sources.blind(start, config, kind, before, after)
         results = {"before": before, "after": after, **blind}
         print(table(before[0], after[0]))
         if blind:
@@ -173,7 +174,7 @@ def run_all(run: Run, config: Training) -> None:
         for step, _ in (*first, last):
             print(f"--algo {step.algo} --out {step.out or f'runs/{step.algo}'}")
         if not first:
-            recipes.preview(*last, ALGORITHMS[run.algo])
+            sources.preview(*last, ALGORITHMS[run.algo])
     if run.dry_run:
         return
     if said := recipes.choice(*last, config):

@@ -31,6 +31,7 @@ from PIL import Image
 import data
 import ddpo
 import recipes
+import sources
 import train
 import world
 from algorithm import Data
@@ -87,7 +88,7 @@ def ours(link: Connection, folder: Path, pairs: int, checkpointing: bool) -> Non
     start = recipes.load_start(run, config, ddpo.DDPO, torch.device("cpu"), own)
     recipes.select_weights(start, ddpo.DDPO)
     started = time.perf_counter()
-    _, examples = recipes.read_examples(start, config, ddpo.DDPO, run.data, run.images, None)
+    _, examples = sources.read_examples(start, config, ddpo.DDPO, run.data, run.images, None)
     loop = train.Loop(ddpo.DDPO(start, config, Data(examples)), start)
     link.send({
         "once": time.perf_counter() - started,
