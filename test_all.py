@@ -59,6 +59,7 @@ import recipes
 import reward
 import rollouts
 import scoring
+import segments
 import sft
 import sources
 import train
@@ -531,7 +532,8 @@ FLOORS = [  # an import only ever points down this list; within a folder, to oth
     r"kernels\.bench.*|claims", "train|evaluate|annotate", "annotation", "sources",
     "recipes|loop", "evaluation",
     "world", "grpo|online_ddpo", "ppo", "rollouts", "scoring", "reward", "ddpo|sft", "algorithm",
-    "generation", "data", "formats", "model", "lora", "vision|kernels|config|sharding", "parallel",
+    "generation", "data", "formats", "model", "lora", "vision|kernels|config|sharding|segments",
+    "parallel",
 ]
 
 
@@ -2528,7 +2530,7 @@ def test_diff_places_the_segments_of_training_in_both_texts(tokens, old, new, ex
     assert "".join(part.get("same", part.get("old")) for part in parts) == old
     assert all(old[slice(*part["rejected"])] == part["old"] for part in changed)
     assert all(new[slice(*part["chosen"])] == part["new"] for part in changed)
-    masks = data.segment_mask(units.ids(new), units.ids(old))
+    masks = segments.segment_mask(units.ids(new), units.ids(old))
     assert [sum(part["units"][i] for part in changed) for i in (1, 0)] == [m.sum() for m in masks]
     assert found["kept"] == pytest.approx(kept, abs=0.01)
 
@@ -3625,11 +3627,11 @@ def test_common_runs_are_difflibs_and_take_bounded_time():
         one, two = ([rng.randrange(kinds) for _ in range(rng.randrange(30))] for _ in "ab")
         two[rng.randrange(len(two) + 1):0] = one[: rng.randrange(20)]
         theirs = difflib.SequenceMatcher(None, one, two, autojunk=False).get_matching_blocks()
-        assert data.common_runs(one, two, least) == [run for run in theirs if run.size >= least]
+        assert segments.common_runs(one, two, least) == [run for run in theirs if run.size >= least]
     loop = [1, 2, 3, 4, 5] * 800
     started = time.perf_counter()
     with pytest.raises(ValueError, match="repeat themselves too often"):
-        data.segment_mask(loop, [x for i, x in enumerate(loop) if i % 97])
+        segments.segment_mask(loop, [x for i, x in enumerate(loop) if i % 97])
     assert time.perf_counter() - started < 30
 
 
@@ -3650,7 +3652,7 @@ def test_common_runs_are_difflibs_and_take_bounded_time():
 def test_segment_mask(chosen, rejected, min_match, replacements_only, left, right):
     """`left` and `right` are the corrected tokens of either side."""
     tokens = [list(map(ord, text)) for text in (chosen, rejected)]
-    masks = data.segment_mask(*tokens, min_match, replacements_only)
+    masks = segments.segment_mask(*tokens, min_match, replacements_only)
     for text, mask, corrected in zip((chosen, rejected), masks, (left, right)):
         assert "".join(char for char, m in zip(text, mask, strict=True) if m) == corrected
 

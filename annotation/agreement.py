@@ -15,7 +15,7 @@ from pathlib import Path
 
 from annotation.diff import Units
 from annotation.store import by_answer, differ, read_lines
-from data import segment_mask
+from segments import segment_mask
 
 
 def kappa(marks: Sequence[tuple[bool, bool]]) -> tuple[float, float]:

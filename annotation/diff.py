@@ -1,6 +1,6 @@
 """The difference of two answers as training weighs it, placed in their texts.
 
-`data.segment_mask` compares token ids; an annotator reads characters. Here every corrected segment
+`segments.segment_mask` compares token ids; an annotator reads characters. Here every corrected segment
 gets the stretch of text that it covers on either side.
 """
 
@@ -9,8 +9,8 @@ import re
 import zlib
 from collections.abc import Sequence
 
-from data import segment_mask
 from formats.tokenizer import Tokenizer
+from segments import segment_mask
 
 WORD = re.compile(r"\w+|[^\w\s]")
 END = -1  # end-of-sequence, where words stand for tokens

@@ -14,10 +14,10 @@ METHODS = {
     "DDPO + anchor": "--algo ddpo --anchor 16",
 }
 RATES = {  # three per method, around the best of a first search
-    "SFT": ("3e-5", "1e-4", "3e-4"), "DPO": ("1e-5", "3e-5", "1e-4"),
-    "DDPO, the paper's loss": ("1e-5", "3e-5", "1e-4"), "DDPO + anchor": ("3e-5", "1e-4", "3e-4"),
+    "SFT": ("1e-4", "3e-4", "1e-3"), "DPO": ("1e-5", "3e-5", "1e-4"),
+    "DDPO, the paper's loss": ("1e-5", "3e-5", "1e-4"), "DDPO + anchor": ("1e-4", "3e-4", "1e-3"),
 }
-BEST = {"SFT": "1e-4", "DPO": "1e-5", "DDPO, the paper's loss": "3e-5", "DDPO + anchor": "1e-4"}
+BEST = {"SFT": "3e-4", "DPO": "3e-5", "DDPO, the paper's loss": "3e-5", "DDPO + anchor": "3e-4"}
 
 
 @dataclass(frozen=True)
