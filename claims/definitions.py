@@ -88,6 +88,11 @@ CLAIMS = {claim.name: claim for claim in (
                 "mean, beta 0.5, replacements only": "--replacements_only"}),
           (("mean, beta 0.5", "sum, beta 0.1"),
            ("mean, beta 0.5", "mean, beta 0.5, replacements only"))),
+    Claim("lora", "LoRA at its own default learning rate does what training all weights does.",
+          "ours", {"all weights": (f"{METHODS['DDPO + anchor']} --learning_rate "
+                                   f"{BEST['DDPO + anchor']}",),
+                   "LoRA, rank 16": ("--algo ddpo --lora 16",)},
+          (("all weights", "base"), ("LoRA, rank 16", "base"))),
     Claim("over_generalisation", "DDPO lowers over-generalisation, the extra mentions of an absent "
           "object in its typical setting.", "RLHF-V, Table 2", at_best(),
           (("DDPO + anchor", "base"), ("DDPO, the paper's loss", "base")), "over_generalisation"),
