@@ -5352,7 +5352,8 @@ def test_kernels_bench_gpu_runs_the_world(tmp_path, monkeypatch):
         Path("ddpo").mkdir()
         scores = [{"hallucination/any": {"value": value}, "coverage": {"value": 90}}
                   for value in (94.0, 40.0)]
-        metrics.write_results("ddpo/results.json", *((each, []) for each in scores))
+        both = {name: (each, []) for name, each in zip(("before", "after"), scores)}
+        metrics.write_results("ddpo/results.json", both)
 
     monkeypatch.setattr(train, "main", run)
     rows = list(bench_gpu.world_run(TINY_GPU))

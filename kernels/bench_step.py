@@ -89,7 +89,8 @@ def ours(link: Connection, folder: Path, pairs: int, checkpointing: bool) -> Non
     recipes.select_weights(start, ddpo.DDPO)
     started = time.perf_counter()
     _, examples = sources.read_examples(start, config, ddpo.DDPO, run.data, run.images, None)
-    loop = train.Loop(ddpo.DDPO(start, config, Data(examples)), start)
+    rows = Data(examples)
+    loop = train.Loop(ddpo.DDPO(start, config, rows), start, rows)
     link.send({
         "once": time.perf_counter() - started,
         "tokens": sorted(e.prompt + r.tokens for e in examples for r in e.responses),
