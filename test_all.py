@@ -3862,7 +3862,7 @@ def test_memory_of_one_gpu_is_that_of_the_tensors(tokenizer, tmp_path, lora):
     talk = Conversation("row 1", b"x", [("What?", "A car.")])
     example = Example("row 1", torch.zeros(vision.patches, vision.hidden_size),
                       *data.conversation_tokens(talk, start.tokenizer, vision.patches))
-    algorithm = sft.SFT(start, sft.SFTConfig(steps=1), Data([example]))
+    algorithm = sft.SFT(start, sft.SFTConfig(learning_rate=1e-5, steps=1), Data([example]))
     one = loop.Loop(algorithm, start, Data([example]))
     one.one_step()
     weights, bytes_of = list(start.model.parameters()), lambda of: sum(each.nbytes for each in of)

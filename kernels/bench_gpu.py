@@ -146,7 +146,8 @@ def full_steps(sizes: Sizes) -> Iterator[Row]:
 
 def steps(sizes: Sizes, rank: int) -> Iterator[Row]:
     start, cuda = make_start(sizes, rank), sizes.device == "cuda"
-    config = ddpo.DDPOConfig(batch_size=sizes.pairs, micro_batch=sizes.pairs, steps=10**6)
+    config = ddpo.DDPOConfig(
+        learning_rate=1e-5, batch_size=sizes.pairs, micro_batch=sizes.pairs, steps=10**6)
     data = Data(make_examples(sizes))
     loop = Loop(ddpo.DDPO(start, config, data), start, data)
     useful, peak = step_flops(loop), matmul_peak(sizes)
