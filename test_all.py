@@ -911,7 +911,7 @@ def test_head_is_saved_and_refused_elsewhere(tiny_world, tokenizer, tmp_path):
         ("facts", "without facts", "with facts, not without facts")):
         with pytest.raises(ValueError, match=phrase):
             reward.load_head(again, tmp_path, {**origin, key: wrong})
-    for change in (lambda w: {"weight": w["weight"][:5]}, lambda w: w | {"x": w["bias"]}):
+    for change in (lambda w: {"weight": w["weight"][:5]}, lambda w: w | {"x": w["bias"].clone()}):
         damage(tmp_path / reward.HEAD, change)
         with pytest.raises(ValueError, match="safetensors: not a head of 32 weights and a bias"):
             reward.load_head(again, tmp_path, {})
