@@ -73,6 +73,16 @@ CLAIMS = {claim.name: claim for claim in (
           "RLHF-V, Section 3.1 (corrections by people)", at_best(" --noise 0.1"), PAIRS),
     Claim("few", "The same, with 200 corrections.", "RLHF-V, Figure 2",
           at_best(" --corrections 200"), PAIRS),
+    Claim("anchor", "The likelihood term needs a large weight. The preference term lowers every token "
+          "of a deleted sentence, also those that are right after its beginning, and so unlearns "
+          "which thing stands where: with little anchor, or with deletions weighing gamma, more "
+          "wrong places and less coverage are left.", "ours",
+          {f"anchor {weight}": (f"--algo ddpo --anchor {weight} --learning_rate 1e-4",)
+           for weight in (0, 1, 4, 16)}
+          | {"anchor 4, replacements only":
+             ("--algo ddpo --anchor 4 --replacements_only --learning_rate 1e-4",)},
+          (("anchor 4", "anchor 1"), ("anchor 16", "anchor 4"),
+           ("anchor 4, replacements only", "anchor 4")), "hallucination/position"),
     Claim("scaling", "200 corrections do what 2,200 rankings do, and more corrections do more.",
           "RLHF-V, Figure 2", SCALING | RANKINGS,
           (("200 corrections", "2200 rankings"), ("1400 corrections", "200 corrections"),

@@ -110,7 +110,7 @@ def verdict(runs: Runs, claim: Claim, better: str, worse: str) -> str:
     """Apply the rule of `Claim`."""
     (_, low, high), seeds = difference(runs, claim, better, worse, claim.measure)
     if seeds < 2:
-        return "not measured yet"
+        return "one seed decides nothing" if seeds else "not measured yet"
     (lost, _, _), _ = difference(runs, claim, worse, better, "coverage")
     if high < 0:
         return "holds" if lost <= COVERAGE else f"only at {100 * lost:.1f} points less coverage"
