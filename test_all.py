@@ -232,8 +232,7 @@ def test_command_line_follows_the_dataclasses(capsys):
 def test_alignment_reduces_hallucination_from_end_to_end(tmp_path, monkeypatch, run_train):
     """The main job, small: sample, correct, align, measure. A fresh process does the same."""
     monkeypatch.chdir(tmp_path)
-    command = ("--algo ddpo --corrections 128 --test_scenes 60 --epochs 6 --learning_rate 1e-4 "
-               "--out out").split()
+    command = ("--algo ddpo --corrections 128 --test_scenes 60 --epochs 6 --out out").split()
     shown = run_train(*command)
     assert "hallucination/any" in shown and "before" in shown
     results = json.loads(Path("out/results.json").read_text())
@@ -453,7 +452,8 @@ def test_a_start_that_failed_leaves_nothing_in_the_way(photos, tmp_path, monkeyp
         (("--device", "abacus"), "--device abacus: "),
     ):
         shown = run_train(*own_data(photos, out, "--steps", 1, *wrong), status=1)
-        assert re.match(f"error: {sentence}", shown) and shown.count("\n") == 1
+        *_, last = shown.splitlines()  # after the choice of a learning rate
+        assert re.match(f"error: {sentence}", last) and shown.count("\n") <= 2
         assert wrong != ("--tensorboard",) or not out.exists()
     run_train(*own_data(photos, out, "--steps", 1))
 
@@ -725,7 +725,7 @@ def test_margin_is_0_where_policy_is_reference(tiny, tmp_path, lora, dtype, fuse
     """Policy and reference are computed in one precision: the first margins are exactly 0."""
     start = make_start(tiny, None, tmp_path, dtype=dtype, lora=lora)
     recipes.select_weights(start, ddpo.DDPO)
-    settings = ddpo.DDPOConfig(batch_size=4, micro_batch=4, fused=fused)
+    settings = ddpo.DDPOConfig(batch_size=4, micro_batch=4, fused=fused, anchor=0.0)
     algorithm = ddpo.DDPO(start, settings, Data([random_example(i) for i in range(4)]))
     (batch,) = algorithm.batches(0)
     with start.autocast():
@@ -1200,7 +1200,7 @@ def test_kl_penalty_pulls_the_policy_back(tiny_world, tokenizer, tmp_path):
     algorithm = on_policy(tiny_world, tokenizer, tmp_path, score=lambda completion: 0, kl_coef=1.0,
                          kl_estimator="k1", **BANDIT)
     with torch.no_grad():
-        algorithm.roles.policy.model.decoder.norm.weight.mul_(2.0)
+        algorithm.roles.policy.model.decoder.norm.weight.mul_(3.0)
     kl = [found["objective/kl"] for found in optimise(algorithm, 40, 1e-3)]
     assert kl[0] > 0.5 and np.mean(kl[-10:]) < 0.5 * np.mean(kl[:10])
 
@@ -2153,7 +2153,7 @@ def test_claims_run_what_is_missing(tmp_path, monkeypatch, capfd):
     assert found["after"].keys() >= {"hallucination/any", "coverage"}
     claims_page.write_page(tmp_path)
     text = (tmp_path / "CLAIMS.md").read_text()
-    assert "| one | 1 |" in text and "not measured yet" in text and f"`{options}`" in text
+    assert "| one | 1 |" in text and "one seed decides nothing" in text and f"`{options}`" in text
     ElementTree.parse(tmp_path / "claims/figures/tiny.svg")
     broken = replace(claim, arms={"one": ("--algo ddpo --data nowhere",)})
     monkeypatch.setattr(claims_command, "CLAIMS", {"tiny": broken})
@@ -3315,7 +3315,8 @@ def test_packed_branches_equal_separate_sequences(kv_heads, tmp_path):
     """The one attention rule: each response scores and teaches as it does alone."""
     model = make_model(replace(TEXT, num_key_value_heads=kv_heads))
     examples = random_pairs(0, 0, 3, 4)
-    algorithm = make_ddpo(model, examples, tmp_path, REFERENCE, batch_size=4, beta=0.5)
+    algorithm = make_ddpo(
+        model, examples, tmp_path, REFERENCE, batch_size=4, beta=0.5, anchor=0.0)
     (batch,) = algorithm.batches(0)
     rows = [next(row for row in examples if row.name == name) for name in batch.names]
     responses = [(row, response) for row in rows for response in row.responses]
@@ -4770,7 +4771,7 @@ def test_adapters_runs_and_towers_are_models(photos, tokenizer_model, tmp_path, 
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(merged.state_dict()[name], weight, atol=1e-3, rtol=1e-3)
     shown = run_train(*own("two", "--model", tmp_path / "one/adapter"))
-    assert "learning rate 0.0001, that for all of a small model (--learning_rate)" in shown
+    assert "learning rate 0.0003, that for all of a small model (--learning_rate)" in shown
     assert opening.open_model(tmp_path / "two")[0].stored_dtype == torch.float16
     config_file = tmp_path / "one/adapter/adapter_config.json"
     damage(config_file, {"base_model_name_or_path": "us/gone"})
