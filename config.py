@@ -61,8 +61,9 @@ class Training:
 
     # Fixed for most algorithms; one that leaves the choice to the user makes options of them.
     optimizer: ClassVar[str] = "adamw"
-    # Learning rates where none is given: all of a small model, all of a large one, and LoRA.
-    rates: ClassVar[dict[str, float]] = {"small": 1e-5, "large": 5e-7, "lora": 2e-4}
+    # Learning rates where none is given: of all weights and of LoRA's, below and above 1B.
+    rates: ClassVar[dict[str, float]] = {
+        "small": 1e-5, "large": 5e-7, "small lora": 1e-3, "large lora": 2e-4}
     facts: ClassVar[bool] = False  # whether examples carry the image's captions
     captions: ClassVar[str | None] = None  # image_to_caption.json, where the data is the user's
 
@@ -194,6 +195,6 @@ def path_fault(path: str | Path, kind: str) -> str | None:
         return None
     hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not Path(path).parent.exists()
     if kind == "model" and hub:
-        return (f"{path}: no such folder; a model of the Hugging Face hub has to be downloaded first: "
-                f"hf download {path} --local-dir {Path(path).name}")
+        return (f"{path}: no such folder; a model of the Hugging Face hub has to be downloaded "
+                f"first: hf download {path} --local-dir {Path(path).name}")
     return f"{path}: no such folder"

@@ -35,8 +35,8 @@ What this file does differently from the released code (RLHF-V/RLHF-V), and why:
    here. difflib's "autojunk", which the release leaves on, is off: it skips frequent tokens.
 4. AdamW's betas are (0.9, 0.95), the release's (0.9, 0.999): `--adam_beta2 0.999`. There are 3
    passes over the data, in the paper 7: `--epochs 7`.
-5. With `--lora` the learning rate is 2e-4 and alpha twice the rank, as in LLaVA-1.5's own LoRA
-   recipe; the papers train DDPO without LoRA.
+5. With `--lora` the learning rate of a model of 1B and more is 2e-4 and alpha twice the rank, as in
+   LLaVA-1.5's own LoRA recipe; the papers train DDPO without LoRA.
 Like the released code, it computes the reference's scores once, before the first step.
 
 The loss is `DDPO.loss`, in plain PyTorch. `--fused on` (the default on a GPU) computes the same
@@ -116,7 +116,8 @@ class LossConfig(Training):
     """Options of the loss."""
 
     learning_rate: float | None = option(
-        None, "peak learning rate [3e-4; of a model of 1B and more 5e-7 (paper); with --lora 2e-4]")
+        None, "peak learning rate [3e-4, with --lora 1e-3; of a model of 1B and more 5e-7 (paper), "
+        "with --lora 2e-4]")
     rates = Training.rates | {"small": 3e-4}
     beta: float = option(0.5, "strength of the tie to the reference (paper; release: 0.1)")
     gamma: float = option(5.0, "weight of corrected segments (paper; release: 1.1; 1: no segments)")
@@ -137,7 +138,8 @@ class DDPOConfig(LossConfig, Corrected):
 @dataclass
 class DPOConfig(DDPOConfig):
     learning_rate: float | None = option(
-        None, "peak learning rate [1e-5; of a model of 1B and more 5e-7; with --lora 2e-4]")
+        None, "peak learning rate [1e-5, with --lora 1e-3; of a model of 1B and more 5e-7, with "
+        "--lora 2e-4]")
     rates = Training.rates
     anchor: float = option(0.0, "weight of the likelihood term on the chosen response", least=0)
     beta: float = option(0.1, "strength of the tie to the reference (DPO's own code)")

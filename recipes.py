@@ -69,15 +69,15 @@ def with_rate(run: Run, config: Training) -> Training:
 
 def method(run: Run) -> str:
     """What is trained, as far as learning rates depend on it: a key of `Training.rates`."""
-    if run.lora:
-        return "lora"
     large = run.model and parameter_count(run.model, run.tower) >= LARGE
-    return "large" if large else "small"
+    return ("large" if large else "small") + " lora" * bool(run.lora)
 
 
 def choice(run: Run, config: Training, given: Training) -> str:
     """Say which settings were chosen and not given, and why; "": none."""
-    why = {"lora": "LoRA's", "large": "that for all of a model of 1B and more parameters",
+    why = {"small lora": "LoRA's in a small model",
+           "large lora": "LoRA's in a model of 1B and more parameters",
+           "large": "that for all of a model of 1B and more parameters",
            "small": "that for all of a small model"}[method(run)]
     said = []
     if given.learning_rate is None:

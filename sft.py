@@ -33,7 +33,7 @@ def supervised_loss(logp: Tensor, weight: Tensor) -> Tensor:
 class SFTConfig(Corrected):
     learning_rate: float | None = option(
         None, "peak learning rate [2e-5, with --lora 2e-4 (both LLaVA-1.5's)]")
-    rates = {"small": 2e-5, "large": 2e-5, "lora": 2e-4}
+    rates = {"small": 2e-5, "large": 2e-5, "small lora": 2e-4, "large lora": 2e-4}
 
 
 class SFT(Algorithm):

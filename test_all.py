@@ -4765,7 +4765,7 @@ def test_adapters_runs_and_towers_are_models(photos, tokenizer_model, tmp_path, 
     base = write_model(tmp_path / "base", public.half(), tokenizer_model)
     own = lambda out, *more: own_data(photos, tmp_path / out, "--steps", 1, "--device", "cpu", *more)
     shown = run_train(*own("one", "--lora", 4, "--model", base))
-    assert "learning rate 0.0002, LoRA's (--learning_rate); alpha 8, twice the rank" in shown
+    assert "learning rate 0.001, LoRA's in a small model (--learning_rate); alpha 8, twice" in shown
     whole, merged = (opening.open_model(tmp_path / "one" / name)[0] for name in (".", "adapter"))
     assert whole.stored_dtype == torch.float16  # as the base
     for name, weight in whole.state_dict().items():
@@ -4792,8 +4792,10 @@ def test_large_models_get_the_papers_learning_rate(tmp_path):
         run, given = train.parse(["--algo", kind, "--model", str(tmp_path), *more])
         settled = recipes.with_rate(run, given)
         assert settled.learning_rate == rate and (run.alpha == 16 or not run.lora)
+        small = replace(run, model=None)
+        assert more[:1] != ("--lora",) or recipes.with_rate(small, given).learning_rate == 1e-3
         said = recipes.choice(run, settled, given)
-        assert ("1B and more" in said) == (more == ()) and ("alpha" in said) == ("--lora" in more)
+        assert ("1B and more" in said) == (more[:1] != ("--learning_rate",)) and ("alpha" in said) == ("--lora" in more)
 
 
 @pytest.mark.parametrize("losses, phrase", [

@@ -73,10 +73,10 @@ CLAIMS = {claim.name: claim for claim in (
           "RLHF-V, Section 3.1 (corrections by people)", at_best(" --noise 0.1"), PAIRS),
     Claim("few", "The same, with 200 corrections.", "RLHF-V, Figure 2",
           at_best(" --corrections 200"), PAIRS),
-    Claim("anchor", "The likelihood term needs a large weight. The preference term lowers every token "
-          "of a deleted sentence, also those that are right after its beginning, and so unlearns "
-          "which thing stands where: with little anchor, or with deletions weighing gamma, more "
-          "wrong places and less coverage are left.", "ours",
+    Claim("anchor", "The likelihood term needs a large weight: with little of it, or with deletions "
+          "weighing gamma, more wrong places and less coverage are left. (The preference term "
+          "lowers every token of a deleted sentence, also those that are right after its "
+          "beginning; that this is why is a guess.)", "ours",
           {f"anchor {weight}": (f"--algo ddpo --anchor {weight} --learning_rate 1e-4",)
            for weight in (0, 1, 4, 16)}
           | {"anchor 4, replacements only":
@@ -98,10 +98,11 @@ CLAIMS = {claim.name: claim for claim in (
                 "mean, beta 0.5, replacements only": "--replacements_only"}),
           (("mean, beta 0.5", "sum, beta 0.1"),
            ("mean, beta 0.5", "mean, beta 0.5, replacements only"))),
-    Claim("lora", "LoRA at its own default learning rate does what training all weights does.",
+    Claim("lora", "LoRA, at a learning rate of its own, does what training all weights does.",
           "ours", {"all weights": (f"{METHODS['DDPO + anchor']} --learning_rate "
                                    f"{BEST['DDPO + anchor']}",),
-                   "LoRA, rank 16": ("--algo ddpo --lora 16",)},
+                   "LoRA, rank 16": ("--algo ddpo --lora 16 --learning_rate 2e-4",
+                                     "--algo ddpo --lora 16 --learning_rate 1e-3")},
           (("all weights", "base"), ("LoRA, rank 16", "base"))),
     Claim("over_generalisation", "DDPO lowers over-generalisation, the extra mentions of an absent "
           "object in its typical setting.", "RLHF-V, Table 2", at_best(),

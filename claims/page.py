@@ -11,7 +11,8 @@ from claims.results import (
 from formats.files import write_atomic
 
 ROOT = Path(__file__).parents[1]
-TITLES = dict(zip(MEASURES, ("any", "object", "colour", "number", "place", "coverage", "Δ", "words")))
+TITLES = dict(zip(
+    MEASURES, ("any", "object", "colour", "number", "place", "coverage", "Δ", "words")))
 INTRODUCTION = f"""# The papers' claims, measured on the built-in world
 
 Written by `python -m claims page` from `claims/results.jsonl`; `claims/definitions.py` says which
@@ -56,7 +57,8 @@ def summary(runs: Runs) -> str:
 
 def section(claim: Claim, runs: Runs) -> str:
     """Return a claim's part of the page: statement, table, figure and what is missing."""
-    lines = [f"## {claim.name}\n", f"{claim.statement} ({claim.source}) {claim.note}".strip() + "\n"]
+    text = f"{claim.statement} ({claim.source}) {claim.note}".strip()
+    lines = [f"## {claim.name}\n", f"{text}\n"]
     labels = measured(claim, runs)
     if labels:
         lines += [f"| | seeds | {' | '.join(TITLES.values())} |", "|---" * (len(TITLES) + 2) + "|"]
@@ -65,7 +67,8 @@ def section(claim: Claim, runs: Runs) -> str:
             cells = [number(m, mean(numbers)) if numbers else "" for m, numbers in by_seed.items()]
             lines.append(f"| {label} | {len(by_seed[MEASURES[0]])} | {' | '.join(cells)} |")
         lines += ["", f"![{claim.name}](claims/figures/{claim.name}.svg)\n"]
-        lines += [f"* {label}: `{best(runs, claim.arms[label], claim.measure)}`" for label in labels]
+        lines += [f"* {label}: `{best(runs, claim.arms[label], claim.measure)}`"
+                  for label in labels]
     missing = [label for label in claim.arms if label not in labels]
     if missing:
         lines.append(f"\nNot measured yet: {', '.join(missing)} (`python -m claims run "
@@ -95,9 +98,11 @@ def figure(claim: Claim, runs: Runs) -> str:
     parts = []
     for i, (label, each) in enumerate(zip(labels, by_seed)):
         y, (value, low, high) = ROW * (i + 0.7), mean(each)
-        parts.append(f'<text x="{LEFT - 10}" y="{y + 4:.0f}" text-anchor="end">{escape(label)}</text>')
+        parts.append(f'<text x="{LEFT - 10}" y="{y + 4:.0f}" text-anchor="end">'
+                     f"{escape(label)}</text>")
         if not math.isnan(low):
-            parts.append(f'<line x1="{x(low)}" x2="{x(min(high, top))}" y1="{y:.0f}" y2="{y:.0f}"/>')
+            parts.append(f'<line x1="{x(low)}" x2="{x(min(high, top))}" '
+                         f'y1="{y:.0f}" y2="{y:.0f}"/>')
         parts += [f'<circle cx="{x(seed)}" cy="{y:.0f}" r="2.5" opacity="0.4"/>' for seed in each]
         parts.append(f'<circle cx="{x(value)}" cy="{y:.0f}" r="5"/>')
     for share in (0, top / 2, top):
