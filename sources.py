@@ -1,7 +1,7 @@
 """Where a run's data comes from: the user's rows, or the built-in world's feedback.
 
-The built-in world's feedback is collected once, kept in runs/world and reused; the folder's name says
-which base and seed it belongs to. A user's own rows take the same path.
+The built-in world's feedback is collected once, kept in runs/world and reused; the folder's name
+says which base and seed it belongs to. A user's own rows take the same path.
 """
 
 import sys
@@ -98,7 +98,7 @@ def world_corrections(start: Start, config: Training) -> Path:
 
 
 def collect(folder: Path, last: str, what: str, make: Callable[[], Path]) -> Path:
-    """Make data in a folder, unless its last file is there. Waits while another process makes it."""
+    """Make data in a folder, unless its last file is there; wait if another process makes it."""
     with lock_folder(folder, wait=True):
         if not (folder / last).exists():
             print(f"collecting {what} in {folder}", file=sys.stderr)

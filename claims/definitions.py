@@ -73,8 +73,8 @@ CLAIMS = {claim.name: claim for claim in (
           "RLHF-V, Section 3.1 (corrections by people)", at_best(" --noise 0.1"), PAIRS),
     Claim("few", "The same, with 200 corrections.", "RLHF-V, Figure 2",
           at_best(" --corrections 200"), PAIRS),
-    Claim("anchor", "The likelihood term needs a large weight: with little of it, or with deletions "
-          "weighing gamma, more wrong places and less coverage are left. (The preference term "
+    Claim("anchor", "The likelihood term needs a large weight: with little of it, or with "
+          "deletions weighing gamma, more wrong places and less coverage are left. (The preference term "
           "lowers every token of a deleted sentence, also those that are right after its "
           "beginning; that this is why is a guess.)", "ours",
           {f"anchor {weight}": (f"--algo ddpo --anchor {weight} --learning_rate 1e-4",)

@@ -62,7 +62,8 @@ def corrections(
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     if not 0 <= overlook < 1 or not 0 <= noise <= 1:
-        raise ValueError(f"--overlook and --noise are shares: 0 <= {overlook} < 1, 0 <= {noise} <= 1")
+        raise ValueError(
+            f"--overlook and --noise are shares: 0 <= {overlook} < 1, 0 <= {noise} <= 1")
     rng, annotator = Random(f"corrections {seed}"), Random(f"annotator {seed}")
     rows, asked = [], 0
     while len(rows) < count:

@@ -38,8 +38,8 @@ EXPECTED = 4  # the annotator expects this many of a setting's most popular kind
 class Rates:
     """How often the annotator writes from habit; every field is a probability."""
 
-    missing_object: float = 0.95  # per expected kind that is absent, if its usual cell is empty: one
-    # of that kind there, in its usual colour
+    missing_object: float = 0.95  # per expected kind that is absent, if its usual cell is empty:
+    # one of that kind there, in its usual colour
     usual_colour: float = 0.4  # per thing in an unusual colour: the usual colour instead
     three_as_two: float = 0.4  # per thing of number three: "two"
     two_as_one: float = 0.15  # per thing of number two: "a"
