@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from world.scenes import COLOURS, KINDS, NUMBERS, PLACES, SCENES, Scene, Thing
-from world.texts import be, capital, noun, plural, with_article
+from world.texts import be, capital, noun, phrase, plural, with_article
 
 
 def any_of(words: Iterable[str]) -> str:
@@ -87,22 +87,27 @@ def clause_edits(
         article = with_article((adjective + [thing.kind])[0]).split()[0]
         truth = article if thing.number == 1 else NUMBERS[thing.number]
         yield Span(*mention.span("number"), "number", match_case(number, truth))
-        for group, word in (("there", be(thing)), ("noun", noun(thing)), ("verb", be(thing))):
-            if mention[group] and mention[group].lower() != word:
-                yield Span(*mention.span(group), "agreement", match_case(mention[group], word))
+        yield from agreement(mention, there=be(thing), noun=noun(thing), verb=be(thing))
+
+
+def agreement(mention: re.Match, **words: str) -> Iterator[Span]:
+    """Yield the changes that give the groups of a mention these words."""
+    for group, word in words.items():
+        if mention[group] and mention[group].lower() != word:
+            yield Span(*mention.span(group), "agreement", match_case(mention[group], word))
 
 
 def deletion(
     i: int, clauses: list[Clause], things: list[Thing | None], end: int
 ) -> tuple[int, int]:
-    """Return the span to delete for the absent kind of clause `i`, so that the rest still reads.
+    """Return the span to delete for clause `i`, so that the rest still reads.
 
     Args:
-        things: the thing that each clause mentions, None where it is absent.
+        things: the thing that each clause mentions, None where the clause is to go.
         end: of the sentence.
     """
     left, right, mention = clauses[i]
-    if not any(things):  # delete the whole sentence, in as many parts as it has absent kinds
+    if not any(things):  # delete the whole sentence, in as many parts as it has clauses
         return left, end if i == len(clauses) - 1 else right
     if any(things[:i]):
         return left, right
@@ -111,29 +116,63 @@ def deletion(
     return mention.start("number" if keeps_verb else 0), following.start()
 
 
+def said_twice(scene: Scene, text: str, clauses: list[Clause]) -> set[int]:
+    """Return the starts of the clauses that put a thing in a second, wrong place.
+
+    Corrected, they would say the same thing twice. Of the clauses that name a thing's place, the
+    first right one stays, or else the first.
+    """
+    placed = []
+    for start, end, mention in clauses:
+        thing, place = scene.find(NOUNS[mention["noun"].lower()]), PLACE.search(text, start, end)
+        if thing and place:
+            placed.append((thing.kind, place[0].lower() != PLACES[thing.cell], start))
+    stays = {kind: start for kind, _, start in sorted(placed, reverse=True)}
+    return {start for kind, wrong, start in placed if wrong and start != stays[kind]}
+
+
+def seen_instead(
+    scene: Scene, text: str, clause: Clause, mentioned: Iterable[str]
+) -> Thing | None:
+    """Return the thing in the place that a false clause names, if the text mentions it nowhere."""
+    place, number = PLACE.search(text, *clause[:2]), clause[2]["number"]
+    return next((thing for thing in scene.things if place and number
+                 and PLACES[thing.cell] == place[0].lower() and thing.kind not in mentioned), None)
+
+
 def edits(scene: Scene, text: str) -> list[Span]:
     """Return the false spans, and the changes of grammar (kind "agreement") that go with them."""
-    found, deleted = [], []
-    for end, clauses in clauses_of(text):
+    words, phrases, sentences, mentioned = [], [], list(clauses_of(text)), set(mentions(text))
+    repeated = said_twice(scene, text, [clause for _, clauses in sentences for clause in clauses])
+    for end, clauses in sentences:
         things = [scene.find(NOUNS[mention["noun"].lower()]) for _, _, mention in clauses]
-        for i, thing in enumerate(things):
-            if thing:
-                found += clause_edits(thing, text, *clauses[i])
-            else:
-                deleted.append(Span(*deletion(i, clauses, things, end), "object", ""))
-    found += [Span(*word.span(), "other", match_case(word[0], scene.type))
+        kept = [None if clause[0] in repeated else thing for thing, clause in zip(things, clauses)]
+        kinds = ["position" if thing else "object" for thing in things]
+        for i, clause in enumerate(clauses):
+            if kept[i]:
+                words += clause_edits(kept[i], text, *clause)
+            elif other := seen_instead(scene, text, clause, mentioned):
+                kept[i], mention = other, clause[2]
+                mentioned.add(other.kind)
+                phrases.append(Span(mention.start("number"), mention.end("noun"), kinds[i],
+                                    match_case(mention["number"], phrase(other))))
+                words += agreement(mention, there=be(other), verb=be(other))
+        phrases += [Span(*deletion(i, clauses, kept, end), kinds[i], "")
+                    for i in range(len(clauses)) if not kept[i]]
+    words += [Span(*word.span(), "other", match_case(word[0], scene.type))
               for word in SETTING.finditer(text) if word[0].lower() != scene.type]
-    found = [edit for edit in found
-             if not any(span.start <= edit.start < span.end for span in deleted)]
-    return sorted(found + deleted, key=lambda edit: edit.start)
+    words = [edit for edit in words
+             if not any(span.start <= edit.start < span.end for span in phrases)]
+    return sorted(words + phrases, key=lambda edit: edit.start)
 
 
 def hallucinations(scene: Scene, text: str) -> list[Span]:
     """Return every false span of a free-form text, in order; spans never overlap.
 
-    For an absent kind the span is its whole sentence (or its clause, where the sentence mentions
-    other kinds as well); otherwise the false colour, number, place or setting alone. Questions and
-    denials are never false.
+    For an absent kind ("object"), and for a thing put in a second place ("position"), the span is
+    the noun phrase if something stands there that the text mentions nowhere, and else the whole
+    sentence (or clause, where the sentence mentions other kinds as well); otherwise it is the false
+    colour, number, place or setting alone. Questions and denials are never false.
     """
     return [edit for edit in edits(scene, text) if edit.kind != "agreement"]
 
@@ -141,8 +180,9 @@ def hallucinations(scene: Scene, text: str) -> list[Span]:
 def correct(scene: Scene, text: str) -> str:
     """Make the text true by minimal edits; all else stays as it is, byte for byte.
 
-    Sentences about absent kinds go, with the white space before them (after, for the first); wrong
-    words are replaced, and is/are and the noun follow a changed number.
+    Wrong words are replaced, and is/are and the noun follow a changed number. What is said of an
+    absent kind, or of a thing in a second place, becomes what stands there if the text mentions it
+    nowhere; else the sentence goes, with the white space before it (after, for the first).
     """
     while found := edits(scene, text):  # a second round only where a clause lost its neighbour
         for edit in reversed(found):
@@ -162,12 +202,12 @@ def careless(
     `correct` with this scene in place of the true one gives their correction.
 
     Args:
-        overlook: probability of each false object, colour, number and place to be taken for true.
+        overlook: probability of each false object, colour, number and place to be taken for true
+            (where a thing is said twice, of those said first).
         noise: probability that one true statement of the text is taken for false: its colour,
             number or place is thought to be another.
     """
-    things = {thing.kind: thing for thing in scene.things}
-    true = []
+    things, true, said_before = {thing.kind: thing for thing in scene.things}, [], set()
     for kind, said in statements_of(text):
         if kind not in things:
             if rng.random() < overlook:
@@ -176,8 +216,9 @@ def careless(
         for field, value in said.items():
             if value == getattr(scene.find(kind) or things[kind], field):
                 true.append((kind, field, value))
-            elif rng.random() < overlook:
+            elif kind not in said_before and rng.random() < overlook:
                 things[kind] = replace(things[kind], **{field: value})
+        said_before.add(kind)
     if true and rng.random() < noise:
         kind, field, value = rng.choice(true)
         values = {"colour": COLOURS, "number": NUMBERS, "cell": range(9)}[field]
