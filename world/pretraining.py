@@ -189,6 +189,8 @@ class RMInitConfig(DecoderConfig):
     steps: int = option(2400, "optimizer steps", least=1)
     layers: int = option(2, "decoder layers put on top of the base's: comparison needs more depth "
                          "than description")
+    reading: float = option(0.32, "share of the steps that teach reading, which comes first; 0 to "
+                            "train a finished one on")
 
 
 class Base(sft.SFT):

@@ -84,7 +84,6 @@ class VerificationTask:
     an answer, and its branches bring the facts of the scene or of a lookalike.
     """
 
-    READING = 0.32  # share of the steps in phase 1: comparing presupposes it
     COMPARING = 0.42  # share of the steps in phase 2; verdicts on whole answers need it
     FACT_BY_FACT = 0.5  # share of phase 3's responses that go on comparing each fact, as practice
     RAMP = 0.15  # share of the steps after phase 1 over which lookalikes become hard: comparison is
@@ -98,6 +97,7 @@ class VerificationTask:
     def __init__(self, start: Start, config: Training):
         self.tokenizer, self.seed = start.tokenizer, start.run.seed
         self.steps, self.batch_size = config.steps, config.batch_size
+        self.reading = config.reading  # share of the steps in phase 1
         self.patches = start.model.config.vision.patches
         count = min(self.SCENES, self.steps * self.batch_size)
         self.scenes = [world.make_scene(f"judge {self.seed} {i}") for i in range(count)]
@@ -109,7 +109,7 @@ class VerificationTask:
     def examples(self, step: int) -> list[Example]:
         rng = Random(f"verdicts {self.seed} {step}")
         chosen = rng.sample(range(len(self.scenes)), self.batch_size)
-        first = round(self.READING * self.steps)
+        first = round(self.reading * self.steps)
         if step < first:
             rows = [self.read(self.scenes[i], rng) for i in chosen]
         else:
