@@ -31,6 +31,10 @@ def supervised_loss(logp: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass
 class SFTConfig(Corrected):
+    feedback: str = option(
+        "corrections", "of the built-in annotator: corrections of the base's answers, rankings of "
+        "two, questions with short answers, or descriptions from habit, of whole or of cropped "
+        "pictures", choices=("corrections", "rankings", "questions", "descriptions", "cropped"))
     learning_rate: float | None = option(
         None, "peak learning rate [2e-5, with --lora 2e-4 (both LLaVA-1.5's)]")
     rates = {"small": 2e-5, "large": 2e-5, "small lora": 2e-4, "large lora": 2e-4}

@@ -64,6 +64,13 @@ def world_data(start: Start, config: Training, algorithm: type[Algorithm]) -> Da
             world_rankings(start, "test", config.held_out, 0.0)))
         return Data(*(read(folder, "preferences.json")[1] if folder else []
                       for folder in (train, test)))
+    if config.feedback not in ("corrections", "rankings"):
+        folder = WORLD / f"{config.feedback}-{start.run.seed}-{config.corrections}"
+        parallel.once(lambda: collect(
+            folder, "conversations.json", f"{config.corrections} conversations",
+            lambda: feedback.conversations(start.images, folder, config.corrections,
+                                           start.run.seed, config.feedback)))
+        return Data(read(folder, "conversations.json")[1])
     if config.feedback == "rankings":
         folder = parallel.once(
             lambda: world_rankings(start, "train", config.corrections, config.noise))

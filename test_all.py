@@ -2107,8 +2107,12 @@ def test_claims_are_command_lines_and_compare_their_arms():
     for claim in definitions.CLAIMS.values():
         assert {each for pair in claim.pairs for each in pair} <= {"base", *claim.arms}
         for options in (line for lines in claim.arms.values() for line in lines):
-            run, _ = train.parse(shlex.split(options))
-            assert run.algo in ("sft", "dpo", "ddpo") and claims_command.slug(options)
+            assert len(tally.slug(options)) < 250  # a folder's name
+            for command in map(shlex.split, options.split(" then ")):
+                if command[0] == "evaluate.py":
+                    evaluate.make_parser().parse_args(command[1:])
+                else:
+                    train.parse(command)
 
 
 def test_claims_verdicts_follow_their_rule(tmp_path):
@@ -2134,11 +2138,27 @@ def test_claims_verdicts_follow_their_rule(tmp_path):
     (value, low, high), seeds = tally.difference(runs, claim, "worse", "best", definitions.ANY)
     half = 4.30 * np.std([0.19, 0.2, 0.22], ddof=1) / 3**0.5
     assert (value, high - value, seeds) == pytest.approx((0.61 / 3, half, 3)) and low < value
+    scores = {"r": (0.81, 0.82, 0.83), "s": (0.69, 0.70, 0.71), "t": (0.74, 0.75, 0.76)}
+    runs = {(name, seed): {"after": {"agreement": value}}
+            for name, each in scores.items() for seed, value in enumerate(each)}
+    claim = definitions.Claim("more", "", "", {name: (name,) for name in scores}, (),
+                              "agreement", higher=True, margin=0.1)
+    assert [tally.verdict(runs, claim, *pair) for pair in ("rs", "rt", "sr")] == [
+        "holds", "does not hold", "does not hold: the opposite does"]
 
 
 def test_claims_run_what_is_missing(tmp_path, monkeypatch, capfd):
-    options = "--algo ddpo --corrections 4 --batch_size 4 --steps 1"
-    claim = definitions.Claim("tiny", "It runs.", "nobody", {"one": (options,)}, (("one", "base"),))
+    small = "--batch_size 4 --steps 1"
+    first = f"--algo ddpo --corrections 4 {small}"
+    after = (f"--algo sft --feedback questions --corrections 4 {small} then {first} "
+             "--model {next}/model")
+    judged = f"--algo rm --rankings 4 --held_out 0 {small} then"
+    policy = (f"{judged} --algo grpo --prompts 4 --samples 2 --rollout_size 4 --log_every 1 {small}"
+              " --max_new_tokens 8 --reward_model {here} --held_out_reward_model {here}")
+    best = f"{judged} evaluate.py {ROOT}/world/base --best_of 2 --reward_model {{here}}"
+    arms = {"one": (first,), "staged": (after,), "policy": (policy,), "best": (best,)}
+    claim = definitions.Claim("tiny", "It runs.", "nobody", arms, (("one", "base"),),
+                              curves=("score/rm", "score/held_out"))
     for module in (claims_command, claims_page):
         monkeypatch.setattr(module, "CLAIMS", {"tiny": claim})
     monkeypatch.setattr(tally, "SCENES", 4)
@@ -2147,14 +2167,19 @@ def test_claims_run_what_is_missing(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):  # the second time nothing is missing
         assert claims_command.main(["run", "tiny", "--seeds", "1"]) == 0
-    assert capfd.readouterr().out.count(options) == 1
-    [found] = tally.read_runs().values()
-    assert {"before", "after", "cut by text alone"} < found.keys()
-    assert found["after"].keys() >= {"hallucination/any", "coverage"}
+    assert capfd.readouterr().out.count(f"tiny: {first} --seed 0") == 1
+    runs = tally.read_runs()
+    assert {options for options, _ in runs} == {first, after, policy, best}
+    assert {"before", "after", "cut by text alone"} < runs[first, 0].keys()
+    assert all("coverage" in found["after"] for found in runs.values())
+    assert runs[policy, 0]["trace"].keys() == set(tally.TRACED)
+    assert [path.name[-1] for path in Path("runs/claims").glob("algo-sft*") if "then" not in
+            path.name] == ["1"]  # {next}
     claims_page.write_page(tmp_path)
     text = (tmp_path / "CLAIMS.md").read_text()
-    assert "| one | 1 |" in text and "one seed decides nothing" in text and f"`{options}`" in text
-    ElementTree.parse(tmp_path / "claims/figures/tiny.svg")
+    assert "| one | 1 |" in text and "one seed decides nothing" in text and f"`{first}`" in text
+    for name in ("tiny", "tiny_kl"):
+        ElementTree.parse(tmp_path / f"claims/figures/{name}.svg")
     broken = replace(claim, arms={"one": ("--algo ddpo --data nowhere",)})
     monkeypatch.setattr(claims_command, "CLAIMS", {"tiny": broken})
     with pytest.raises(RuntimeError, match="failed: .*--data nowhere"):
@@ -3099,6 +3124,30 @@ def test_world_mentions_are_found_in_linear_time():
         text = "x" + "".join(rng.choices([" ", "  ", ",", "And", "x", "\n", "an"], k=8))
         fast = [found.span() for found in world.oracle.LINK.finditer(text, 1)]
         assert fast == [found.span() for found in plain.finditer(text, 1)], text
+
+
+def test_world_conversations_of_a_supervised_stage(tmp_path):
+    settings = pretraining.WORLD_IMAGES
+    rows = {about: json.loads(feedback.conversations(settings, tmp_path / about, 30, 0, about)
+                              .read_text()) for about in ("questions", "descriptions", "cropped")}
+    texts = {about: [[turn["value"] for turn in row["conversations"]] for row in found]
+             for about, found in rows.items()}
+    assert texts["descriptions"] == texts["cropped"] != texts["questions"]
+    changed = []
+    for i, (asked, described) in enumerate(zip(texts["questions"], texts["descriptions"])):
+        assert [value.startswith("<image>\n") for value in asked] == [True] + 7 * [False]
+        assert max(len(answer.split()) for answer in asked[1::2]) < 6
+        scene = world.make_scene(f"conversations 0 {i}")
+        assert {t.kind for t in scene.things} <= set(world.mentions(described[1]))
+        whole, cropped = (np.asarray(Image.open(tmp_path / about / f"images/{i:06}.png"))
+                          for about in ("descriptions", "cropped"))
+        assert np.array_equal(whole, np.asarray(world.draw(scene, settings.size)))
+        assert cropped.shape == whole.shape
+        changed.append(not np.array_equal(whole, cropped))
+    assert np.mean(changed) > 0.9  # a crop may keep all
+    data_rows = read_conversations([tmp_path / "questions/conversations.json"],
+                                   tmp_path / "questions/images")
+    assert len(data_rows) == 30
 
 
 def test_world_ranking():

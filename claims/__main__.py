@@ -4,7 +4,6 @@ import argparse
 import re
 import sys
 import time
-from pathlib import Path
 
 from claims.definitions import CLAIMS, Claim
 from claims.page import write_page
@@ -41,13 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: {options} --seed {seed}", flush=True)
             if not found.dry_run:
                 started = time.perf_counter()
-                do_run(options, seed, Path("runs/claims") / f"{slug(options)}-{seed}")
+                do_run(options, seed)
                 print(f"  {time.perf_counter() - started:.0f} s", flush=True)
     return 0
-
-
-def slug(options: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", options.lower().replace("--", "")).strip("-")
 
 
 if __name__ == "__main__":

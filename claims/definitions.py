@@ -1,7 +1,8 @@
 """The claims: what a paper states, the runs that test it, and the rule by which it holds.
 
-A run is a command line of train.py without its seed and folder. Every claim compares *arms*; an arm
-with several learning rates is represented by the best of them (`results.best`).
+A run is a command line of train.py without its seed and folder, or of evaluate.py; several of them
+that need each other are joined by "then" (`results.make`). Every claim compares *arms*; an arm with
+several learning rates is represented by the best of them (`results.best`).
 """
 
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ class Claim:
     """A statement and its test.
 
     It holds for a pair (better, worse) of arms if the 95 % interval of the difference in `measure`
-    over seeds lies below 0, at a coverage no more than one point lower; it fails if the interval
-    lies above 0; otherwise these seeds do not decide.
+    over seeds lies below 0 (above `margin` for a measure of which more is better), at a coverage no
+    more than one point lower; it fails if the interval lies on the other side; otherwise these
+    seeds do not decide.
     """
 
     name: str
@@ -36,6 +38,9 @@ class Claim:
     pairs: tuple[tuple[str, str], ...]  # (better, worse), by label
     measure: str = ANY
     note: str = ""
+    higher: bool = False  # more of the measure is better
+    margin: float = 0.0  # by which it has to be
+    curves: tuple[str, ...] = ()  # logged metrics to draw against the KL to the reference
 
 
 def with_rates(more: str = "") -> dict[str, tuple[str, ...]]:
@@ -57,11 +62,29 @@ def arms(options: dict[str, str]) -> dict[str, tuple[str, ...]]:
 PAIRS = (("DDPO, the paper's loss", "DPO"), ("DDPO + anchor", "DDPO, the paper's loss"),
          ("DDPO + anchor", "SFT"))
 COUNTS = (50, 200, 400, 800, 1400, 2200, 5000)
-SCALING = {f"{count} corrections": (f"{METHODS['DDPO + anchor']} --learning_rate "
-                                    f"{BEST['DDPO + anchor']} --corrections {count}",)
-           for count in COUNTS}
+BEST_DDPO = f"{METHODS['DDPO + anchor']} --learning_rate {BEST['DDPO + anchor']}"
+SCALING = {f"{count} corrections": (
+    BEST_DDPO + f" --corrections {count}" * (count != 1400),) for count in COUNTS}
 RANKINGS = {f"{count} rankings": (f"--algo dpo --feedback rankings --corrections {count} "
                                   f"--learning_rate {BEST['DPO']}",) for count in COUNTS}
+
+
+
+def staged(stage: str) -> str:
+    """Return DDPO on a base that some supervised training comes first to."""
+    return (f"--algo sft --feedback {stage} --learning_rate 1e-4 then "
+            f"{BEST_DDPO} --model {{here}}/model")
+
+
+def rewarded(algo: str, facts: bool = True) -> str:
+    """Return an algorithm on rewards, after the reward model's training."""
+    given = " --facts" if facts else ""
+    return f"--algo rm{given} then --algo {algo}{given} --reward_model {{here}}"
+
+
+PPO = rewarded("ppo")
+BEST_OF = "--algo rm --facts then evaluate.py world/base --best_of 8 --reward_model {here}"
+ONLINE = "online_ddpo --feedback reward_model"
 
 CLAIMS = {claim.name: claim for claim in (
     Claim("methods", "DDPO beats DPO on the same corrections, and more so than plain imitation of "
@@ -89,7 +112,8 @@ CLAIMS = {claim.name: claim for claim in (
            ("5000 corrections", "1400 corrections")),
           note="The rankings are of two sampled answers of the same base, learned by DPO."),
     Claim("gamma", "Corrected segments should weigh more: gamma 5 beats gamma 1.",
-          "RLHF-V, Section 3.2", arms({f"gamma {g}": f"--gamma {g}" for g in (1, 2, 5, 10)}),
+          "RLHF-V, Section 3.2", arms({f"gamma {g}": f"--gamma {g}" * (g != 5)
+                                         for g in (1, 2, 5, 10)}),
           (("gamma 5", "gamma 1"), ("gamma 10", "gamma 5"))),
     Claim("score", "A response's score is a mean over its tokens, with beta 0.5.",
           "RLHF-V, Eq. 5, against its released code",
@@ -99,12 +123,56 @@ CLAIMS = {claim.name: claim for claim in (
           (("mean, beta 0.5", "sum, beta 0.1"),
            ("mean, beta 0.5", "mean, beta 0.5, replacements only"))),
     Claim("lora", "LoRA, at a learning rate of its own, does what training all weights does.",
-          "ours", {"all weights": (f"{METHODS['DDPO + anchor']} --learning_rate "
-                                   f"{BEST['DDPO + anchor']}",),
+          "ours", {"all weights": (BEST_DDPO,),
                    "LoRA, rank 16": ("--algo ddpo --lora 16 --learning_rate 2e-4",
                                      "--algo ddpo --lora 16 --learning_rate 1e-3")},
           (("all weights", "base"), ("LoRA, rank 16", "base"))),
     Claim("over_generalisation", "DDPO lowers over-generalisation, the extra mentions of an absent "
           "object in its typical setting.", "RLHF-V, Table 2", at_best(),
           (("DDPO + anchor", "base"), ("DDPO, the paper's loss", "base")), "over_generalisation"),
+    Claim("vqa", "Instruction tuning on human-labelled short questions and answers first makes "
+          "what DDPO leaves less.", "RLHF-V, Section 3.3 and Table 3",
+          {"DDPO": (BEST_DDPO,), "questions, DDPO": (staged("questions"),)},
+          (("questions, DDPO", "DDPO"),)),
+    Claim("crops", "Random crops of the picture with unchanged text teach to hallucinate.",
+          "RLHF-V, Section 3.3 and Table 3",
+          {"descriptions, DDPO": (staged("descriptions"),),
+           "cropped, DDPO": (staged("cropped"),)},
+          (("descriptions, DDPO", "cropped, DDPO"),)),
+    Claim("reward_model", "A reward model that is given facts agrees with more rankings, by at "
+          "least ten points.", "LLaVA-RLHF, Section 2.3",
+          {"with facts": ("--algo rm --facts",), "without facts": ("--algo rm",)},
+          (("with facts", "without facts"),), "agreement", higher=True, margin=0.1,
+          note="Agreement with 500 noiseless held-out pairs; *base* is before training."),
+    Claim("ppo", "PPO lowers hallucination, and more with facts given to the reward model.",
+          "LLaVA-RLHF, Table 3", {"with facts": (PPO,), "without facts": (rewarded("ppo", False),)},
+          (("with facts", "base"), ("without facts", "base"), ("with facts", "without facts"))),
+    Claim("hacking", "Four times as many steps against the same reward model hallucinate less, not "
+          "more: the reward is not hacked.", "LLaVA-RLHF, Section 2.3",
+          {"PPO": (PPO,), "PPO, four times as long":
+           (f"{PPO} --epochs 4 --held_out_reward_model {{next}}",)},
+          (("PPO, four times as long", "PPO"),),
+          curves=("truth/hallucination", "score/rm", "score/held_out"),
+          note="The second reward model, of the next seed, is only watched."),
+    Claim("length", "Without a length penalty answers grow, with one they do not.",
+          "LLaVA-RLHF, Section 2.3",
+          {"no penalty": (f"{PPO} --length_penalty 0",),
+           "the release's": (PPO,),
+           "10 per 128 tokens": (f"{PPO} --length_penalty_tokens 128",)},
+          (("10 per 128 tokens", "no penalty"), ("the release's", "no penalty")), "length",
+          note="The release's penalty is 10 per 896 tokens, and answers here have 60."),
+    Claim("baseline", "The mean return of the sibling completions is as good a baseline as a "
+          "critic.", "RLOO, arXiv 2402.14740",
+          {"group": (PPO,), "critic": (f"{PPO} --baseline critic",)}, (("group", "critic"),)),
+    Claim("algorithms", "With the same reward model, prompts and completions: which algorithm "
+          "makes most of them?", "ours",
+          {"PPO": (PPO,), "GRPO": (rewarded("grpo"),), "online DDPO": (rewarded(ONLINE),),
+           "offline DDPO": (rewarded(f"{ONLINE} --rounds 1"),), "best of 8": (BEST_OF,),
+           "DDPO, 4000 corrections": (f"{BEST_DDPO} --corrections 4000",)},
+          (("PPO", "GRPO"), ("online DDPO", "offline DDPO"), ("online DDPO", "PPO"),
+           ("PPO", "best of 8"), ("DDPO, 4000 corrections", "PPO")),
+          curves=("truth/hallucination",),
+          note="All learn from 4,000 annotations: rankings, or corrections in the last arm. Those "
+          "on rewards have 2,000 prompts with four completions each, so nearly equal compute; the "
+          "choice among eight answers trains nothing and pays when it answers."),
 )}

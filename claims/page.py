@@ -8,11 +8,13 @@ from claims.definitions import CLAIMS, Claim
 from claims.results import (
     MEASURES, SCENES, Interval, Runs, arm_values, best, difference, mean, read_runs, verdict,
 )
+from evaluation.charts import number as tick, ticks
 from formats.files import write_atomic
 
 ROOT = Path(__file__).parents[1]
 TITLES = dict(zip(
-    MEASURES, ("any", "object", "colour", "number", "place", "coverage", "Δ", "words")))
+    MEASURES, ("any", "object", "colour", "number", "place", "coverage", "Δ", "words",
+               "agreement")))
 INTRODUCTION = f"""# The papers' claims, measured on the built-in world
 
 Written by `python -m claims page` from `claims/results.jsonl`; `claims/definitions.py` says which
@@ -23,7 +25,8 @@ cent of the objects mentioned (coverage), over-generalisation Δ in points. Wher
 several learning rates, the table shows the best on these same scenes. A small world says how the
 algorithms behave on it, not how large models do.
 """
-COLOURS = "#3b6fb6"
+COLOUR = "#3b6fb6"
+LINES = (COLOUR, "#c8553d", "#4f9d69", "#a06cd5", "#c99700", "#7f7f7f")
 ROW, WIDTH, LEFT = 22, 640, 250  # pixels
 
 
@@ -36,12 +39,15 @@ def write_page(folder: Path = ROOT, runs: Runs | None = None) -> None:
         parts.append(section(claim, runs))
         if measured(claim, runs):
             write_atomic(folder / f"claims/figures/{claim.name}.svg", figure(claim, runs))
+            if drawn := curves(claim, runs):
+                write_atomic(folder / f"claims/figures/{claim.name}_kl.svg", drawn)
     write_atomic(folder / "CLAIMS.md", "\n".join(parts))
 
 
 def measured(claim: Claim, runs: Runs) -> list[str]:
     """Return the labels of the arms that have runs."""
-    return [label for label, alternatives in claim.arms.items() if best(runs, alternatives)]
+    return [label for label, alternatives in claim.arms.items()
+            if best(runs, alternatives, claim.measure)]
 
 
 def summary(runs: Runs) -> str:
@@ -61,12 +67,19 @@ def section(claim: Claim, runs: Runs) -> str:
     lines = [f"## {claim.name}\n", f"{text}\n"]
     labels = measured(claim, runs)
     if labels:
-        lines += [f"| | seeds | {' | '.join(TITLES.values())} |", "|---" * (len(TITLES) + 2) + "|"]
-        for label in ("base", *labels):
-            by_seed = {m: list(arm_values(runs, claim, label, m).values()) for m in MEASURES}
-            cells = [number(m, mean(numbers)) if numbers else "" for m, numbers in by_seed.items()]
-            lines.append(f"| {label} | {len(by_seed[MEASURES[0]])} | {' | '.join(cells)} |")
+        table = {label: {m: found for m in MEASURES
+                         if (found := list(arm_values(runs, claim, label, m).values()))}
+                 for label in ("base", *labels)}
+        shown = [m for m in MEASURES if any(m in row for row in table.values())]
+        lines += [f"| | seeds | {' | '.join(TITLES[m] for m in shown)} |",
+                  "|---" * (len(shown) + 2) + "|"]
+        for label, row in table.items():
+            cells = [number(m, mean(row[m])) if m in row else "" for m in shown]
+            lines.append(f"| {label} | {max(map(len, row.values()), default=0)} | "
+                         f"{' | '.join(cells)} |")
         lines += ["", f"![{claim.name}](claims/figures/{claim.name}.svg)\n"]
+        if curves(claim, runs):
+            lines.append(f"![{claim.name}, by KL](claims/figures/{claim.name}_kl.svg)\n")
         lines += [f"* {label}: `{best(runs, claim.arms[label], claim.measure)}`"
                   for label in labels]
     missing = [label for label in claim.arms if label not in labels]
@@ -112,6 +125,43 @@ def figure(claim: Claim, runs: Runs) -> str:
                  f"{escape(claim.measure)}, %</text>")
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
             f'font-family="sans-serif" font-size="12" fill="#888" stroke-width="2">'
-            f'<g stroke="{COLOURS}" fill="{COLOURS}">'
+            f'<g stroke="{COLOUR}" fill="{COLOUR}">'
             + "".join(part for part in parts if "<text" not in part) + "</g>"
             + "".join(part for part in parts if "<text" in part) + "</svg>\n")
+
+
+def curves(claim: Claim, runs: Runs) -> str:
+    """Draw logged metrics of the first seed's training against the KL to the reference; or ""."""
+    panels, height = [], 180
+    arms = [(label, results["trace"]) for label in measured(claim, runs)
+            if (results := runs.get((best(runs, claim.arms[label], claim.measure), 0), {}))
+            and results.get("trace", {}).get("objective/kl")]
+    for metric in claim.curves:
+        series = {label: sorted(zip(trace["objective/kl"], trace[metric]))
+                  for label, trace in arms if metric in trace}
+        if series:
+            panels.append(f'<g transform="translate(0 {height * len(panels)})">'
+                          f"{panel(metric, series, height)}</g>")
+    return panels and (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height * len(panels)}" '
+        'font-family="sans-serif" font-size="12" fill="#888" stroke-width="1.5">'
+        f'{"".join(panels)}</svg>\n') or ""
+
+
+def panel(metric: str, series: dict[str, list[tuple[float, float]]], height: int) -> str:
+    """Draw lines over the KL, with their names at the right."""
+    xs, ys = zip(*(point for points in series.values() for point in points))
+    across, up = ticks(0, max(xs)), ticks(min(ys), max(ys))
+    x = lambda kl: 60 + (WIDTH - 260) * kl / across[-1]
+    y = lambda value: height - 40 - (height - 60) * (value - up[0]) / (up[-1] - up[0])
+    parts = [f'<text x="60" y="12">{escape(metric)}, by KL (nats per completion)</text>']
+    parts += [f'<text x="{x(kl):.0f}" y="{height - 22}" text-anchor="middle">{tick(kl)}</text>'
+              for kl in across]
+    parts += [f'<text x="52" y="{y(value) + 4:.0f}" text-anchor="end">{tick(value)}</text>'
+              f'<line x1="60" x2="{WIDTH - 200}" y1="{y(value):.0f}" y2="{y(value):.0f}" '
+              'stroke="#8884"/>' for value in up]
+    for i, (label, points) in enumerate(series.items()):
+        path = "L".join(f"{x(kl):.1f} {y(value):.1f}" for kl, value in points)
+        parts.append(f'<path d="M{path}" fill="none" stroke="{LINES[i]}"/><text x="{WIDTH - 190}" '
+                     f'y="{24 + 16 * i}" fill="{LINES[i]}">{escape(label)}</text>')
+    return "".join(parts)

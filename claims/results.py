@@ -1,6 +1,7 @@
 """The numbers of finished runs, kept in results.jsonl, and statistics over seeds."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -14,7 +15,10 @@ from formats.files import jsonl, write_atomic
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 MEASURES = (ANY, "hallucination/object", "hallucination/attribute", "hallucination/number",
-            "hallucination/position", "coverage", "over_generalisation", "length")
+            "hallucination/position", "coverage", "over_generalisation", "length", "agreement")
+TRACED = ("objective/kl", "truth/hallucination", "score/rm", "score/held_out")  # while training
+POINTS = 40  # of these, at most
+FOLDER = Path("runs/claims")  # of all runs
 COVERAGE = 0.01  # that an arm may lose against the other
 SCENES = 300  # held-out scenes of every run
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5 % quantiles, 1..9 degrees
@@ -29,30 +33,62 @@ def read_runs(path: Path = RESULTS) -> Runs:
     return {(row["options"], row["seed"]): row["results"] for row in rows}
 
 
-def do_run(options: str, seed: int, folder: Path, path: Path = RESULTS) -> None:
+def do_run(options: str, seed: int, path: Path = RESULTS) -> None:
     """Train and measure, and add the numbers to the results.
 
     Raises:
-        RuntimeError: train.py failed; its messages are on the console.
+        RuntimeError: a command failed; its messages are on the console.
     """
-    train = Path(__file__).parents[1] / "train.py"
-    command = [sys.executable, str(train), *shlex.split(options), "--seed", str(seed),
-               "--test_scenes", str(SCENES), "--out", str(folder), "--overwrite"]
-    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-        raise RuntimeError(f"failed: {shlex.join(command)}")
+    folder = make(options, seed)
     found = {part: {name: round(metrics[name]["value"], 5) for name in MEASURES if name in metrics}
              for part, (metrics, _) in read_results(folder / "results.json").items()}
+    if (log := folder / "metrics.jsonl").exists():
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        lines = lines[:: len(lines) // POINTS + 1]
+        found["trace"] = {name: [round(line[name], 4) for line in lines] for name in TRACED
+                          if all(name in line for line in lines)}
     runs = read_runs(path) | {(options, seed): found}
     rows = [{"options": each, "seed": number, "results": results}
             for (each, number), results in sorted(runs.items())]
     write_atomic(path, jsonl(rows))
 
 
+def make(options: str, seed: int) -> Path:
+    """Do the commands of a run, the last one anew, and return the folder with its results.
+
+    The last of several commands, joined by "then", may name the folder of what comes before it:
+    {here} with the same seed, {next} with the one after it.
+    """
+    folder = FOLDER / f"{slug(options)}-{seed}"
+    first, _, last = options.rpartition(" then ")
+    for field, number in (("{here}", seed), ("{next}", seed + 1)):
+        if field in last:
+            made = FOLDER / f"{slug(first)}-{number}"
+            last = last.replace(field, str(made))
+            if not (made / "model" / "config.json").exists():
+                make(first, number)
+    arguments = shlex.split(last)
+    if arguments[0] != "evaluate.py":
+        arguments = ["train.py", *arguments, "--test_scenes", str(SCENES), "--overwrite",
+                     "--out", str(folder)]
+    else:
+        arguments += ["--scenes", str(SCENES), "--output", str(folder)]
+    command = [sys.executable, *arguments, "--seed", str(seed)]
+    command[1] = str(Path(__file__).parents[1] / command[1])
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        raise RuntimeError(f"failed: {shlex.join(command)}")
+    return folder
+
+
+def slug(options: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", options.lower().replace("--", "")).strip("-")
+
+
 def values(runs: Runs, options: str, measure: str, part: str = "after") -> dict[int, float]:
     """Return the measure of all seeds of a command line, by seed."""
     return {seed: results[part][measure]
             for (each, seed), results in runs.items()
-            if each == options and measure in results[part]}
+            if each == options and measure in results.get(part, ())}
 
 
 def mean(numbers: list[float]) -> Interval:
@@ -68,15 +104,15 @@ def best(runs: Runs, alternatives: tuple[str, ...], measure: str = ANY) -> str |
     """Return the command line that represents an arm, or None if none of its runs is done.
 
     It is the one with the lowest measure among those that lose at most a point of coverage against
-    the base; if all lose more, the one with the highest coverage.
+    the base; if all lose more, the one that loses least.
     """
     scores = {}
     for options in alternatives:
-        if after := values(runs, options, "coverage"):
-            before = values(runs, options, "coverage", "before")
-            lost = np.mean(list(before.values())) - np.mean(list(after.values()))
-            error = np.mean(list(values(runs, options, measure).values()))
-            scores[options] = (max(0.0, lost - COVERAGE), error)
+        if error := list(values(runs, options, measure).values()):
+            before, after = (list(values(runs, options, "coverage", part).values()) or [0.0]
+                             for part in ("before", "after"))
+            scores[options] = (max(0.0, np.mean(before) - np.mean(after) - COVERAGE),
+                               np.mean(error))
     return min(scores, key=scores.__getitem__) if scores else None
 
 
@@ -86,7 +122,8 @@ def arm_values(runs: Runs, claim: Claim, label: str, measure: str) -> dict[int, 
         found = {}
         for alternatives in claim.arms.values():
             for options in alternatives:
-                found |= values(runs, options, measure, "before")
+                if " then " not in options:  # that starts from a model of its own
+                    found |= values(runs, options, measure, "before")
         return found
     options = best(runs, claim.arms[label], claim.measure)
     return values(runs, options, measure) if options else {}
@@ -111,7 +148,13 @@ def verdict(runs: Runs, claim: Claim, better: str, worse: str) -> str:
     (_, low, high), seeds = difference(runs, claim, better, worse, claim.measure)
     if seeds < 2:
         return "one seed decides nothing" if seeds else "not measured yet"
-    (lost, _, _), _ = difference(runs, claim, worse, better, "coverage")
+    reverse = high < 0 if claim.higher else low > 0
+    if claim.higher:
+        low, high = claim.margin - high, claim.margin - low
+    (lost, _, _), known = difference(runs, claim, worse, better, "coverage")
     if high < 0:
-        return "holds" if lost <= COVERAGE else f"only at {100 * lost:.1f} points less coverage"
-    return "does not hold: the opposite does" if low > 0 else "not decided by these seeds"
+        less = known and lost > COVERAGE
+        return f"only at {100 * lost:.1f} points less coverage" if less else "holds"
+    if low > 0:
+        return "does not hold: the opposite does" if reverse else "does not hold"
+    return "not decided by these seeds"

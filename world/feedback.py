@@ -21,7 +21,8 @@ from model import LLaVA
 from vision import ImageSettings
 
 TEMPERATURE = 0.5  # of the completions to correct: typical of the model, with some variety
-CHUNK = 200  # scenes per round; how many of their completions are usable shows only afterwards
+CHUNK = 200  # scenes per round, at most; how many of their completions are usable shows afterwards
+CROP = 0.5  # least share of a picture's area that a crop keeps (RandomResizedCrop(scale=(0.5, 1)))
 OPEN, NO, YES = 1, 6, 7  # LLaVA-RLHF's caption_type: the kind of question and its right answer
 
 
@@ -65,11 +66,11 @@ def corrections(
         raise ValueError(
             f"--overlook and --noise are shares: 0 <= {overlook} < 1, 0 <= {noise} <= 1")
     rng, annotator = Random(f"corrections {seed}"), Random(f"annotator {seed}")
-    rows, asked = [], 0
+    rows, asked, chunk = [], 0, min(CHUNK, 8 * count)
     while len(rows) < count:
         if asked >= 20 * count:
             raise ValueError(f"only {len(rows)} of {asked} completions contained a hallucination")
-        scenes = [world.make_scene(f"corrections {seed} {asked + i}") for i in range(CHUNK)]
+        scenes = [world.make_scene(f"corrections {seed} {asked + i}") for i in range(chunk)]
         sampled = sample(model, tokenizer, settings, scenes, rng, TEMPERATURE, 1)
         for i, (scene, picture, question, (completion,)) in enumerate(sampled, asked):
             if not world.hallucinations(scene, completion):
@@ -80,7 +81,7 @@ def corrections(
                 picture.save(folder / "images" / f"{i:06}.png")
                 rows.append({"image": f"{i:06}.png", "question": question,
                              "chosen": corrected, "rejected": completion})
-        asked += CHUNK
+        asked += chunk
     path = folder / "corrections.jsonl"
     write_atomic(path, jsonl(rows))
     return path
@@ -109,11 +110,11 @@ def rankings(
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = Random(f"rankings {split} {seed}")
-    rows, captions, asked = [], {}, 0
+    rows, captions, asked, chunk = [], {}, 0, min(CHUNK, 8 * count)
     while len(rows) < count:
-        if asked >= 20 * count + CHUNK:
+        if asked >= 20 * count:
             raise ValueError(f"only {len(rows)} of {asked} pairs of completions differed in merit")
-        scenes = [world.make_scene(f"rankings {seed} {asked + i}", split) for i in range(CHUNK)]
+        scenes = [world.make_scene(f"rankings {seed} {asked + i}", split) for i in range(chunk)]
         sampled = sample(model, tokenizer, settings, scenes, rng, 1.0, 2)
         for i, (scene, picture, question, pair) in enumerate(sampled, asked):
             if len(rows) == count or not all(text.strip() for text in pair):
@@ -131,16 +132,56 @@ def rankings(
                 "preference": 1 + world.rank(scene, *pair, rng, noise),
                 "hallucination": any(world.hallucinations(scene, text) for text in pair),
             })
-        asked += CHUNK
+        asked += chunk
     write_atomic(folder / "image_to_caption.json", captions)
     write_atomic(folder / "preferences.json", rows)
     return folder / "preferences.json"
 
 
-def conversation(question: str, answer: str | None = None) -> list[dict[str, str]]:
-    """Return a question about an image, and its answer if given, as LLaVA's files have them."""
-    turns = [{"from": "human", "value": f"{IMAGE}\n{question}"}]
+def conversation(
+    question: str, answer: str | None = None, image: bool = True
+) -> list[dict[str, str]]:
+    """Return a question (with its image), and its answer if given, as LLaVA's files have them."""
+    turns = [{"from": "human", "value": f"{IMAGE}\n" * image + question}]
     return turns + [{"from": "gpt", "value": answer}] * (answer is not None)
+
+
+def conversations(
+    settings: ImageSettings, folder: Path, count: int, seed: int, about: str
+) -> Path:
+    """Write conversations of a supervised stage, in LLaVA's format.
+
+    Args:
+        folder: gets `conversations.json` and `images/`.
+        count: conversations, each about a picture of its own.
+        about: "questions": four, with true short answers; "descriptions": what the noisy annotator
+            writes; "cropped": the same about a random part of the picture, CROP of its area at
+            least, enlarged to its size, as if the text still spoke of all that it shows.
+
+    Returns:
+        The path of `conversations.json`.
+    """
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng, rows = Random(f"conversations {seed}"), []
+    for i in range(count):
+        scene = world.make_scene(f"conversations {seed} {i}")
+        picture, turns = world.draw(scene, settings.size), []
+        if about == "questions":
+            turns = [(asked.text, asked.answer) for asked in world.questions(scene, rng, 4)]
+        else:
+            turns = [(rng.choice(world.DESCRIBE_PROMPTS_TRAIN), world.annotate(scene, rng))]
+        if about == "cropped":
+            cut = Random(f"crop {seed} {i}")
+            side = round(settings.size * cut.uniform(CROP, 1) ** 0.5)
+            left, top = (cut.randint(0, settings.size - side) for _ in range(2))
+            part = picture.crop((left, top, left + side, top + side))
+            picture = part.resize(picture.size, Image.Resampling.BICUBIC)
+        picture.save(folder / "images" / f"{i:06}.png")
+        said = [turn for j, (asked, answer) in enumerate(turns)
+                for turn in conversation(asked, answer, image=j == 0)]
+        rows.append({"id": str(i), "image": f"{i:06}.png", "conversations": said})
+    write_atomic(folder / "conversations.json", rows)
+    return folder / "conversations.json"
 
 
 def prompts(settings: ImageSettings, folder: Path, count: int, seed: int) -> Path:
