@@ -276,7 +276,7 @@ def test_no_text_gives_the_bases_false_objects_away(tmp_path):
 
 
 def test_shipped_initialisation_compares_an_answer_with_facts():
-    """One wrong word in a description is noticed more often than not, before any ranked pair."""
+    """One wrong word in a description is noticed seven times in ten, before any ranked pair."""
     model, tokenizer, images = load_llava(ROOT / "world" / "rm_init", dtype=torch.float32)
     reward_model = reward.RewardModel(model)
     reward_model.start_from_verdict(tokenizer)
@@ -287,7 +287,7 @@ def test_shipped_initialisation_compares_an_answer_with_facts():
         facts, false = world.facts(scene), world.lookalike(scene, rng, 0)
         responses = [data.turn(tokenizer, "", world.describe(each)) for each in (scene, false)]
         pairs.append(Example(scene.seed, image, prompt, responses, facts=facts))
-    assert reward.agreement(reward.rate_pairs(reward_model, tokenizer, pairs)).mean() >= 0.6
+    assert reward.agreement(reward.rate_pairs(reward_model, tokenizer, pairs)).mean() >= 0.7
     for folder in ("base", "rm_init"):
         files_of = list((ROOT / "world" / folder).iterdir())
         assert sum(file.stat().st_size for file in files_of) <= 8 * 2**20
