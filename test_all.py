@@ -16,6 +16,7 @@ import io
 import json
 import math
 import os
+import pickle
 import random
 import re
 import resource
@@ -4200,10 +4201,13 @@ def rlhf_v(seed, nested=True, **changes):
 def test_parquet_rows_leave_their_images_on_disk(tmp_path, monkeypatch, nested):
     path = write_parquet(tmp_path / "a.parquet", *(rlhf_v(i, nested) for i in range(5)))
     parquet = pytest.importorskip("pyarrow.parquet")
-    read, calls = parquet.ParquetFile.read_row_group, []
+    texts, images = parquet.ParquetFile.read_row_group, parquet.ParquetFile.iter_batches
+    calls = []
     monkeypatch.setattr(parquet.ParquetFile, "read_row_group", lambda self, group, columns: (
         calls.append((group, bool({"image", "image.bytes"} & set(columns))))
-        or read(self, group, columns)))
+        or texts(self, group, columns)))
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda self, size, groups, *more, **x: (
+        calls.append((*groups, True)) or images(self, size, groups, *more, **x)))
     pairs = read_pairs([str(tmp_path / "*.parquet")])
     assert calls == [(0, False), (1, False), (2, False)]  # texts only, group by group
     assert [(p.name, p.question, p.chosen, p.rejected) for p in pairs] == [
@@ -4212,6 +4216,26 @@ def test_parquet_rows_leave_their_images_on_disk(tmp_path, monkeypatch, nested):
     calls.clear()
     assert [p.image.read() for p in pairs] == [image_bytes(i) for i in range(5)]
     assert calls == [(0, True), (1, True), (2, True)]  # each group of images once, in order
+    assert [pairs[i].image.read() for i in (1, 0, 4, 1)] == [image_bytes(i) for i in (1, 0, 4, 1)]
+
+
+def test_a_row_group_of_images_need_not_fit_into_memory(tmp_path):
+    """Of 400 images in one row group only some are held at a time, whatever their number."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    content, path = random.Random(0).randbytes(20_000), tmp_path / "a.parquet"
+    rows = [rlhf_v(i, image={"bytes": b"%d" % i + content, "path": ""}) for i in range(400)]
+    parquet.write_table(arrow.Table.from_pylist(rows), path, use_dictionary=False,
+                        write_batch_size=8, data_page_size=100_000)
+    assert parquet.ParquetFile(path).num_row_groups == 1
+    del rows
+    before, peak = arrow.total_allocated_bytes(), 0
+    pairs = read_pairs([path])
+    assert len(pickle.dumps(pairs)) < 100_000
+    for i, pair in enumerate(pairs):
+        _, found = features.identify(pair.image)
+        assert found == b"%d" % i + content
+        peak = max(peak, arrow.total_allocated_bytes() - before)
+    assert peak < 2_000_000  # of 8 million
 
 
 def test_other_parquet_files(image_folder):

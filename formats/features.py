@@ -133,7 +133,7 @@ def decode_ahead(
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(named), size):
             part = named[start : start + size]
-            contents = list(pool.map(lambda row: identify(row[1]), part))
+            contents = [identify(source) for _, source in part]  # read in order
             new = {key: content for key, content in contents if key not in seen}
             seen |= new.keys()
             mine = list(new)[parallel.rows_of(len(new))]
@@ -146,17 +146,20 @@ def decode_ahead(
             yield part, keys, {key: job.result() for key, job in jobs.items()}
 
 
-def identify(source: Source | None) -> tuple[object, Source | bytes | None]:
+def identify(source: Source | None) -> tuple[object, Path | bytes | DataError]:
     """Return what tells images apart (a path, or a hash of the bytes), and what to open."""
-    content = source
-    with contextlib.suppress(DataError):  # no image, or a bad one: opening it raises this again
+    try:
         content = image_content("", source)
+    except DataError as error:  # no image, or a bad one
+        return source, error
     return hashlib.sha256(content).digest() if isinstance(content, bytes) else content, content
 
 
-def tower_input(image: Source | bytes, settings: ImageSettings) -> Tensor | str:
+def tower_input(image: Path | bytes | DataError, settings: ImageSettings) -> Tensor | str:
     """Return pixels (3, size, size), or an error message that lacks only the row's name."""
     try:
+        if isinstance(image, DataError):
+            raise image
         picture = open_image("", image)
     except DataError as error:
         return str(error)

@@ -9,6 +9,7 @@ import contextlib
 import io
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,8 @@ def open_parquet(path: Path):
     except ImportError:
         raise DataError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from None
     try:
-        return parquet.ParquetFile(path)
+        # A part of a column at a time; unless told so, pyarrow holds the whole row group.
+        return parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
     except Exception as error:  # pyarrow has many
         raise DataError(f"{path}: not a complete parquet file ({error})") from None
 
@@ -189,8 +191,9 @@ class ParquetImage:
     column: str = "image"
 
     def read(self) -> bytes | None:
-        column = image_column(self.file, self.file.stat().st_mtime_ns, self.group, self.column)
-        cell = column[self.row].as_py()
+        changed = self.file.stat().st_mtime_ns
+        with READING:
+            cell = stored_images(self.file, changed, self.group, self.column)[self.row]
         if isinstance(cell, list):
             cell = cell[0] if cell else None
         content = cell.get("bytes") if isinstance(cell, dict) else cell
@@ -200,10 +203,38 @@ class ParquetImage:
 Source = Path | ParquetImage  # where an image is
 
 
+class StoredImages:
+    """The images of a row group, which may exceed memory: a few are held at a time.
+
+    Asked for in order, each is read once; an earlier one starts again at the group's first.
+    """
+
+    def __init__(self, file: Path, group: int, column: str):
+        self.table, self.place = open_parquet(file), (group, column)
+        self.begin()
+
+    def begin(self) -> None:
+        group, column = self.place
+        self.first, self.cells = 0, ()
+        self.batches = self.table.iter_batches(AHEAD, [group], [column], use_threads=False)
+
+    def __getitem__(self, row: int) -> object:
+        if row < self.first:
+            self.begin()
+        while row >= self.first + len(self.cells):
+            self.first += len(self.cells)
+            self.cells = next(self.batches).column(0)
+        return self.cells[row - self.first].as_py()
+
+
+AHEAD = 16  # images of a row group that are read at once
+READING = threading.Lock()  # one thread at a time moves through a row group
+
+
 @lru_cache(maxsize=1)
-def image_column(file: Path, changed: int, group: int, column: str):
-    """Return the images of one row group. The last group stays in memory: rows come in order."""
-    return open_parquet(file).read_row_group(group, [column]).column(column)
+def stored_images(file: Path, changed: int, group: int, column: str) -> StoredImages:
+    """Return the images of one row group; the last group stays open, since rows come in order."""
+    return StoredImages(file, group, column)
 
 
 def image_path(name: str, image: str, images: str | Path | None) -> Path:
