@@ -35,7 +35,6 @@ EPSILON = 1e-4  # added to the spread, as in TRL and verl
 
 @dataclass
 class GRPOConfig(RolloutConfig):
-    learning_rate: float = option(1e-4, "peak learning rate (paper, all of a 7B model: 1e-6)")
     kl_coef: float = option(0.04, "beta, weight of the KL in the loss (paper)")
     loss_mean: str = option("tokens", "the loss is a mean over all tokens of a batch (DAPO), or "
                             "over answers, each the mean of its tokens (paper)",

@@ -189,12 +189,11 @@ def adaptive_kl_coef(
 
 @dataclass
 class PPOConfig(RolloutConfig):
-    learning_rate: float = option(1e-4, "peak learning rate (release, LoRA on 13B: 3e-5)")
     baseline: str = option("group", "what a return is compared with: the mean return of the other "
                            "completions of its prompt, or a critic's value (release)",
                            choices=("group", "critic"))
-    critic_learning_rate: float = option(
-        1e-4, "peak learning rate of --baseline critic (release: the policy's)")
+    critic_learning_rate: float | None = option(
+        None, "peak learning rate of --baseline critic; default: the policy's (release)")
     kl_coef: float = option(0.1, "coefficient of the KL penalty (release)")
     kl_estimator: str = option("k1_clamped", "of the penalty (release: k1_clamped, or k3)",
                                choices=("k1_clamped", "k1", "k3"))
@@ -242,7 +241,8 @@ class PPO(OnPolicy):
     def peak_rate(self, name: str) -> float:
         """The critic's weights, which with LoRA are an adapter in the policy, have their own."""
         critic = name.startswith("critic.") or ".adapters.critic." in name
-        return self.config.critic_learning_rate if critic else self.config.learning_rate
+        own = self.config.critic_learning_rate if critic else None
+        return self.config.learning_rate if own is None else own
 
     def loss(self, batch: PPOBatch) -> tuple[Tensor, dict[str, float]]:
         config = self.config

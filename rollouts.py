@@ -35,6 +35,10 @@ SHOWN = 8  # completions of every rollout that go into samples.jsonl
 class RolloutConfig(SamplingConfig, Training):
     """Options of algorithms that learn from rollouts, a few passes over each."""
 
+    learning_rate: float | None = option(
+        None, "peak learning rate [1e-4; of a model of 1B and more 1e-6 (Llama 2's PPO; GRPO's "
+        "paper), with --lora 3e-5 (PPO's release, 13B)]")
+    rates = {"small": 1e-4, "large": 1e-6, "small lora": 1e-4, "large lora": 3e-5}
     epochs: int = option(1, "passes over the prompts")
     rollout_size: int = option(64, "prompts per rollout", least=1)
     batch_size: int = option(32, "prompts per optimizer step, with all their completions", least=1)

@@ -1210,7 +1210,7 @@ def test_a_critic_is_made_and_trained_only_if_asked_for(tiny_world, tokenizer, t
     """It has a learning rate of its own; both baselines say what they explain."""
     for baseline, rates in (("group", {1e-4}), ("critic", {1e-4, 0.5})):
         algorithm = on_policy(tiny_world, tokenizer, tmp_path, baseline=baseline,
-                              critic_learning_rate=0.5)
+                              learning_rate=1e-4, critic_learning_rate=0.5)
         assert ("critic" in algorithm.modules) == ("val/loss" in optimise(algorithm, 1, 0)[0]) == (
             "returns" in algorithm.rollout.per_token) == (baseline == "critic")
         assert algorithm.rollout.metrics["val/explained_variance"] < 1
@@ -1224,6 +1224,8 @@ def test_a_critic_is_made_and_trained_only_if_asked_for(tiny_world, tokenizer, t
                 name = next(name for name, each in weights.items() if each is weight)
                 assert (group["lr"] == 0.5) == name.startswith("critic.")
     assert algorithm.peak_rate("policy.layers.0.adapters.critic.A") == 0.5  # with LoRA
+    algorithm.config.critic_learning_rate = None
+    assert algorithm.peak_rate("critic.weight") == 1e-4  # the policy's
 
 
 @pytest.mark.parametrize("kind", [ppo.PPO, grpo.GRPO])
@@ -4872,15 +4874,22 @@ def test_adapters_runs_and_towers_are_models(photos, tokenizer_model, tmp_path, 
 def test_large_models_get_the_papers_learning_rate(tmp_path):
     text = {"model_type": "llama", "vocab_size": 32064}
     json_file(tmp_path, {"text_config": text, "vision_config": None}, "config.json")
-    for more, kind, rate in (((), "ddpo", 5e-7), ((), "sft", 2e-5), (("--lora", "8"), "ddpo", 2e-4),
-                             (("--learning_rate", "1e-3"), "ddpo", 1e-3)):
+    lora, own = ("--lora", "8"), ("--learning_rate", "1e-2")
+    for kind, more, large, small in (
+        ("ddpo", (), 5e-7, 3e-4), ("ddpo", lora, 2e-4, 1e-3), ("ddpo", own, 1e-2, 1e-2),
+        ("dpo", (), 5e-7, 1e-5), ("sft", (), 2e-5, 3e-4), ("sft", lora, 2e-4, 2e-4),
+        ("rm", (), 1e-5, 3e-4), ("rm", lora, 2e-5, 3e-4), ("rm", (*lora, *own), 1e-2, 1e-2),
+        ("ppo", (), 1e-6, 1e-4), ("ppo", lora, 3e-5, 1e-4), ("ppo", own, 1e-2, 1e-2),
+        ("grpo", (), 1e-6, 1e-4), ("grpo", lora, 3e-5, 1e-4), ("grpo", own, 1e-2, 1e-2),
+        ("online_ddpo", (), 5e-7, 3e-4), ("online_ddpo", lora, 2e-4, 1e-3),
+    ):
         run, given = train.parse(["--algo", kind, "--model", str(tmp_path), *more])
         settled = recipes.with_rate(run, given)
-        assert settled.learning_rate == rate and (run.alpha == 16 or not run.lora)
-        small = replace(run, model=None)
-        assert more[:1] != ("--lora",) or recipes.with_rate(small, given).learning_rate == 1e-3
+        assert settled.learning_rate == large and (run.alpha == 16 or not run.lora)
+        assert recipes.with_rate(replace(run, model=None), given).learning_rate == small
         said = recipes.choice(run, settled, given)
-        assert ("1B and more" in said) == (more[:1] != ("--learning_rate",)) and ("alpha" in said) == ("--lora" in more)
+        assert ("1B and more" in said) == (own[0] not in more)
+        assert ("alpha" in said) == (lora[0] in more)
 
 
 @pytest.mark.parametrize("losses, phrase", [
