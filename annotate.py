@@ -10,11 +10,56 @@ Corrections go into answers.corrections.jsonl, which `train.py --algo ddpo --dat
 several people work, each adds ?annotator=NAME to the address and gets an order of their own.
 """
 
-import argparse
+import signal
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+
+from config import check_early
+
+# --------------------------------------------------------------------------------- the command line
+
+
+def parser() -> ArgumentParser:
+    cli = ArgumentParser(
+        description=__doc__, formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    add = cli.add_argument
+    add("answers", nargs="?", type=Path, help="rows of image, question and answer")
+    add("--images", metavar="DIR", help="folder that image names are relative to")
+    add("--model", metavar="DIR", help="run or model folder whose tokens decide what was changed")
+    add("--tower", metavar="DIR", help="folder of the CLIP of an original LLaVA --model without it")
+    add("--out", type=Path, metavar="FILE", help="default: beside the answers, *.corrections.jsonl")
+    add("--world", action="store_true", help="answers of the built-in base about drawn pictures")
+    add("--overlap", type=float, default=0.0, metavar="SHARE",
+        help="share of the answers that two annotators get, unknown to each other [0]")
+    add("--adjudicate", action="store_true", help="decide on answers whose annotators differ")
+    add("--agreement", type=Path, metavar="FILE", help="print how far the annotators agree")
+    add("--host", default="127.0.0.1", help="other machines need the token in the address")
+    add("--port", type=int, default=8000, metavar="N", help="0: any free one [8000]")
+    return cli
+
+
+def parse(arguments: list[str] | None) -> Namespace:
+    """Parse the command line; exit if its options do not go together."""
+    cli = parser()
+    given = cli.parse_args(arguments)
+    if sum(map(bool, (given.answers, given.world, given.agreement))) != 1:
+        cli.error("give one of: a file of answers, --world, --agreement FILE")
+    if not 0 <= given.overlap <= 1 or not 0 <= given.port < 2**16:
+        cli.error("--overlap is a share from 0 to 1, --port a number below 65536")
+    if given.tower and not given.model:
+        cli.error("--tower completes a --model; give that too")
+    return given
+
+
+if __name__ == "__main__":
+    parse(None)
+    check_early(parser(), answers="files", agreement="files", images="folder", model="model",
+                tower="model")
+
 import secrets
 import socket
-import sys
-from pathlib import Path
 from random import Random
 
 import world
@@ -56,12 +101,12 @@ def make_world() -> Path:
     return path
 
 
-def read_units(model: str | Path | None) -> Units:
+def read_units(model: str | Path | None, tower: str | None) -> Units:
     """Return the tokens of a run's or model's folder, or words."""
-    return Units() if model is None else Units(open_model(model)[1])
+    return Units() if model is None else Units(open_model(model, tower=tower)[1])
 
 
-def open_server(given: argparse.Namespace) -> Server:
+def open_server(given: Namespace) -> Server:
     """Read the answers, lock the file of corrections, bind the port."""
     if given.world:
         given.answers, given.images = make_world(), WORLD / "images"
@@ -69,7 +114,7 @@ def open_server(given: argparse.Namespace) -> Server:
     found, empty = read_answers(given.answers, given.images)
     if empty:
         print(f"{given.answers}: {empty} rows without an answer left out", file=sys.stderr)
-    units = read_units(given.model)
+    units = read_units(given.model, given.tower)
     out = given.out or given.answers.with_suffix(".corrections.jsonl")
     store = Store(found, out, given.overlap, given.adjudicate)
     if not store.answers:
@@ -82,7 +127,7 @@ def open_server(given: argparse.Namespace) -> Server:
                          "--port") from None
 
 
-def serve(given: argparse.Namespace) -> None:
+def serve(given: Namespace) -> None:
     """Serve the page until Ctrl-C."""
     with open_server(given) as server:
         host = socket.gethostname() if given.host in ("0.0.0.0", "::") else given.host
@@ -100,35 +145,11 @@ def serve(given: argparse.Namespace) -> None:
                   f"python train.py --algo ddpo --data {path} --images {images}")
 
 
-def parser() -> argparse.ArgumentParser:
-    cli = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)
-    add = cli.add_argument
-    add("answers", nargs="?", type=Path, help="rows of image, question and answer")
-    add("--images", metavar="DIR", help="folder that image names are relative to")
-    add("--model", metavar="DIR", help="run or model folder whose tokens decide what was changed")
-    add("--out", type=Path, metavar="FILE", help="default: beside the answers, *.corrections.jsonl")
-    add("--world", action="store_true", help="answers of the built-in base about drawn pictures")
-    add("--overlap", type=float, default=0.0, metavar="SHARE",
-        help="share of the answers that two annotators get, unknown to each other [0]")
-    add("--adjudicate", action="store_true", help="decide on answers whose annotators differ")
-    add("--agreement", type=Path, metavar="FILE", help="print how far the annotators agree")
-    add("--host", default="127.0.0.1", help="other machines need the token in the address")
-    add("--port", type=int, default=8000, metavar="N", help="0: any free one [8000]")
-    return cli
-
-
 def main(arguments: list[str] | None = None) -> int:
-    cli = parser()
-    given = cli.parse_args(arguments)
-    if sum(map(bool, (given.answers, given.world, given.agreement))) != 1:
-        cli.error("give one of: a file of answers, --world, --agreement FILE")
-    if not 0 <= given.overlap <= 1 or not 0 <= given.port < 2**16:
-        cli.error("--overlap is a share from 0 to 1, --port a number below 65536")
+    given = parse(arguments)
     try:
         if given.agreement:
-            print(agreement(given.agreement, read_units(given.model)))
+            print(agreement(given.agreement, read_units(given.model, given.tower)))
         else:
             serve(given)
     except (ValueError, OSError) as error:
@@ -140,4 +161,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -469,6 +469,13 @@ def test_a_start_that_failed_leaves_nothing_in_the_way(photos, tmp_path, monkeyp
     ("evaluate.py --model world/base --pope none.json", "none.json: no such file"),
     ("evaluate.py --models world/base none --suite world", "none: no such folder"),
     ("evaluate.py --model world", "give one of"), ("evaluate.py --batch_size 0", "at least 1"),
+    ("annotate.py none.jsonl", "none.jsonl: no such file"), ("annotate.py", "give one of"),
+    ("annotate.py --agreement none.jsonl", "none.jsonl: no such file"),
+    ("annotate.py README.md --images none", "none: no such folder"),
+    ("annotate.py --world --model us/none", "us/none: no such folder; .*: hf download us/none"),
+    ("annotate.py --world --model world --tower none", "none: no such folder"),
+    ("annotate.py --world --tower world", "--tower completes a --model"),
+    ("annotate.py --world --port 65536", "--port a number below 65536"),
 ])
 def test_wrong_arguments_and_paths_fail_before_torch_is_imported(command, sentence):
     done = subprocess.run([sys.executable, "-X", "importtime", *command.split()], cwd=ROOT,
@@ -4504,6 +4511,7 @@ def test_original_layout(tokenizer_model, tmp_path, linear, inside):
     asked = train.parse(["--model", str(path), "--tower", str(tmp_path / "tower")])
     start = recipes.load_start(*asked, ddpo.DDPO, torch.device("cpu"), tmp_path)
     assert start.model.config == ours.config
+    assert annotate.read_units(path, str(tmp_path / "tower")).tokenizer.image_token == PUBLIC_IMAGE
     assert (tokenizer.image_token, tokenizer.pad_token) == (PUBLIC_IMAGE, PUBLIC_PAD)
     assert (settings.mode, ours.config.text.vocab_size) == ("pad", PUBLIC_ROWS)
     assert_equal_logits(ours, public, rows=PIECES)
