@@ -99,7 +99,8 @@ def lora_layers(model: nn.Module, name: str) -> list[LoRALinear]:
 def merge_adapter(model: nn.Module, name: str) -> None:
     """Add an adapter's update to the weights below it, and remove the adapter."""
     for module in lora_layers(model, name):
-        module.weight = nn.Parameter(module.merged(name).detach(), module.weight.requires_grad)
+        weight = sharding.cut(module.merged(name).detach(), module.weight)
+        module.weight = nn.Parameter(weight, module.weight.requires_grad)
         del module.adapters[name]
 
 

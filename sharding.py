@@ -99,6 +99,13 @@ def place(rows: Tensor, like: "DTensor") -> "DTensor":
                               shape=like.shape, stride=like.stride())
 
 
+def cut(weight: Tensor, like: Tensor) -> Tensor:
+    """A whole weight, or this process's rows of it where another is sharded."""
+    if not is_sharded(like):
+        return weight
+    return place(weight[parallel.rows_of(len(weight))].clone(), like)
+
+
 def duplicate(model: nn.Module) -> nn.Module:
     """A deep copy, which FSDP cannot make itself; the frozen tower stays shared."""
     if parallel.world() == 1:

@@ -15,10 +15,11 @@ from config import Run, Training
 from data import Example, check_lengths
 from evaluation import blind_baselines, memory_estimate, save_pairs, show_rows
 from formats import (
-    DataError, Prompt, captions_of, encode_images, find_device, load_llava, open_image,
+    DataError, Prompt, captions_of, encode_images, find_device, open_image,
     read_captions, read_conversations, read_pairs, read_prompts, report_skipped,
 )
 from formats.files import lock_folder
+from formats.opening import open_model
 from formats.rows import LISTED, refuse, skipping
 from model import LLaVA
 from recipes import WORLD, load_start, model_path, select_weights
@@ -88,7 +89,7 @@ def unsharded(start: Start) -> LLaVA:
     if parallel.world() == 1:
         return start.model
     path = model_path(start.run, "base")
-    return load_llava(path, start.device, start.model.head.weight.dtype, start.run.tower,
+    return open_model(path, start.device, start.model.head.weight.dtype, start.run.tower,
                       sharded=False)[0]
 
 

@@ -102,8 +102,10 @@ PARALLEL_RUNS = {  # sizes that neither 2 nor 3 divides
     "ddpo": ("--algo", "ddpo", *OWN, "--learning_rate", 1e-4, "--micro_batch", 2),
     "ddpo_lora": ("--algo", "ddpo", *OWN, "--learning_rate", 1e-3, "--lora", 4,
                   "--gradient_checkpointing"),
+    "ddpo_on_adapter": ("--algo", "ddpo", *OWN, "--learning_rate", 1e-4, "--model",
+                        "../2/ddpo_lora/adapter"),
     "sft": ("--algo", "sft", "--data", "talk.json", "--images", "photos", "--batch_size", 4,
-            "--micro_batch", 1),
+            "--micro_batch", 1, "--learning_rate", 2e-5),
     "rm": ("--algo", "rm", *RANKINGS),
     "rm_lora": ("--algo", "rm", *RANKINGS, "--lora", 4),
     "ppo": ("--algo", "ppo", "--reward_model", "../2/rm", *PROMPTS),
@@ -115,7 +117,7 @@ PARALLEL_RUNS = {  # sizes that neither 2 nor 3 divides
     "grpo": ("--algo", "grpo", "--reward_model", "../2/rm", *PROMPTS, "--loss_mean", "answers"),
 }
 COMPARED = [(name, count) for count in (2, 3) for name in PARALLEL_RUNS
-            if count == 2 or name not in ("rm_lora", "ppo_lora")]
+            if count == 2 or name not in ("rm_lora", "ppo_lora", "ddpo_on_adapter")]
 
 
 def parallel_run(name, out, *more):

@@ -58,8 +58,11 @@ def save_adapter(model: LLaVA, name: str, path: Path | str, base: str | Path = "
         write_atomic(out / "adapter_config.json", config)
 
 
-def load_adapter(model: LLaVA, path: Path | str, name: str) -> None:
+def load_adapter(model: LLaVA, path: Path | str, name: str, sharded: bool = True) -> None:
     """Add an adapter from a folder to a model, under the given name.
+
+    Args:
+        sharded: where there are several processes, each keeps its rows; False: each keeps all.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or broken, the adapter was trained over
@@ -90,4 +93,5 @@ def load_adapter(model: LLaVA, path: Path | str, name: str) -> None:
         for layer, module in layers.items():
             module.adapters[name].A.copy_(found[f"{layer}.lora_A.weight"])
             module.adapters[name].B.copy_(found[f"{layer}.lora_B.weight"])
-    sharding.shard_adapter(model, name)
+    if sharded:
+        sharding.shard_adapter(model, name)

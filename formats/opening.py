@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-import parallel
 from config import path_fault
 from formats.adapters import load_adapter
 from formats.checkpoint import load_llava, read_config
@@ -40,17 +39,15 @@ def base_of(folder: Path) -> Path | None:
 
 def open_model(
     path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
-    tower: Path | str | None = None,
+    tower: Path | str | None = None, sharded: bool = True,
 ) -> Loaded:
     """Load a model, its tokenizer and image settings. For arguments and errors see `load_llava`."""
     folder = model_folder(path)
     base = base_of(folder)
     if base is None:
-        return load_llava(folder, device, dtype, tower)
-    if parallel.world() > 1:
-        raise ValueError(f"{folder}: an adapter can be the model of one process only; merge it")
-    loaded = open_model(base, device, dtype, tower)
-    load_adapter(loaded[0], folder, "given")
+        return load_llava(folder, device, dtype, tower, sharded)
+    loaded = open_model(base, device, dtype, tower, sharded)
+    load_adapter(loaded[0], folder, "given", sharded=False)
     merge_adapter(loaded[0], "given")
     return loaded
 
