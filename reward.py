@@ -26,6 +26,8 @@ What this file does differently from the released code (llava-rlhf/LLaVA-RLHF), 
    every request, and here their order alone was 21 % of the variance of the rewards.
 5. The learning rate falls in a cosine; the release's is constant after 3 % of warm-up, and its
    published reward model is that of step 200. AdamW's betas are (0.9, 0.95), not (0.9, 0.999).
+6. The mean of the centring term is that of a forward pass of all processes; the release's, of a
+   device's. So where a step takes several passes, this term alone depends on `--micro_batch`.
 """
 
 import ast
