@@ -69,17 +69,15 @@ class Batch:
     weight: Tensor  # (R,) segment weight: gamma in corrected segments, 1 elsewhere
     group: Tensor  # (R,) which response (0..G-1) the token belongs to
     groups: int  # G
+    # On the host, so that nobody has to wait for a GPU to ask:
+    bounds: list[int] = field(default_factory=list)  # (G + 1,) entries where responses begin, and R
+    padding: float = 0.0  # share of token slots that hold nothing
     names: list[str] = field(default_factory=list)  # (B,) file and row of each example
     counts: bool = True  # False: computed only because other processes wait for it (parallel.py)
 
     def to(self, device) -> "Batch":
         move = lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
         return type(self)(**{name: move(value) for name, value in vars(self).items()})
-
-    @property
-    def padding(self) -> float:
-        """Share of token slots that hold nothing."""
-        return (self.branch == -1).float().mean().item()
 
 
 def common_prefix(responses: list[Response]) -> int:
@@ -105,8 +103,7 @@ def collate(examples: list[Example], pad_token: int, max_length: int) -> Batch:
     Raises:
         DataError: a response is empty or does not fit; nothing is ever cut silently.
     """
-    rows, sources, targets, weights, groups = [], [], [], [], []
-    total = 0
+    rows, sources, targets, weights, groups, bounds = [], [], [], [], [], [0]
     for row, example in enumerate(examples):
         check_lengths(example.name, example.prompt, example.responses, max_length)
         shared = common_prefix(example.responses)
@@ -124,11 +121,11 @@ def collate(examples: list[Example], pad_token: int, max_length: int) -> Batch:
                     sources.append((row, slot))
                     targets.append(token)
                     weights.append(weight)
-                    groups.append(total)
+                    groups.append(len(bounds) - 1)
             tokens = tokens + own
             position.extend(range(start, start + len(own)))
             branch.extend([k + 1] * len(own))
-            total += 1
+            bounds.append(len(targets))
         rows.append((tokens, position, branch))
 
     width = max(len(tokens) for tokens, _, _ in rows)
@@ -139,7 +136,8 @@ def collate(examples: list[Example], pad_token: int, max_length: int) -> Batch:
         tokens=fill(0, pad_token), position=fill(1, 0), branch=fill(2, -1),
         source=torch.tensor([row * width + slot for row, slot in sources]),
         target=torch.tensor(targets), weight=torch.tensor(weights), group=torch.tensor(groups),
-        groups=total, names=[example.name for example in examples],
+        groups=len(bounds) - 1, bounds=bounds, names=[example.name for example in examples],
+        padding=1 - sum(len(tokens) for tokens, _, _ in rows) / (width * len(rows)),
     )
 
 

@@ -186,7 +186,7 @@ class DDPO(Algorithm):
         if self.fused:
             loss, chosen_rewards, rejected_rewards, scores = self.model.head(
                 self.model.response_states(batch), kernels.ddpo_loss, batch.target, batch.weight,
-                batch.group, batch.reference, beta, normalize, anchor)
+                batch.group, batch.reference, beta, normalize, anchor, batch.bounds)
         else:
             logp = self.model.response_logp(batch)  # (R,)
             scores = response_scores(logp, batch.weight, batch.group, batch.groups, normalize)

@@ -260,8 +260,11 @@ class LLaVA(nn.Module):
         features = self.image_features(images) if images.ndim == 4 else images
         features = self.projector(features.to(x.dtype)).flatten(0, 1)  # (M * patches, D)
         here = (tokens == self.config.image_token).flatten()
-        if not here.is_meta and here.sum() != len(features):
-            raise ValueError(f"{here.sum()} image tokens for {len(features)} image features")
+        count = here.sum()
+        if here.is_cuda:  # fails later, but does not wait for the device
+            torch._assert_async(count == len(features), "image tokens and features differ in number")
+        elif not here.is_meta and count != len(features):
+            raise ValueError(f"{count} image tokens for {len(features)} image features")
         # x[here] = features, but for the size of `here` known beforehand: works without values too
         place = here.nonzero_static(size=len(features)).squeeze(1)
         return x.flatten(0, 1).index_copy(0, place, features.to(x.dtype)).view_as(x)

@@ -42,6 +42,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import annotate
@@ -3451,6 +3452,42 @@ def test_images_are_pixels_or_cached_features_and_fit_their_tokens(tiny):
 # ------------------------------------------------------------------------------- the step of DDPO
 
 
+class Waits(TorchFunctionMode):
+    """Lists the calls that would wait for a GPU."""
+
+    CALLS = {"item", "tolist", "nonzero", "numpy", "cpu", "unique", "__bool__", "__int__",
+             "__float__", "__index__"}
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        name = getattr(function, "__name__", "")
+        mask = name in ("__getitem__", "__setitem__") and any(
+            isinstance(each, torch.Tensor) and each.dtype == torch.bool for each in arguments[1:2])
+        self.found += [name] if mask or name in self.CALLS else []
+        return function(*arguments, **(options or {}))
+
+
+def test_the_fused_loss_waits_for_a_gpu_once(tiny, tmp_path):
+    """For the check of its results: where responses begin is known since `collate`."""
+    step = ["__bool__", "__bool__", "tolist"]  # image tokens, on a CPU alone; results; metrics
+    algorithm = make_ddpo(tiny, random_pairs(0, 3, 1), tmp_path, REFERENCE, batch_size=3, fused="on")
+    (batch,) = algorithm.batches(0)
+    states, head = tiny.response_states(batch), tiny.head
+    given = batch.target, batch.weight, batch.group, batch.reference, 0.5, True, 1.0
+    results = []
+    for bounds, calls in ((batch.bounds, ["__bool__"]), (None, ["tolist", "__bool__"])):
+        with Waits() as waits:
+            results.append(head(states, kernels.ddpo_loss, *given, bounds))
+        assert waits.found == calls
+    assert all(map(torch.equal, *results))
+    with Waits() as waits:
+        algorithm.loss(batch)
+    assert waits.found == step
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_fused_loss_is_the_plain_one(normalize, tiny, tmp_path):
     """Loss, metrics and gradients of the two sides of `--fused`."""
@@ -3743,7 +3780,7 @@ def test_collate_by_hand():
     assert batch.target.tolist() == [7, 8, 2, 7, 9, 9, 2, 2]
     assert batch.weight.tolist() == [1, 5, 1, 1, 5, 5, 1, 1]
     assert batch.group.tolist() == [0, 0, 0, 1, 1, 1, 1, 2] and batch.groups == 3
-    assert batch.padding == pytest.approx(6 / 18)
+    assert batch.padding == pytest.approx(6 / 18) and batch.bounds == [0, 3, 7, 8]
     assert [data.row_length(each) for each in (one, two)] == [9, 3]
 
 
@@ -5298,6 +5335,9 @@ BAD_KERNEL_INPUTS = [  # argument, what happens to its right value, message
     ("group", lambda x: x.int(), "group must be torch.long"),
     ("segment_weight", lambda x: x[1:], "segment_weight must have one entry per row"),
     ("beta", lambda x: 0.0, "beta must be above 0"),
+    ("bounds", lambda x: [0, 3, 6, 12], "bounds must be 5 numbers from 0 to 12"),
+    ("bounds", lambda x: [0, 3, 6, 9, 11], "bounds must be 5 numbers from 0 to 12"),
+    ("bounds", lambda x: [0, 3, 3, 9, 12], "response 1 is empty"),
     ("anchor", lambda x: -1.0, "anchor must not be below 0"),
 ]
 
@@ -5309,7 +5349,7 @@ def test_kernels_bad_input(name, change, message, method):
     args = dict(
         hidden=hidden, weight=weight, target=target, segment_weight=torch.ones(12, device=DEVICE),
         group=torch.arange(12, device=DEVICE) // 3, reference=torch.zeros(4).to(DEVICE), beta=0.5,
-        anchor=0.0)
+        anchor=0.0, bounds=None)
     args[name] = change(args[name])
     with pytest.raises(ValueError, match=message):
         kernels.ddpo_loss(**args, method=method)

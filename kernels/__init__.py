@@ -55,7 +55,7 @@ def token_logp(
 def ddpo_loss(
     hidden: Tensor, weight: Tensor, target: Tensor, segment_weight: Tensor, group: Tensor,
     reference: Tensor, beta: float, normalize: bool = True, anchor: float = 0.0,
-    method: str | None = None, backend: str | None = None,
+    bounds: list[int] | None = None, method: str | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the segment-weighted DPO loss of P pairs (RLHF-V, arXiv 2312.00849, Eq. 3 and 5).
 
@@ -72,6 +72,8 @@ def ddpo_loss(
     normalize: True divides a response's weighted sum by its sum of weights (Eq. 5); False leaves
         the sum (the paper's released code).
     anchor: not below 0, weight of the chosen responses' negative log-likelihood per token.
+    bounds: (2P + 1,) the row where each response begins, and R, if the caller knows them. A GPU is
+        then waited for once, at the end, and not twice; target's and group's values go unchecked.
 
     Returns, all float32: the loss, a scalar, mean over pairs, differentiable once by hidden and
     weight (the forward computes its gradients and backward uses them up); rewards of the chosen
@@ -89,7 +91,7 @@ def ddpo_loss(
         raise ValueError(f"beta must be above 0, got {beta}")
     if not anchor >= 0:
         raise ValueError(f"anchor must not be below 0, got {anchor}")
-    edges, bounds = checks.check_values(target, len(weight), group, len(reference))
+    edges, bounds = checks.check_values(target, len(weight), group, len(reference), bounds)
     row_weight, reference = segment_weight.detach().float(), reference.detach().float()
     if normalize:
         sums = fused.segment_sum(row_weight, edges)  # (2P,), N of Eq. 5

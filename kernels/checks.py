@@ -33,9 +33,10 @@ def check_tensors(hidden: Tensor, weight: Tensor, *others: Tensor, **rows: Tenso
 
 
 def check_values(
-    target: Tensor, vocabulary: int, group: Tensor | None = None, groups: int = 0
+    target: Tensor, vocabulary: int, group: Tensor | None = None, groups: int = 0,
+    bounds: list[int] | None = None,
 ) -> tuple[Tensor, list[int]]:
-    """Check token ids and, if given, the response of each row.
+    """Check token ids and, if given, the response of each row; with `bounds` these alone.
 
     Returns the row where each group begins and where the last one ends, (G + 1,), on the device
     and as a list. On the meta device the rows count as evenly divided among the groups.
@@ -44,10 +45,25 @@ def check_values(
         bounds = [len(target) * k // max(groups, 1) for k in range(groups + 1)]
         return torch.empty(groups + 1, dtype=torch.long, device="meta"), bounds
     edges = target.new_zeros(1)
+    if group is not None:
+        edges = torch.searchsorted(group, torch.arange(groups + 1, device=group.device))
+    if bounds is None:
+        bounds = read_bounds(target, vocabulary, group, groups, edges)
+    elif len(bounds) != groups + 1 or bounds[0] != 0 or bounds[-1] != len(target):
+        raise ValueError(f"bounds must be {groups + 1} numbers from 0 to {len(target)}")
+    for k, (start, stop) in enumerate(pairwise(bounds)):
+        if start >= stop:
+            raise ValueError(f"response {k} is empty: no row has group {k}")
+    return edges, bounds
+
+
+def read_bounds(
+    target: Tensor, vocabulary: int, group: Tensor | None, groups: int, edges: Tensor
+) -> list[int]:
+    """Return edges as a list, read from the device together with what is wrong with the values."""
     outside = (target < 0) | (target >= vocabulary)
     rules = [("target", target, outside, f"is outside the vocabulary of {vocabulary} tokens")]
     if group is not None:
-        edges = torch.searchsorted(group, torch.arange(groups + 1, device=group.device))
         outside, falls = (group < 0) | (group >= groups), group.diff(prepend=group[:1]) < 0
         rules += [
             ("group", group, outside, f"is not one of the {groups} responses of reference"),
@@ -59,11 +75,7 @@ def check_values(
         if is_broken:
             row = first(places)
             raise ValueError(f"{name} {numbers[row]} in row {row} {sentence}")
-    bounds = answers[len(rules) :]
-    for k, (start, stop) in enumerate(pairwise(bounds)):
-        if start == stop:
-            raise ValueError(f"response {k} is empty: no row has group {k}")
-    return edges, bounds
+    return answers[len(rules) :]
 
 
 def check_results(logp: Tensor, hidden: Tensor, weight: Tensor) -> None:
