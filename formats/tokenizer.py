@@ -43,7 +43,9 @@ class Tokenizer:
         self.pad_token = size + 1 if pad_token is None else pad_token
         self.bos_token, self.eos_token = self.sp.bos_id(), self.sp.eos_id()
         self.vocab_size = max(size, self.image_token + 1, self.pad_token + 1)
-        self._pieces = lru_cache(maxsize=65536)(lambda text: tuple(self.sp.encode(text)))
+        shared = list(range(size)).__getitem__  # an int per id: 8 bytes per token of a row, not 36
+        self._pieces = lru_cache(maxsize=65536)(
+            lambda text: tuple(map(shared, self.sp.encode(text))))
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the ids of a text, with begin- or end-of-sequence if asked."""
