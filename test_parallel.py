@@ -159,16 +159,18 @@ def parallel_runs(photos, tmp_path_factory):
     return folder
 
 
-def largest_difference(one, two):
+def largest_difference(one, two, rounding=0.0):
     first, second = (load_file(folder / "model/model.safetensors") for folder in (one, two))
     assert first.keys() == second.keys()
-    return max((first[name] - second[name]).abs().max().item() for name in first)
+    return max(((first[name] - second[name]).abs() - rounding * first[name].abs()).max().item()
+               for name in first)
 
 
 @pytest.mark.parametrize("name, count", COMPARED)
 def test_several_processes_get_the_result_of_one(parallel_runs, name, count):
     one, several = parallel_runs / "1" / name, parallel_runs / str(count) / name
-    assert 0 <= largest_difference(one, several) <= 1e-5
+    half = torch.finfo(torch.float16).eps if "--model" in PARALLEL_RUNS[name] else 0  # as the base
+    assert -1e-9 <= largest_difference(one, several, half) <= 1e-5
     logs = [[json.loads(line) for line in (folder / "metrics.jsonl").open()]
             for folder in (one, several)]
     assert len(logs[0]) == len(logs[1]) == 5
