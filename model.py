@@ -262,7 +262,7 @@ class LLaVA(nn.Module):
         here = (tokens == self.config.image_token).flatten()
         count = here.sum()
         if here.is_cuda:  # fails later, but does not wait for the device
-            torch._assert_async(count == len(features), "image tokens and features differ in number")
+            torch._assert_async(count == len(features), "not as many image tokens as features")
         elif not here.is_meta and count != len(features):
             raise ValueError(f"{count} image tokens for {len(features)} image features")
         # x[here] = features, but for the size of `here` known beforehand: works without values too

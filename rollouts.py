@@ -36,8 +36,7 @@ class RolloutConfig(SamplingConfig, Training):
     """Options of algorithms that learn from rollouts, a few passes over each."""
 
     learning_rate: float | None = option(
-        None, "peak learning rate [1e-4; of a model of 1B and more 1e-6 (Llama 2's PPO; GRPO's "
-        "paper), with --lora 3e-5 (PPO's release, 13B)]")
+        None, "peak learning rate [1e-4; from 1B 1e-6 (Llama 2, GRPO), with --lora 3e-5 (release)]")
     rates = {"small": 1e-4, "large": 1e-6, "small lora": 1e-4, "large lora": 3e-5}
     epochs: int = option(1, "passes over the prompts")
     rollout_size: int = option(64, "prompts per rollout", least=1)
@@ -49,8 +48,7 @@ class RolloutConfig(SamplingConfig, Training):
 
     def __post_init__(self):
         if self.rollout_size % self.batch_size:
-            raise ValueError(f"--rollout_size {self.rollout_size} is no multiple of --batch_size "
-                             f"{self.batch_size}")
+            raise ValueError(f"--rollout_size is no multiple of --batch_size {self.batch_size}")
 
 
 # --------------------------------------------------------------------------- models and completions

@@ -486,7 +486,7 @@ def test_wrong_arguments_and_paths_fail_before_torch_is_imported(command, senten
     assert " torch" not in done.stderr and " argparse" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["train.py", "evaluate.py x"])
+@pytest.mark.parametrize("command", ["train.py", "evaluate.py x", "annotate.py --world"])
 def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path, command):
     (tmp_path / "x").mkdir()
     file, *more = command.split()
@@ -3473,7 +3473,8 @@ class Waits(TorchFunctionMode):
 def test_the_fused_loss_waits_for_a_gpu_once(tiny, tmp_path):
     """For the check of its results: where responses begin is known since `collate`."""
     step = ["__bool__", "__bool__", "tolist"]  # image tokens, on a CPU alone; results; metrics
-    algorithm = make_ddpo(tiny, random_pairs(0, 3, 1), tmp_path, REFERENCE, batch_size=3, fused="on")
+    pairs = random_pairs(0, 3, 1)
+    algorithm = make_ddpo(tiny, pairs, tmp_path, REFERENCE, batch_size=3, fused="on")
     (batch,) = algorithm.batches(0)
     states, head = tiny.response_states(batch), tiny.head
     given = batch.target, batch.weight, batch.group, batch.reference, 0.5, True, 1.0
@@ -4252,8 +4253,8 @@ def test_parquet_rows_leave_their_images_on_disk(tmp_path, monkeypatch, nested):
     monkeypatch.setattr(parquet.ParquetFile, "read_row_group", lambda self, group, columns: (
         calls.append((group, bool({"image", "image.bytes"} & set(columns))))
         or texts(self, group, columns)))
-    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda self, size, groups, *more, **x: (
-        calls.append((*groups, True)) or images(self, size, groups, *more, **x)))
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", lambda self, size, group, *more, **x: (
+        calls.append((*group, True)) or images(self, size, group, *more, **x)))
     pairs = read_pairs([str(tmp_path / "*.parquet")])
     assert calls == [(0, False), (1, False), (2, False)]  # texts only, group by group
     assert [(p.name, p.question, p.chosen, p.rejected) for p in pairs] == [
