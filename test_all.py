@@ -4283,6 +4283,7 @@ def test_a_row_group_of_images_need_not_fit_into_memory(tmp_path):
         assert found == b"%d" % i + content
         peak = max(peak, arrow.total_allocated_bytes() - before)
     assert peak < 2_000_000  # of 8 million
+    assert pairs[3].image.read() == b"3" + content  # from the beginning once more
 
 
 def test_other_parquet_files(image_folder):
