@@ -45,6 +45,7 @@ numbers in `kernels.ddpo_loss`, which never holds the (R, vocabulary) logits; a 
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
@@ -185,8 +186,9 @@ class DDPO(Algorithm):
         beta, normalize, anchor = self.config.beta, self.config.normalize, self.config.anchor
         if self.fused:
             loss, chosen_rewards, rejected_rewards, scores = self.model.head(
-                self.model.response_states(batch), kernels.ddpo_loss, batch.target, batch.weight,
-                batch.group, batch.reference, beta, normalize, anchor, batch.bounds)
+                self.model.response_states(batch),
+                partial(kernels.ddpo_loss, bounds=batch.bounds), batch.target, batch.weight,
+                batch.group, batch.reference, beta, normalize, anchor)
         else:
             logp = self.model.response_logp(batch)  # (R,)
             scores = response_scores(logp, batch.weight, batch.group, batch.groups, normalize)

@@ -30,6 +30,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from types import ModuleType, SimpleNamespace
@@ -3481,7 +3482,7 @@ def test_the_fused_loss_waits_for_a_gpu_once(tiny, tmp_path):
     results = []
     for bounds, calls in ((batch.bounds, ["__bool__"]), (None, ["tolist", "__bool__"])):
         with Waits() as waits:
-            results.append(head(states, kernels.ddpo_loss, *given, bounds))
+            results.append(head(states, partial(kernels.ddpo_loss, bounds=bounds), *given))
         assert waits.found == calls
     assert all(map(torch.equal, *results))
     with Waits() as waits:

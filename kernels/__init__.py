@@ -55,7 +55,7 @@ def token_logp(
 def ddpo_loss(
     hidden: Tensor, weight: Tensor, target: Tensor, segment_weight: Tensor, group: Tensor,
     reference: Tensor, beta: float, normalize: bool = True, anchor: float = 0.0,
-    bounds: list[int] | None = None, method: str | None = None, backend: str | None = None,
+    method: str | None = None, backend: str | None = None, bounds: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the segment-weighted DPO loss of P pairs (RLHF-V, arXiv 2312.00849, Eq. 3 and 5).
 
