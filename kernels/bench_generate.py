@@ -7,11 +7,11 @@ and the seconds of the very first run, in which `--compiled` compiles.
 """
 
 import dataclasses
-import statistics
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from formats import checkpoint
 from formats.tokenizer import Tokenizer
 from generation import generate, pixels_of
 from kernels.bench_tools import (
-    GPU, machine, ratio, read_options, save_random_llava, seconds, take_turns,
+    GPU, machine, ratio, save_random_llava, seconds, table, take_turns,
 )
 from model import LLaVA
 from vision import ImageSettings, VisionConfig
@@ -80,15 +80,13 @@ def compare(
     first = {name: seconds(run, options.device) for name, run in runs.items()}
     times = take_turns(runs, options.repeats, options.device)
     print(f"\n{len(prompts)} prompts of {len(prompts[0])} tokens x {samples}, {tokens} new each")
-    print(f"{'by':<16} {'tokens/s':>9} {'x transformers':>15} {'first s':>8}")
-    for name in sorted(runs, reverse=True):
-        rate = options.batch * tokens / statistics.median(times[name])
-        faster = ratio(times.get("transformers"), times[name])
-        print(f"{name:<16} {rate:9.0f} {faster:>15} {first[name]:8.2f}")
+    print(table([
+        {"by": name, "tokens/s": options.batch * tokens / median(times[name]),
+         "x transformers": ratio(times.get("transformers"), times[name]), "first s": first[name]}
+        for name in sorted(runs, reverse=True)]))
 
 
-def main(argv: list[str]) -> None:
-    options = read_options(Options, "bench.py --generate", __doc__, argv)
+def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if options.random:
             tower = VisionConfig(64, 256, 2, 1, image_size=56)

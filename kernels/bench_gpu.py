@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -21,7 +22,6 @@ import ddpo
 import ppo
 import recipes
 import rollouts
-import sharding
 import train
 from algorithm import Data, Start
 from config import Run, option
@@ -30,8 +30,8 @@ from evaluation import read_results
 from formats.files import write_atomic
 from generation import generate
 from kernels import bench_head, fused
-from kernels.bench_parts import Row, markdown, measure
-from kernels.bench_tools import machine, read_options, seconds
+from kernels.bench_parts import markdown, measure
+from kernels.bench_tools import Row, machine, now, seconds
 from loop import Loop
 from model import LLaVA, LLaVAConfig
 from vision import ImageSettings
@@ -39,6 +39,7 @@ from vision import ImageSettings
 LIMIT = 480  # seconds in all
 FULL = 139 * 2**30  # bytes of memory that a step without LoRA takes at 7B
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+
 
 @dataclass
 class Options:
@@ -76,29 +77,26 @@ def check_kernels(sizes: Sizes) -> Iterator[Row]:
     for job, functions in bench_head.make_cases().items():
         plain = functions["eager"]
         expected = bench_head.run_job(job, plain, exact).clone()
-        budget = distance(bench_head.run_job(job, plain, x), expected)
+        budget = bench_head.distance(bench_head.run_job(job, plain, x), expected)
         for name, function in functions.items():
             if name.startswith("ours"):
-                error = distance(bench_head.run_job(job, function, x), expected)
+                error = bench_head.distance(bench_head.run_job(job, function, x), expected)
                 yield checked(f"{job}: {name}", error, budget)
     a, b = x.hidden.detach(), x.weight.detach()[: len(x.hidden)]
     total = torch.ones(a.shape[1], a.shape[1], device=a.device)
     expected = total + a.T.float() @ b.float()
     fused.add_product_(total, a.T, b, first=False)
-    yield checked("addmm into float32", distance(total, expected), 1e-5)
+    yield checked("addmm into float32", bench_head.distance(total, expected), 1e-5)
     values, group = torch.randn(len(x.target), device=a.device), x.pairs[1]
     edges = torch.searchsorted(group, torch.arange(group[-1] + 2, device=a.device))
     expected = torch.zeros(len(edges) - 1, device=a.device).index_add(0, group, values)
-    yield checked("segment_reduce", distance(fused.segment_sum(values, edges), expected), 1e-5)
+    error = bench_head.distance(fused.segment_sum(values, edges), expected)
+    yield checked("segment_reduce", error, 1e-5)
 
 
 def checked(what: str, error: float, budget: float) -> Row:
     return {"what": what, "error": error, "plain or limit": budget,
             "right": error <= 1.5 * budget + 1e-5}
-
-
-def distance(found: Tensor, expected: Tensor) -> float:
-    return ((found.float() - expected).norm() / expected.norm()).item()
 
 
 def loss_head(sizes: Sizes) -> Iterator[Row]:
@@ -124,10 +122,9 @@ def world_run(sizes: Sizes) -> Iterator[Row]:
     if train.main([*command, *sizes.world]):
         raise RuntimeError("train.py failed; its error is above")
     took = time.perf_counter() - started
-    found = Path("ddpo/results.json")  # there is none with other data
-    before, after = (read_results(found)[key][0] if found.exists() else None
-                     for key in ("before", "after"))
-    for name in ("hallucination/any", "coverage") if found.exists() else ():
+    results = read_results("ddpo/results.json")
+    before, after = results["before"][0], results["after"][0]
+    for name in ("hallucination/any", "coverage"):
         yield {"measure": name, "before": before[name]["value"], "after": after[name]["value"]}
     yield {"measure": "seconds", "after": took}
 
@@ -150,7 +147,8 @@ def steps(sizes: Sizes, rank: int) -> Iterator[Row]:
         learning_rate=1e-5, batch_size=sizes.pairs, micro_batch=sizes.pairs, steps=10**6)
     data = Data(make_examples(sizes))
     loop = Loop(ddpo.DDPO(start, config, data), start, data)
-    useful, peak = step_flops(loop), matmul_peak(sizes)
+    a = torch.randn(sizes.matrix, sizes.matrix, device=sizes.device, dtype=torch.bfloat16)
+    useful, peak = step_flops(loop), rate(2 * len(a) ** 3, partial(torch.mm, a, a), sizes.device)
     for recompute in (True, False):  # what needs less memory first
         start.model.decoder.gradient_checkpointing = recompute
         loop.one_step()
@@ -165,40 +163,30 @@ def steps(sizes: Sizes, rank: int) -> Iterator[Row]:
 
 def step_flops(loop: Loop) -> int:
     """FLOPs of a step that recomputes nothing: those of a pair, times the pairs, all as long."""
-    pairs, loop.algorithm.config.micro_batch = loop.algorithm.config.micro_batch, 1
+    config = loop.algorithm.config
+    loop.algorithm.config = replace(config, micro_batch=1)
     pair = loop.algorithm.batches(0)[0].to(loop.start.device)
-    loop.algorithm.config.micro_batch = pairs
+    loop.algorithm.config = config
     with FlopCounterMode(display=False) as counter, loop.start.autocast():
         loop.algorithm.loss(pair)[0].backward()
-    return counter.get_total_flops() * pairs
+    return counter.get_total_flops() * config.batch_size
 
 
 def time_shares(loop: Loop, device: str) -> dict[str, float]:
     """Per cent of a step by part, each of which waits for the device."""
     marks, model = [], loop.start.model
-
-    def mark(*_) -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        marks.append(time.perf_counter())
-
+    mark = lambda *_: marks.append(now(device))
     hooks = [model.register_forward_pre_hook(mark), model.head.register_forward_pre_hook(mark),
-             model.head.register_forward_hook(mark)]
+             model.head.register_forward_hook(mark),
+             loop.optimizers[0].register_step_pre_hook(mark)]
     mark()
-    with loop.start.autocast():
-        loss, _ = loop.algorithm.loss(loop.algorithm.batches(loop.step)[0].to(loop.start.device))
-    loss.backward()
-    mark()
-    sharding.clip_gradients(list(loop.weights.values()), 1.0)
-    for optimizer in loop.optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
+    loop.one_step()
     mark()
     for hook in hooks:
         hook.remove()
     names = ("batch", "decoder", "head", "backward", "update")
     return {name: 100 * (last - first) / (marks[-1] - marks[0])
-            for name, first, last in zip(names, marks, marks[1:])}
+            for name, (first, last) in zip(names, pairwise(marks), strict=True)}
 
 
 def decoding(sizes: Sizes) -> Iterator[Row]:
@@ -206,7 +194,8 @@ def decoding(sizes: Sizes) -> Iterator[Row]:
     model, text = make_model(sizes, torch.bfloat16), sizes.model.text
     read = sum(w.nbytes for part in (model.decoder.layers, model.head) for w in part.parameters())
     per_token = 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # bytes
-    speed = bandwidth(sizes)
+    a = torch.zeros(sizes.matrix, 16 * sizes.matrix, device=sizes.device, dtype=torch.bfloat16)
+    bandwidth = rate(2 * a.nbytes, partial(torch.empty_like(a).copy_, a), sizes.device)
     for batch in sizes.batches:
         examples = make_examples(sizes, batch)
         images = torch.stack([example.image for example in examples]).to(model.head.weight)
@@ -217,26 +206,22 @@ def decoding(sizes: Sizes) -> Iterator[Row]:
                 generate, model, images, prompts, sizes.new_tokens, compiled=compiled)
             first = seconds(run, sizes.device)
             took = median(token_seconds(run, sizes.device) for _ in range(sizes.repeats))
-            used = (read + batch * length * per_token) / took / speed
+            used = (read + batch * length * per_token) / took / bandwidth
             yield {"completions": batch, "compiled": compiled, "tokens/s": batch / took,
                    "bandwidth %": 100 * used, "first run, s": first}
 
 
 def token_seconds(run: Callable, device: str) -> float:
     """Mean seconds from one token to the next, without waiting for the device in between."""
-    marks = []
+    first, tokens = [], []
 
-    def mark(*_) -> None:
-        marks.append(torch.cuda.Event(enable_timing=True) if device == "cuda"
-                     else time.perf_counter())
-        if device == "cuda":
-            marks[-1].record()
+    def mark(new: Tensor) -> None:
+        tokens.append(new)
+        if not first:
+            first.append(now(device))
 
     run(on_token=mark)
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return marks[0].elapsed_time(marks[-1]) / 1e3 / (len(marks) - 1)
-    return (marks[-1] - marks[0]) / (len(marks) - 1)
+    return (now(device) - first[0]) / (len(tokens) - 1)
 
 
 def ppo_rollout(sizes: Sizes) -> Iterator[Row]:
@@ -290,22 +275,13 @@ def make_examples(sizes: Sizes, count: int | None = None) -> list[Example]:
     return examples
 
 
-def matmul_peak(sizes: Sizes) -> float:
-    """FLOPs per second of a large bfloat16 product."""
-    a = torch.randn(sizes.matrix, sizes.matrix, device=sizes.device, dtype=torch.bfloat16)
-    took = [seconds(partial(torch.mm, a, a), sizes.device) for _ in range(10)]
-    return 2 * sizes.matrix**3 / median(took)
+def rate(amount: float, run: Callable, device: str) -> float:
+    """An amount of work by the seconds that it takes, the median of ten runs."""
+    return amount / median(seconds(run, device) for _ in range(10))
 
 
-def bandwidth(sizes: Sizes) -> float:
-    """Bytes per second that a large copy reads and writes."""
-    a = torch.zeros(sizes.matrix, 16 * sizes.matrix, device=sizes.device, dtype=torch.bfloat16)
-    took = [seconds(partial(torch.empty_like(a).copy_, a), sizes.device) for _ in range(10)]
-    return 2 * a.nbytes / median(took)
-
-
-def main(argv: list[str], sizes: Sizes = Sizes()) -> None:
-    out = Path(read_options(Options, "bench.py --gpu", __doc__, argv).out)
+def main(options: Options, sizes: Sizes = Sizes()) -> None:
+    out = Path(options.out)
     if sizes.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --gpu measures an NVIDIA GPU, and torch finds none on this machine")
     started, found = time.perf_counter(), []

@@ -11,12 +11,12 @@ gradients for given coefficients, and the whole DDPO loss with gradients. The co
   half precision a percent is rounding; more means that a row did not do the job.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from itertools import accumulate
-from operator import truediv
 from statistics import median
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 import kernels
 from config import option
 from kernels import reference
-from kernels.bench_tools import GPU, machine, read_options, take_turns
+from kernels.bench_tools import GPU, Row, machine, ratio, table, take_turns
 
 FORWARD, GRADIENTS, DDPO = "log p", "log p, gradients", "DDPO loss"  # the jobs
 
@@ -140,49 +140,40 @@ def peak_cpu_memory(run: Callable) -> int:
     return max(accumulate((change for _, change in changes), initial=0))
 
 
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference, relative to that of what is expected."""
+    return ((found.float() - expected).norm() / expected.norm()).item()
+
+
 def job_rows(
     job: str, functions: dict[str, Callable], x: Inputs, options: Options
-) -> Iterator[dict[str, object]]:
+) -> Iterator[Row]:
     """Yield the floor's row and the others'; a function that is absent or fails gives its error."""
     floor, expected = make_floor(x, gradients=job != FORWARD), None
     for name, function in {"matmul floor": None, **functions}.items():
         run = partial(run_job, job, function, x) if function else floor
         row = {"job": job, "by": name}
         try:
+            memory = {}
             if function:
                 result = run().float().clone()
                 expected = result if expected is None else expected
-                off = ((result - expected).norm() / expected.norm()).item()
-                memory = {"MB": peak_memory(run, x) / 1e6, "off by": off}
+                memory = {"MB": peak_memory(run, x) / 1e6, "off by": distance(result, expected)}
             times = take_turns({name: run, "floor": floor}, options.repeats, options.device)
-            row |= {"ms": 1e3 * median(times[name]),
-                    "x floor": median(map(truediv, times[name], times["floor"]))}
-            yield row | (memory if function else {})
+            slower = ratio(times[name], times["floor"])
+            yield row | {"ms": 1e3 * median(times[name]), "x floor": slower} | memory
         except Exception as error:  # the table goes on
-            yield row | {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            yield row | {"error": f"{type(error).__name__}: {error}".splitlines()[0][:80]}
 
 
-def print_row(row: dict[str, object]) -> None:
-    """Print a row of the table; an error of ours ends it."""
-    if "error" in row and row["by"].startswith("ours"):
-        raise RuntimeError(f"{row['by']}: {row['error']}")
-    line = f"{row['job']:<17} {row['by']:<23}"
-    if "error" in row:
-        line += f"   not run: {row['error'][:80]}"
-    else:
-        line += f" {row['ms']:9.2f} {row['x floor']:8.2f}"
-    if "MB" in row:
-        line += f" {row['MB']:8.1f} {row['off by']:8.1e}"
-    print(line, flush=True)
-
-
-def main(argv: list[str]) -> None:
-    options = read_options(Options, "bench.py [--step | --generate]", __doc__, argv)
+def main(options: Options) -> None:
     x, head = make_inputs(options), "frozen" if options.frozen else "trained"
     print(machine(options.device, "torch", "triton", "liger-kernel", "cut-cross-entropy"))
     print(f"{options.pairs} pairs, R = {len(x.target)} response tokens, D = {options.width}, "
           f"V = {options.vocab}, {x.hidden.dtype}, {head} head, median of {options.repeats}")
-    print(f"\n{'job':<17} {'by':<23} {'ms':>9} {'x floor':>8} {'MB':>8} {'off by':>8}")
     for job, functions in make_cases().items():
-        for row in job_rows(job, functions, x, options):
-            print_row(row)
+        rows = list(job_rows(job, functions, x, options))
+        print(f"\n{table(rows)}", flush=True)
+        for row in rows:
+            if row["by"].startswith("ours") and "error" in row:
+                sys.exit(f"error: {row['by']}: {row['error']}")

@@ -1,75 +1,63 @@
-"""Run the parts of a benchmark, each in a process of its own, and make tables of their rows.
+"""Run the parts of a benchmark, each in a process and a folder of its own.
 
 A part is a function of the sizes that yields rows; the first line of its docstring is the title of
 its table. A part that fails or takes too long leaves its error and the rows it had.
 """
 
-import contextlib
-import json
 import multiprocessing
 import os
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from multiprocessing.connection import Connection
 
-Row = dict[str, object]
+from kernels.bench_tools import Row, table
+
 Part = Callable[[object], Iterator[Row]]
 
 
-def work(part: Part, sizes: object, folder: Path) -> None:
-    """Run a part in its own process and folder, and write its rows as they come, then its error."""
+def work(part: Part, sizes: object, folder: str, link: Connection) -> None:
+    """Run a part in this process; send its rows as they come, then its error."""
     os.chdir(folder)
-    with (folder / "rows.jsonl").open("w", buffering=1) as file:
-        try:
-            for row in part(sizes):
-                file.write(json.dumps(row) + "\n")
-        except Exception as error:
-            traceback.print_exc()
-            file.write(json.dumps({"failed": f"{type(error).__name__}: {error}"}) + "\n")
+    try:
+        for row in part(sizes):
+            link.send(row)
+    except Exception as error:
+        traceback.print_exc()
+        link.send(f"{type(error).__name__}: {error}")
 
 
 def measure(part: Part, sizes: object, limit: float) -> Row:
     """Return a part's name, title, rows, seconds, and its error or None."""
-    started, error = time.perf_counter(), None
-    with tempfile.TemporaryDirectory() as name:
-        process = multiprocessing.get_context("spawn").Process(
-            target=work, args=(part, sizes, Path(name)))
+    started, found, error = time.perf_counter(), [], None
+    spawn = multiprocessing.get_context("spawn")
+    link, other_end = spawn.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory() as folder:
+        process = spawn.Process(target=work, args=(part, sizes, folder, other_end))
         process.start()
-        process.join(max(limit, 1))
-        if process.is_alive():
+        other_end.close()  # so that the pipe ends with the process
+        try:
+            while link.poll(max(0, started + limit - time.perf_counter())):
+                found.append(link.recv())
             process.kill()
-            process.join()
             error = f"stopped after {limit:.0f} s"
-        elif process.exitcode:
-            error = f"the process ended with {process.exitcode}"
-        log = Path(name) / "rows.jsonl"
-        rows = []
-        for line in log.read_text().splitlines() if log.exists() else ():
-            with contextlib.suppress(ValueError):  # half a line of a process that was stopped
-                rows.append(json.loads(line))
-    if rows and "failed" in rows[-1]:
-        error = rows.pop()["failed"]
-    title = part.__doc__.partition("\n")[0]
-    return {"part": part.__name__, "title": title, "rows": rows, "error": error,
-            "seconds": round(time.perf_counter() - started, 1)}
+        except EOFError:
+            pass
+        process.join()
+    if found and isinstance(found[-1], str):
+        error = found.pop()
+    elif process.exitcode:
+        error = error or f"the process ended with {process.exitcode}"
+    return {"part": part.__name__, "title": part.__doc__.partition("\n")[0], "rows": found,
+            "error": error, "seconds": round(time.perf_counter() - started, 1)}
 
 
 def markdown(part: Row) -> str:
-    """A part's heading, table and error."""
-    lines = [f"## {part['part']}", "", f"{part['title']} {part['seconds']} s."]
-    columns = list(dict.fromkeys(key for row in part["rows"] for key in row))
-    if columns:
-        lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row in part["rows"]:
-        lines.append(f"| {' | '.join(shown(row.get(column)) for column in columns)} |")
+    """Return a part's heading, table and error."""
+    paragraphs = [f"## {part['part']}", f"{part['title']} {part['seconds']} s."]
+    if part["rows"]:
+        paragraphs.append(table(part["rows"]))
     if part["error"]:
-        lines += ["", f"Failed: {part['error'].splitlines()[0]}"]
-    return "\n".join(lines) + "\n"
-
-
-def shown(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/")
+        paragraphs.append(f"Failed: {part['error'].splitlines()[0]}")
+    return "\n\n".join(paragraphs) + "\n"

@@ -14,7 +14,6 @@ reference scores for images.
 import json
 import multiprocessing
 import re
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
+from statistics import mean, median
 
 import torch
 import torch._dynamo  # noqa: F401  (an optimizer's first step imports it: 100 MB of libraries)
@@ -36,9 +36,7 @@ import train
 import world
 from algorithm import Data
 from config import Run, option
-from kernels.bench_tools import (
-    machine, ratio, read_options, save_random_llava, take_turns, version,
-)
+from kernels.bench_tools import machine, ratio, save_random_llava, table, take_turns, version
 from vision import VisionConfig
 
 EPOCHS = 3
@@ -94,8 +92,8 @@ def ours(link: Connection, folder: Path, pairs: int, checkpointing: bool) -> Non
     link.send({
         "once": time.perf_counter() - started,
         "tokens": sorted(e.prompt + r.tokens for e in examples for r in e.responses),
-        "trunk": statistics.mean(len(e.prompt) for e in examples),
-        "response": statistics.mean(len(r.tokens) for e in examples for r in e.responses),
+        "trunk": mean(len(e.prompt) for e in examples),
+        "response": mean(len(r.tokens) for e in examples for r in e.responses),
         "parameters": sum(weight.numel() for weight in start.model.parameters()) / 1e6,
     })
     while link.recv():
@@ -173,22 +171,20 @@ def compare(folder: Path, options: Options, checkpointing: bool) -> None:
     if not checkpointing:
         print("{parameters:.1f} M parameters; trunk {trunk:.0f} tokens, responses {response:.0f}"
               .format_map(facts[own]))
-        print(f"\n{'a step by':<30} {'s':>7} {'x TRL':>7} {'MB':>7} {'x TRL':>7}")
     steps = {name: partial(ask, link, True) for name, link in links.items()}
     times = take_turns(steps, options.repeats, "cpu")
     peaks = {name: [ask(link, False) / 1e6] for name, link in links.items()}
     once, with_once = facts[own]["once"], f"{own}, + once / {EPOCHS}"
     times[with_once] = [time + once / EPOCHS for time in times[own]]
     peaks[with_once] = peaks[own]
-    for name in times:
-        slower, larger = ratio(times[name], times.get(peer)), ratio(peaks[name], peaks.get(peer))
-        print(f"{name:<30} {statistics.median(times[name]):7.2f} {slower:>7} "
-              f"{peaks[name][0]:7.0f} {larger:>7}")
-    print(f"  once: {once:.2f} s")
+    print("\n" + table([
+        {"a step by": name, "s": median(times[name]), "x TRL": ratio(times[name], times.get(peer)),
+         "MB": peaks[name][0], "MB, x TRL": ratio(peaks[name], peaks.get(peer))}
+        for name in times]))
+    print(f"once: {once:.2f} s")
 
 
-def main(argv: list[str]) -> None:
-    options = read_options(Options, "bench.py --step", __doc__, argv)
+def main(options: Options) -> None:
     print(machine("cpu", "torch", "transformers", "trl"))
     print(f"{options.pairs} pairs a step, float32, median of {options.repeats}")
     with tempfile.TemporaryDirectory() as name:

@@ -1,18 +1,16 @@
-"""What the benchmarks share: options, the machine's name, timing by turns, a random model."""
+"""What the benchmarks share: the machine's name, timing by turns, tables, a random model."""
 
-import argparse
 import datetime
 import importlib.metadata
 import platform
 import re
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 
-from config import add_options, from_options
 from formats import checkpoint
 from formats import tokenizer as tokenizers
 from model import LLaVA, LLaVAConfig, TextConfig, init_weights
@@ -21,13 +19,7 @@ from world import pretraining
 
 GPU = torch.cuda.is_available()
 WARM_UP = 2  # turns that are not measured
-
-
-def read_options(kind: type, command: str, doc: str, argv: list[str]):
-    """Return the dataclass `kind` with the options of the command line."""
-    parser = argparse.ArgumentParser(command, description=doc.split("\n")[0])
-    add_options(parser, kind)
-    return from_options(kind, parser.parse_args(argv))
+Row = dict[str, object]  # of a table: a value per column
 
 
 def machine(device: str, *packages: str) -> str:
@@ -49,13 +41,18 @@ def version(package: str) -> str:
         return "absent"
 
 
+def now(device: str) -> float:
+    """Return the time at which the device has done all work so far, in seconds."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(function: Callable[[], object], device: str) -> float:
     """Time a call, including the work that it leaves to the device."""
     started = time.perf_counter()
     function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return now(device) - started
 
 
 def take_turns(runs: Mapping[str, Callable], repeats: int, device: str) -> dict[str, list[float]]:
@@ -64,11 +61,24 @@ def take_turns(runs: Mapping[str, Callable], repeats: int, device: str) -> dict[
     return dict(zip(runs, map(list, zip(*turns[WARM_UP:]))))
 
 
-def ratio(times: list[float] | None, others: list[float] | None) -> str:
-    """Return the median of the turns' ratios, or nothing where one of the two did not run."""
-    if not times or not others:
+def ratio(times: list[float] | None, others: list[float] | None) -> float | None:
+    """Return the median of the turns' ratios, or None where one of the two did not run."""
+    return median(a / b for a, b in zip(times, others)) if times and others else None
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Format rows as a Markdown table, with a column for every key."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[shown(row.get(column)) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+
+
+def shown(value: object) -> str:
+    if value is None:
         return ""
-    return f"{statistics.median(a / b for a, b in zip(times, others)):.2f}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/")
 
 
 def save_random_llava(
