@@ -65,30 +65,43 @@ def load_llava(
     """
     folder, tower = Path(path), Path(tower) if tower else None
     config, values = read_config(folder, tower)
-    original = is_original(values)
     with understood(folder):
         tokenizer = read_tokenizer(folder, config)
         pad = values.get("image_aspect_ratio") == "pad"
         settings = read_image_settings(folder, tower, config.vision.image_size, pad)
+    with torch.device("meta"):
+        model = LLaVA(config)
+    found = find_weights(model, folder, tower, is_original(values))
+    model.stored_dtype = found["head.weight"].dtype
+    if sharded and parallel.world() > 1:
+        sharding.shard(model)
+    fill(model, found, device, dtype or model.stored_dtype, is_original(values))
+    return model, tokenizer, settings
+
+
+def find_weights(
+    model: LLaVA, folder: Path, tower: Path | None, original: bool
+) -> dict[str, Tensor]:
+    """Return the mapped weights of a model's folder, and of its CLIP's, under our names."""
     weights = open_weights(folder)
     if tower and not any("vision_tower" in name for name in weights):
         clip = open_weights(tower).items()
         weights |= {name: w for name, w in clip if not layouts.CLIP_TEXT.search(name)}
-    with torch.device("meta"):
-        model = LLaVA(config)
-    shapes = {name: w.shape for name, w in base_weights(model).items()}
+    config, shapes = model.config, {name: w.shape for name, w in base_weights(model).items()}
     if original:
         shapes |= dict.fromkeys(VOCABULARY, (config.image_token, config.text.hidden_size))
         if config.projector_hidden_act == "linear":
             del shapes["projector.linear_2.weight"], shapes["projector.linear_2.bias"]
-    found = match(f"{folder}: the weights do not fit config.json", shapes, weights)
-    model.stored_dtype = found["head.weight"].dtype
-    dtype = dtype or model.stored_dtype
-    parts = set()  # weights of which this process reads its rows alone
-    if sharded and parallel.world() > 1:
-        sharding.shard(model)
-        parts = {name for name, weight in model.state_dict().items() if sharding.is_sharded(weight)}
-    early = parts.difference(VOCABULARY if original else ())
+    return match(f"{folder}: the weights do not fit config.json", shapes, weights)
+
+
+def fill(
+    model: LLaVA, found: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype,
+    original: bool,
+) -> None:
+    """Give a model on the meta device its weights, of sharded ones this process's rows."""
+    parts = {name for name, weight in model.state_dict().items() if sharding.is_sharded(weight)}
+    early = parts.difference(VOCABULARY if original else ())  # cut before they are read
 
     def read(name: str) -> Tensor:
         weight = found[name]
@@ -98,14 +111,13 @@ def load_llava(
     with ThreadPoolExecutor(4) as pool:  # converting a dtype keeps more than one core busy
         state = dict(zip(found, pool.map(read, found)))
     if original:
-        complete_original(state, config)
+        complete_original(state, model.config)
     for name in parts:
         weight = model.get_parameter(name)
         whole = name not in early or name not in found
         rows = parallel.rows_of(len(weight)) if whole else slice(None)
         state[name] = sharding.place(state[name][rows], weight)
     model.load_state_dict(state, assign=True)
-    return model, tokenizer, settings
 
 
 def is_original(values: dict) -> bool:
