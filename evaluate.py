@@ -55,16 +55,14 @@ def make_parser(**options) -> ArgumentParser:
     add("--prompt", metavar="TEXT", help="the question; with --data, of rows that have none")
     add("--data", nargs="+", metavar="FILE", help="JSONL, JSON or parquet: image and question")
     add("--pope", nargs="+", metavar="FILE", help="POPE's questions: image, text, label")
-    add("--chair", nargs="+", metavar="FILE",
-        help='COCO instances and captions, or {"image.jpg": ["object"]}')
+    add("--chair", nargs="+", metavar="FILE", help='COCO annotations, or {"a.jpg": ["object"]}')
     add("--amber", metavar="DIR", help="a copy of AMBER's repository; --images has its images")
     add("--vqa", nargs="+", metavar="FILE", help="image, question, answers: short ones of people")
     add("--mmhal", metavar="FILE", help="MMHal's response_template.json, or filled")
     add("--suite", metavar="DIR", help="a folder of benchmarks; see above")
     add("--models", nargs="+", metavar="DIR", help="of --suite; differences are to the first")
     add("--images", metavar="DIR", help="where images are; default: beside the file of questions")
-    add("--answers", metavar="FILE",
-        help="score these answers (--pope, --chair, --vqa; --amber in its format) of any model")
+    add("--answers", metavar="FILE", help="score these (--pope, --chair, --vqa; --amber's own)")
     add("--suffix", metavar="TEXT", help="a line after each question of --pope and --vqa "
         "['Answer the question using a single word or phrase.'], and of --amber's yes/no questions "
         "['']; '' asks as the file does")
@@ -72,14 +70,13 @@ def make_parser(**options) -> ArgumentParser:
     add("--judge_prompt", metavar="FILE", help="for --mmhal: the release's eval_gpt4.py; "
         "'short': this project's own prompt, which no published score uses")
     add("--replies", metavar="FILE", help="a judge's replies to MMHal's prompts")
-    add("--best_of", type=count, metavar="N", help="sample N answers, take the one with the highest "
-        "reward by --reward_model; with a run, what that gives on the built-in world")
+    add("--best_of", type=count, metavar="N", help="sample N answers and take the one with the "
+        "highest reward by --reward_model; with a run, what that gives on the built-in world")
     add("--reward_model", metavar="DIR", help="run of train.py --algo rm, for --best_of")
     add("--captions", metavar="FILE", help="image_to_caption.json, for one trained with facts")
     add("--output", metavar="DIR", help="folder for answers and scores")
     add("--scenes", type=count, metavar="N", help="of the built-in world [500]")
-    add("--max_new_tokens", type=count, metavar="N",
-        help="longest answer; the default fits the task")
+    add("--max_new_tokens", type=count, metavar="N", help="longest answer; default: by the task")
     add("--temperature", type=number(float, 0), metavar="T",
         help="0: greedy; default: 0, with --best_of 1")
     add("--batch_size", type=count, default=16, metavar="N", help="questions at a time [16]")
@@ -93,16 +90,16 @@ def make_parser(**options) -> ArgumentParser:
 
 def choose_command(args: Namespace, parser: ArgumentParser) -> str:
     """Return the option that says what to do; exit if that is unclear."""
-    commands = ("run", "compare", "image", "pope", "chair", "amber", "vqa", "mmhal", "suite", "data")
-    no_model = {"run": True, "compare": True, "mmhal": args.replies, "suite": args.models}
+    no_model = {"run": True, "compare": True, "mmhal": args.replies, "suite": args.models,
+                "image": False, "data": False}
     no_model |= dict.fromkeys(("pope", "chair", "amber", "vqa"), args.answers)
-    wanted = [name for name in commands if getattr(args, name)]
+    wanted = sorted(name for name in no_model if getattr(args, name))
     if wanted == ["chair", "data"]:
         wanted = ["chair"]  # --data holds its questions
     if len(wanted) != 1:
         parser.error("give one of: a run, --compare, --image, --data, --pope, --chair, --amber, "
                      "--vqa, --mmhal, --suite")
-    if not args.model and not no_model.get(wanted[0]):
+    if not args.model and not no_model[wanted[0]]:
         parser.error(f"--{wanted[0]} needs --model")
     if args.image and not args.prompt:
         parser.error("--image needs --prompt")
@@ -123,7 +120,7 @@ import torch
 
 import evaluation
 import generation
-from evaluation import benchmarks, best_of, judge, parts, suite
+from evaluation import benchmarks, best_of, judge, metrics, parts, suite
 from evaluation.answers import ImageQuestion, answer_file, read_questions
 from evaluation.builtin import SCENES
 from evaluation.parts import LONG_TOKENS, Part
@@ -163,7 +160,7 @@ def run_world(args: Namespace) -> None:
         before, path = results.get("after"), output_file(args, "results.json", folder)
         results = {"before": before} if before else {}
     after = evaluation.measure_world(*load(args, args.run), scenes, args.seed, args.best)
-    print(evaluation.table(before[0], after[0]) if before else evaluation.listing(after[0]))
+    print(evaluation.table(before and before[0], after[0]))
     if is_run or args.best:
         evaluation.write_results(path, results | {"after": after})
         page = "" if args.best else f" and {evaluation.write_report(folder.parent)}"
@@ -281,9 +278,8 @@ def run_mmhal(args: Namespace) -> None:
     prompt = judge.read_judge_prompt(args.judge_prompt)
     args.skipped = None  # the order of the prompts is fixed
     questions = benchmarks.mmhal_questions(path, rows, args.images or path.parent)
-    path = output_file(args, "mmhal.jsonl")
-    answered = answer(args, questions, path, args.max_new_tokens or LONG_TOKENS)
-    texts = [row["answer"] for row in answered]
+    path, limit = output_file(args, "mmhal.jsonl"), args.max_new_tokens or LONG_TOKENS
+    texts = [row["answer"] for row in answer(args, questions, path, limit)]
     filled, prompts = judge.write_prompts(path.parent, rows, texts, prompt)
     print(f"{judge.judge_note(prompt.label)}\ngive {prompts} to a judge; with its replies as rows "
           '{"id": 0, "reply": "..."}:\n'
@@ -293,12 +289,12 @@ def run_mmhal(args: Namespace) -> None:
 def run_suite(args: Namespace) -> None:
     """Run all benchmarks of a folder on all models; print and write the comparison."""
     source, out = Path(args.suite), Path(args.output or "runs/suite")
-    models, whole = suite.model_names(args.models or [args.model]), Namespace(**vars(args))
-    whole.skipped = None  # MMHal needs all answers, for the order of the prompts
-    chosen, prompt = suite.find_parts(source, args.images, args.suffix, args.skipped)
+    models = metrics.model_names(args.models or [args.model])
+    whole = Namespace(**vars(args) | {"skipped": None})  # MMHal's prompts need all answers
+    chosen, judged = suite.find_parts(source, args.images, args.suffix, args.skipped)
     questions = {part.name: part.ask() for part in chosen}  # fails before a model is loaded
     tokens = {part.name: args.max_new_tokens or part.tokens for part in chosen}
-    scores, terms, template = {}, {}, source / "mmhal" / "response_template.json"
+    scores, terms = {}, {}
     for name, path in models.items():
         loaded = load(args, path)
 
@@ -308,22 +304,21 @@ def run_suite(args: Namespace) -> None:
                           tokens[part.name], loaded)
             return list(map(part.clean, rows))
 
-        found = suite.measure(chosen, ask, out / name, template, prompt, args.seed)
-        scores[name], terms[name] = found
+        scores[name], terms[name] = suite.measure(chosen, ask, out / name, judged, args.seed)
     notes = suite.notes(chosen, tokens, scores)
     print(*(f"{name}: {note}" for name, note in notes.items()), sep="\n")
     differences = suite.compare(terms, args.seed)
-    print(suite.table(scores, differences))
+    print(evaluation.comparison(scores, differences))
     for path in suite.write_suite(out, source.resolve().name, models, notes, scores, differences):
         print(f"wrote {path}", file=sys.stderr)
 
 
-def print_scores(args: Namespace, part: Part, metrics: dict, note: str) -> None:
-    """Print metrics, and write them beside the answers if these have a folder."""
-    print(f"{part.file}: {note}\n{suite.table({'value': metrics}, {})}")
+def print_scores(args: Namespace, part: Part, scores: dict, note: str) -> None:
+    """Print scores, and write them beside the answers if these have a folder."""
+    print(f"{part.file}: {note}\n{evaluation.comparison({'value': scores})}")
     if args.output or args.model:
         mode = f".{part.mode}" if part.mode else ""
-        write_atomic(output_file(args, f"{part.file}{mode}.scores.json"), metrics)
+        write_atomic(output_file(args, f"{part.file}{mode}.scores.json"), scores)
 
 
 COMMANDS = {"run": run_world, "compare": run_compare, "image": run_image, "pope": run_short,

@@ -75,8 +75,8 @@ from claims import __main__ as claims_command, definitions, page as claims_page,
 from data import Example, Response, collate
 from evaluation import amber as ambers
 from evaluation import (
-    answers, benchmarks, blind, builtin, charts, coco, memory, metrics, parts, preview, report,
-    suite, synonyms, vqa,
+    answers, benchmarks, blind, builtin, charts, coco, judge, memory, metrics, parts, preview,
+    report, synonyms, vqa,
 )
 from formats import (
     Conversation, DataError, Pair, checkpoint, features, files, fingerprint, latest_state, layouts,
@@ -1709,7 +1709,7 @@ def test_mmhal_by_hand(tmp_path):
     for rows in ([{"id": 1, "reply": "b"}, {"id": 0, "reply": "a"}], ["a", chat], [["a", "b"]]):
         write_lines(path, *rows)
         assert benchmarks.read_replies(path, 3) == ["a", "b", ""]
-    prompt = benchmarks.judge_prompt(MMHAL_ROWS[0])
+    prompt = judge.read_judge_prompt("short").fill(MMHAL_ROWS[0])
     assert all(part in prompt for part in ("dog, tree", "What?", "Truth", "A {strange} one"))
 
 
@@ -1845,7 +1845,8 @@ def run_evaluate(evaluated_runs, tmp_path, monkeypatch, capsys):
     ("--mmhal template.json --replies replies.jsonl", 0,
      r"score \(of 6\) +2\.14(.|\n)*prompt 6: not one rating, counts as 0: ''"),  # 15 / 7
     ("--compare bad good", 0,
-     r"%  +bad +good  +- bad, 95 % interval\nhallucination/any +([5-9]\d\.\d|100\.0) +0\.0 +-\1 "),
+     r"%  +bad +95 % interval +good +- bad, 95 % interval\n"
+     r"hallucination/any +([5-9]\d\.\d|100\.0) .*\] +0\.0 +-\1 "),
     ("--compare bad few", 1, "few and bad were measured on different scenes"),
     ("--compare bad none", 1, "first run: python evaluate.py none"),
     ("--compare bad images", 1, "measure again"),
@@ -1925,7 +1926,8 @@ def test_best_of_n_is_what_the_reward_model_prefers(
     assert "hallucination/any" in shown and not Path("one/results.json").exists()
     assert len(evaluation.read_results("one/best_of_3/results.json")["after"][1]) == 3
     assert seen[-1][4][0] and len(seen[-1][5]) == len(seen[-1][1])
-    assert "hallucination/any" in run_evaluate("--compare one/best_of_3 one/best_of_3")
+    shutil.copytree("one/best_of_3", "again")
+    assert "hallucination/any" in run_evaluate("--compare one/best_of_3 again")
 
 
 def test_evaluate_measures_a_run_again(run_evaluate):
@@ -2098,9 +2100,11 @@ def test_report_charts_and_colours():
     assert [charts.number(v) for v in (0, 0.25, 2e-4, 1.5e-5)] == ["0", "0.25", "2e-4", "1.5e-5"]
     for name, value, style in (
         ("coverage", 0.2, "good"), ("coverage", -0.2, "bad"), ("coverage", 0.05, ""),
-        ("chair_i", 0.2, "bad"), ("mmhal/hallucination", -0.2, "good"), ("length", 3, "")):
+        ("chair_i", 0.2, "bad"), ("mmhal/hallucination", -0.2, "good"), ("length", 3, ""),
+        ("hallucination/object", -0.2, "good"), ("chair/coverage", 0.2, "good"),
+        ("vqa/a/accuracy", -2, "bad"), ("pope/a/yes_ratio", 2, "")):
         change = {"value": value, "low": value - 0.1, "high": value + 0.1}
-        assert report.colour(name, {name: change}) == style
+        assert metrics.colour(name, change) == style
 
 
 # ============================================================================ claims/, CLAIMS.md
@@ -2391,12 +2395,9 @@ def test_suite_compares_models(run_bench):
     text = "".join(page.itertext())
     assert all(part in text for part in ("lexical/hal", "score (of 6)", "kind/counting", "+2.00"))
     assert "good" in {cell.get("class") for cell in page.iter("td")}
-    for name, value, colour in (("chair/chair_i", -2, "good"), ("vqa/a/accuracy", -2, "bad"),
-                                ("pope/a/yes_ratio", 2, ""), ("amber/generative/cover", 0.5, "")):
-        assert suite.colour(name, {"value": value, "low": value - 1, "high": value + 1}) == colour
     responses = json.loads(Path("out/one/amber_responses.json").read_text())
     assert [[*row] for row in responses] == [["id", "response"]] * 8
-    assert list(suite.model_names(["runs/a/model", "b/", "c/a"])) == ["runs_a_model", "b", "c_a"]
+    assert list(metrics.model_names(["runs/a/model", "b/", "c/a"])) == ["runs_a_model", "b", "c_a"]
 
 
 def test_help_states_the_defaults():
@@ -2451,7 +2452,7 @@ BENCH_COMMANDS = {"AMBER": "--amber set/amber --answers",
     ("AMBER twice.json", 1, "row 2: id 1 comes twice"), ("AMBER far.json", 1, "id 99 is no"),
     ("--amber set --answers far.json", 1, "set/relation.json: no such file"),
     ("--suite set", 2, "--suite needs --model"), ("--suite one --models two", 1, "no benchmark"),
-    ("--suite set --models one one", 1, "every model once"),
+    ("--suite set --models one one", 1, "every model once: one, one"),
     ("one --scenes 3", 1, "measures of 2 scenes, which do not compare with --scenes 3"),
 ])
 def test_given_answers_are_scored_or_a_sentence_says_why_not(run_bench, command, status, pattern):

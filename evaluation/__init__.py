@@ -5,13 +5,13 @@ from evaluation.blind import blind_baselines
 from evaluation.builtin import compare_runs, measure_world, world_terms
 from evaluation.memory import SHAPES, memory_table
 from evaluation.metrics import (
-    columns, listing, read_results, table, with_intervals, write_results,
+    columns, comparison, read_results, table, with_intervals, write_results,
 )
 from evaluation.preview import memory_estimate, show_rows
 from evaluation.report import save_pairs, write_report
 
 __all__ = [
-    "SHAPES", "blind_baselines", "chair", "columns", "compare_runs", "listing", "measure_world",
+    "SHAPES", "blind_baselines", "chair", "columns", "compare_runs", "comparison", "measure_world",
     "memory_estimate", "memory_table", "mmhal", "pope", "read_results", "save_pairs", "show_rows",
     "table", "with_intervals", "world_terms", "write_report", "write_results",
 ]

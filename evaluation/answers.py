@@ -11,7 +11,7 @@ from PIL import Image
 
 from formats.files import jsonl, parse_json
 from formats.readers import image_of, read_records
-from formats.rows import DataError, Source, open_image, whole_rows
+from formats.rows import DataError, Source, open_image, skipping, whole_rows
 from formats.tokenizer import IMAGE
 from generation import progress_bar
 
@@ -135,14 +135,11 @@ def answer_batch(
     """Add "answer" or "error" to the row of every question."""
     images, asked = [], []
     for question, row in zip(questions, rows):
-        try:
+        with skipping(skip):
             images.append(open_image(question.name, question.image))
             asked.append((question, row))
-        except DataError as error:
-            if skip is None:
-                raise
-            skip.append(str(error))
-            row["error"] = str(error)
+            continue
+        row["error"] = skip[-1]
     if images:
         texts = respond(images, [question for question, _ in asked], seed)
         for (_, row), text in zip(asked, texts, strict=True):

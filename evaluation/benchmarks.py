@@ -7,7 +7,7 @@ caller, and a score compares with published ones only if that is the same too:
 1. POPE: evaluate.py asks as LLaVA-RLHF does (--suffix, 64 new tokens) unless told otherwise.
 2. CHAIR: the words for objects are those of `coco.py`, which lack 148 of the 403 official synonyms;
    `synonyms.py` reads the official file and has Object HalBench's way of counting.
-3. MMHal: `JUDGE_PROMPT` is ours and short; `judge.py` reads the official one from the release.
+3. MMHal: `judge.py` reads the official prompt from the release; its own is short.
 
 All metrics come as {name: {"value", "low", "high"}} with 95 % bootstrap intervals (see
 `metrics.py`); shares are in 0..1.
@@ -32,9 +32,10 @@ def pope_answer(text: str) -> str:
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
-def pope_terms(predicted: np.ndarray, truth: np.ndarray) -> dict[str, Terms]:
-    """Return POPE's measures of two bool arrays (N,), True = yes."""
-    one = np.ones(len(predicted))
+def pope_terms(answers: Sequence[str], truth: Sequence[bool]) -> dict[str, Terms]:
+    """Return POPE's measures of answers and of what is true, True = yes."""
+    predicted = np.array([pope_answer(answer) == "yes" for answer in answers], dtype=bool)
+    truth, one = np.array(truth, dtype=bool), np.ones(len(predicted))
     both = 1.0 * (predicted & truth)
     return {
         "accuracy": [(1, 1.0 * (predicted == truth), one)],
@@ -60,9 +61,7 @@ def pope(
     """
     if len(answers) != len(labels) or set(labels) - {"yes", "no"}:
         raise ValueError(f"{len(answers)} answers, {len(labels)} labels; labels are 'yes' or 'no'")
-    predicted = np.array([pope_answer(answer) == "yes" for answer in answers], dtype=bool)
-    truth = np.array([label == "yes" for label in labels], dtype=bool)
-    return with_intervals(grouped(pope_terms(predicted, truth), images))
+    return with_intervals(grouped(pope_terms(answers, [each == "yes" for each in labels]), images))
 
 
 # -------------------------------------------------------------------------------------------- CHAIR
@@ -110,34 +109,6 @@ def chair(
 MMHAL_KINDS = ("attribute", "adversarial object", "comparison", "counting", "spatial relation",
                "environment", "holistic", "other")  # question i is of kind i mod 8
 MMHAL_FIELDS = ("image_id", "image_src", "image_content", "question", "gt_answer")
-JUDGE_PROMPT = """\
-You are an impartial judge. An assistant was shown an image and answered a question \
-about it. You do not see the image; what is known about it is listed below. Judge how informative \
-the answer is and whether it hallucinates, that is, whether it says anything about the image that \
-is false or that the facts and the reference answer do not support. Analysis and general knowledge \
-are welcome as long as they do not contradict the image.
-
-Objects in the image: {objects}
-Question: {question}
-Reference answer: {reference}
-Answer to judge: {answer}
-
-Explain your judgement briefly. Then end with one line "Rating: n", where n is
-6  no hallucination, very informative, with good analysis
-5  no hallucination, very informative
-4  no hallucination, somewhat informative
-3  no hallucination, not informative
-2  hallucination, but very informative
-1  hallucination, somewhat informative
-0  hallucination, not informative
-"""
-
-
-def judge_prompt(row: dict) -> str:
-    """Return the judge's prompt for one row of MMHal's filled template."""
-    return JUDGE_PROMPT.format(
-        objects=", ".join(row["image_content"]), question=row["question"],
-        reference=row["gt_answer"], answer=row["model_answer"])
 
 
 def rating(reply: str) -> int | None:
@@ -149,9 +120,10 @@ def rating(reply: str) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def mmhal_terms(ratings: np.ndarray, kinds: np.ndarray) -> dict[str, Terms]:
-    """Return MMHal's measures of two arrays (N,): ratings 0..6 and indices into MMHAL_KINDS."""
-    one, ratings = np.ones(len(ratings)), np.asarray(ratings, dtype=float)
+def mmhal_terms(ratings: Sequence[int]) -> dict[str, Terms]:
+    """Return MMHal's measures of ratings 0..6, in the order of its questions."""
+    one, ratings = np.ones(len(ratings)), np.array(ratings, dtype=float)
+    kinds = np.arange(len(ratings)) % len(MMHAL_KINDS)
     measures = {"score": [(1, ratings, one)], "hallucination": [(1, 1.0 * (ratings < 3), one)]}
     for k, kind in enumerate(MMHAL_KINDS):
         of_kind = 1.0 * (kinds == k)
@@ -166,8 +138,7 @@ def mmhal(replies: Sequence[str]) -> dict:
         score, the mean rating 0..6; hallucination, the share rated below 3; score/<kind>. A reply
         without exactly one rating counts as 0, as in the public script.
     """
-    ratings = np.array([rating(reply) or 0 for reply in replies])
-    return with_intervals(mmhal_terms(ratings, np.arange(len(ratings)) % len(MMHAL_KINDS)))
+    return with_intervals(mmhal_terms([rating(reply) or 0 for reply in replies]))
 
 
 def read_mmhal(path: Path) -> list[dict]:

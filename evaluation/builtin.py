@@ -18,7 +18,7 @@ import world
 from evaluation.benchmarks import MMHAL_KINDS, mmhal_terms, pope_answer, pope_terms
 from evaluation.best_of import BestOf
 from evaluation.metrics import (
-    PER_KIND, Terms, comparison, grouped, paired, read_results, with_intervals,
+    PER_KIND, Terms, comparison, grouped, model_names, paired, read_results, with_intervals,
 )
 from formats.tokenizer import Tokenizer
 from model import LLaVA
@@ -86,20 +86,20 @@ def measure_world(
 
 def compare_runs(runs: Sequence[str], seed: int = 0) -> str:
     """Format the runs' measures in results.json, and their paired differences to the first run."""
-    found, terms, keys = [], [], []
-    for run in runs:
+    found, terms, asked = {}, {}, {}
+    for name, run in model_names(runs).items():
         path = Path(run) / "results.json"
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file; first run: python evaluate.py {run}")
-        values, records = read_results(path)["after"]
-        keys.append([(record["scene"], record["question"]) for record in records])
-        if keys[-1] != keys[0]:
-            raise ValueError(f"{run} and {runs[0]} were measured on different scenes; "
+        found[name], records = read_results(path)["after"]
+        asked[name] = [(record["scene"], record["question"]) for record in records]
+        terms[name] = world_terms(records)
+    first, *others = found
+    for name in others:
+        if asked[name] != asked[first]:
+            raise ValueError(f"{name} and {first} were measured on different scenes; "
                              "measure both again with the same --scenes and --seed")
-        found.append(values)
-        terms.append(world_terms(records))
-    differences = [paired(terms[0], each, seed) for each in terms[1:]]
-    return comparison([Path(run).name for run in runs], found, differences)
+    return comparison(found, {name: paired(terms[first], terms[name], seed) for name in others})
 
 
 def questionnaire(scenes: Sequence[world.Scene], seed: int = 0) -> list[dict]:
@@ -186,9 +186,8 @@ def question_terms(records: Sequence[dict]) -> dict[str, Terms]:
     measures = {}
     for name in NEGATIVES:  # the present object counts in all three
         items = [r["asked"][key] for r in records for key in ("pope/present", f"pope/{name}")]
-        predicted = np.array([pope_answer(item["answer"]) == "yes" for item in items])
-        truth = np.array([item["truth"] != "No." for item in items])
-        terms = grouped(pope_terms(predicted, truth), np.repeat(np.arange(len(records)), 2))
+        terms = pope_terms([item["answer"] for item in items], [i["truth"] != "No." for i in items])
+        terms = grouped(terms, np.repeat(np.arange(len(records)), 2))
         measures |= {f"pope/{name}/{m}": terms[m] for m in ("accuracy", "f1", "yes_ratio")}
     for topic in TOPICS:
         name = f"question/{topic}"
@@ -218,10 +217,9 @@ def delta_terms(records: Sequence[dict]) -> Terms:
 
 def mmhal_world_terms(records: Sequence[dict]) -> dict[str, Terms]:
     """Return mmhal/*: MMHal's measures of `world_ratings`."""
-    ratings = np.array([world_ratings(record) for record in records])  # (N, 8)
-    kinds = np.tile(np.arange(len(MMHAL_KINDS)), len(records))
+    ratings = [rating for record in records for rating in world_ratings(record)]
     scenes = np.repeat(np.arange(len(records)), len(MMHAL_KINDS))
-    measures = grouped(mmhal_terms(ratings.flatten(), kinds), scenes)
+    measures = grouped(mmhal_terms(ratings), scenes)
     return {f"mmhal/{name}".replace("mmhal/score/", PER_KIND): terms
             for name, terms in measures.items()}
 

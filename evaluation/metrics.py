@@ -78,6 +78,9 @@ def paired(before: dict[str, Terms], after: dict[str, Terms], seed: int = 0) -> 
 # ------------------------------------------------------------------------------------------- tables
 
 INTERVAL = "95 % interval"
+LESS_IS_BETTER = ("chair", "chair_s", "chair_i", "response", "mention", "hal", "cog",
+                  "over_generalisation")
+NEITHER = ("length", "yes_ratio")
 
 
 def unit(name: str) -> str:
@@ -104,8 +107,10 @@ def format_metric(name: str, metric: dict, sign: str = "") -> tuple[str, str]:
     return value, f"[{low}, {high}]"
 
 
-def table(before: dict, after: dict) -> str:
-    """Format two models' metrics, {name: {"value", "low", "high"}}, and the change of each."""
+def table(before: dict | None, after: dict) -> str:
+    """Format metrics, {name: {"value", "low", "high"}}: of one model, or of two and the change."""
+    if before is None:
+        return comparison({"value": after})
     rows = {}
     for name in shared(before, after):
         old, new = before[name]["value"], after[name]["value"]
@@ -115,26 +120,52 @@ def table(before: dict, after: dict) -> str:
     return aligned(("before", INTERVAL, "after", INTERVAL, "change", "relative"), rows)
 
 
-def listing(metrics: dict) -> str:
-    """Format one model's metrics, one line each."""
-    rows = {name: format_metric(name, metric) for name, metric in metrics.items()}
-    return aligned(("value", INTERVAL), rows)
+def model_names(paths: Sequence[str]) -> dict[str, str]:
+    """Return {name: path}: the folder's own name, or the whole path where two share it.
 
-
-def comparison(names: Sequence[str], metrics: Sequence[dict], differences: Sequence[dict]) -> str:
-    """Format the names and metrics of several models, and the differences of all but the first.
-
-    The differences are to the first model, as `paired` returns them.
+    Raises:
+        ValueError: a path comes twice.
     """
-    head = [names[0]]
-    for name in names[1:]:
-        head += [name, f"- {names[0]}, {INTERVAL}"]
-    rows = {name: [format_value(name, metrics[0][name]["value"])] for name in shared(*metrics)}
-    for found, difference in zip(metrics[1:], differences):
-        for name, row in rows.items():
-            row += [format_value(name, found[name]["value"]),
-                    " ".join(format_metric(name, difference[name], "+"))]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"name every model once: {', '.join(paths)}")
+    last = [[part for part in Path(path).parts if part != "model"][-1:] for path in paths]
+    return {
+        name[0] if name and last.count(name) == 1 else path.strip("/").replace("/", "_"): path
+        for name, path in zip(last, paths)
+    }
+
+
+def comparison(scores: dict[str, dict], differences: dict[str, dict] | None = None) -> str:
+    """Format models side by side: values, the first one's intervals, and paired differences.
+
+    Args:
+        scores: {model: {measure: {"value", "low", "high"}}}, perhaps with a baseline "always_no".
+        differences: {model: the same, to the first model}, of all models but the first.
+    """
+    first, *others = scores
+    trivial = any("always_no" in each for each in scores[first].values())
+    head, rows = [first, INTERVAL] + ['always "No"'] * trivial, {}
+    for name in others:
+        head += [name, f"- {first}, {INTERVAL}"]
+    for measure in shared(scores[first]):
+        own = scores[first][measure]
+        row = rows[measure] = list(format_metric(measure, own))
+        if trivial:
+            row.append(format_value(measure, own["always_no"]) if "always_no" in own else "")
+        for name in others:
+            other, change = scores[name].get(measure), differences[name].get(measure)
+            row.append(format_value(measure, other["value"]) if other else "")
+            row.append(" ".join(format_metric(measure, change, "+")) if other and change else "")
     return aligned(head, rows)
+
+
+def colour(measure: str, change: dict | None) -> str:
+    """Return "good" or "bad" where a difference is more than chance, else nothing."""
+    *_, last = parts = measure.split("/")
+    if not change or last in NEITHER or change["low"] <= 0 <= change["high"]:
+        return ""
+    less_is_better = last in LESS_IS_BETTER or "hallucination" in parts
+    return "good" if (change["value"] < 0) == less_is_better else "bad"
 
 
 def columns(metrics: dict[str, dict]) -> str:

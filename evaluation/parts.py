@@ -5,15 +5,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 import evaluation.amber as amber_
 import evaluation.coco as coco
 import evaluation.vqa as vqa
 from evaluation.answers import ImageQuestion, read_answers, read_questions
 from evaluation.benchmarks import (
-    MMHAL_KINDS, chair_terms, mmhal_questions, mmhal_terms, pope_answer, pope_terms, rating,
-    read_mmhal,
+    chair_terms, mmhal_questions, mmhal_terms, pope_terms, rating, read_mmhal,
 )
 from evaluation.judge import judge_note
 from evaluation.metrics import Terms, grouped, with_intervals
@@ -100,9 +97,8 @@ def pope_part(path: Path, images: str | None, suffix: str | None, skip: list | N
     def terms(rows: Rows) -> dict[str, Terms]:
         if not all(row.get("label") in ("yes", "no") for row in rows):
             raise DataError(f"{path}: every row needs a label, yes or no")
-        said = np.array([pope_answer(row["answer"]) == "yes" for row in rows], dtype=bool)
-        truth = np.array([row["label"] == "yes" for row in rows], dtype=bool)
-        return grouped(pope_terms(said, truth), [row.get("image", i) for i, row in enumerate(rows)])
+        measures = pope_terms([r["answer"] for r in rows], [r["label"] == "yes" for r in rows])
+        return grouped(measures, [row.get("image", i) for i, row in enumerate(rows)])
 
     given = lambda answers: [{**row, "answer": text} for _, row, text in same_number(path, answers)]
     return Part(f"pope/{path.stem}", path.stem, ask, given, terms, SHORT_TOKENS,
@@ -216,8 +212,7 @@ def mmhal_part(path: Path, images: str | None, label: str | None) -> Part:
         label: of the judge's prompt; None: unknown.
     """
     def terms(rows: Rows) -> dict[str, Terms]:
-        ratings = np.array([rating(row["reply"]) or 0 for row in rows])
-        measures = mmhal_terms(ratings, np.arange(len(rows)) % len(MMHAL_KINDS))
+        measures = mmhal_terms([rating(row["reply"]) or 0 for row in rows])
         return {name.replace("score/", "kind/"): each for name, each in measures.items()}
 
     ask = lambda: mmhal_questions(path, read_mmhal(path), images or path.parent)

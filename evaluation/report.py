@@ -21,7 +21,7 @@ from evaluation.answers import whole_lines
 from evaluation.benchmarks import MMHAL_KINDS
 from evaluation.builtin import NEGATIVES, TOPICS, world_terms
 from evaluation.charts import curves, dumbbell
-from evaluation.metrics import PER_KIND, format_metric, paired, read_results, unit
+from evaluation.metrics import PER_KIND, colour, format_metric, paired, read_results, unit
 from formats.files import read_json, understood, write_atomic
 from formats.readers import Pair
 from formats.rows import DataError, open_image
@@ -52,8 +52,6 @@ MEASURES = {  # section: (explanation, {measure: label})
         "mmhal/hallucination": "rated below 3", "mmhal/score": "mean rating"}
         | {f"{PER_KIND}{kind}": f"… {kind}" for kind in MMHAL_KINDS}),
 }
-LESS_IS_BETTER = ("hallucination", "chair_i", "over_generalisation")  # in a measure's name
-NEITHER = ("length", "yes_ratio")
 TILES = {
     "hallucination/any": "of descriptions contain a false statement",
     "hallucination/object": "of descriptions mention an absent object",
@@ -223,18 +221,8 @@ def measure_row(name: str, label: str, before: dict, after: dict, change: dict) 
         return f"<tr><td>{label}</td><td>{shown(after, ending)}</td></tr>"
     scale = dumbbell(before[name], after[name]) if name in before and unit(name) == "%" else ""
     return (f"<tr><td>{label}</td><td>{shown(before, ending)}</td><td>{shown(after, ending)}</td>"
-            f'<td class="{colour(name, change)}">{shown(change, sign="+")}</td>'
+            f'<td class="{colour(name, change.get(name))}">{shown(change, sign="+")}</td>'
             f'<td class="plot">{scale}</td></tr>')
-
-
-def colour(name: str, change: dict) -> str:
-    """Return the class of a change: good, bad, or none where its interval includes 0."""
-    if name not in change or name.endswith(NEITHER):
-        return ""
-    if change[name]["low"] <= 0 <= change[name]["high"]:
-        return ""
-    less_is_better = any(part in name for part in LESS_IS_BETTER)
-    return "good" if (change[name]["value"] < 0) == less_is_better else "bad"
 
 
 # ---------------------------------------------------------------------------- pictures and answers

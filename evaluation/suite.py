@@ -20,23 +20,19 @@ model; both say how each benchmark was asked and scored.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 
 from evaluation.benchmarks import read_mmhal, read_replies
 from evaluation.judge import JudgePrompt, read_judge_prompt, write_prompts
-from evaluation.metrics import (
-    INTERVAL, PER_KIND, Terms, aligned, format_metric, format_value, paired, titled,
-)
+from evaluation.metrics import Terms, colour, format_metric, format_value, paired, titled
 from evaluation.parts import (
     Part, Rows, amber_parts, amber_responses, chair_part, mmhal_part, pope_part, vqa_part,
 )
 from formats.files import write_atomic
 from formats.rows import DataError
 
-LESS_IS_BETTER = ("chair", "chair_s", "chair_i", "response", "mention", "hal", "cog",
-                  "hallucination")
-NEITHER = ("yes_ratio",)
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse}td,th{padding:.25em .9em;text-align:right}
 td{border-bottom:1px solid #8883}td:first-child,th[colspan]{text-align:left}
@@ -46,8 +42,8 @@ small{display:block;color:#888}th[colspan]{padding-top:1.5em}
 
 def find_parts(
     folder: Path, images: str | None, suffix: str | None = None, skip: list | None = None
-) -> tuple[list[Part], JudgePrompt | None]:
-    """Return the benchmarks of a folder, and the judge's prompt if MMHal is one of them.
+) -> tuple[list[Part], Callable[[Rows, Path], Rows] | None]:
+    """Return the benchmarks of a folder, and `judged` for its MMHal if that is one of them.
 
     Raises:
         DataError, FileNotFoundError: there is none, or one lacks a file.
@@ -65,34 +61,20 @@ def find_parts(
             str(words) if words.exists() else None, skip))
     if (folder / "amber").is_dir():
         parts += amber_parts(folder / "amber", where("amber"), suffix, skip)
-    prompt, template = None, folder / "mmhal" / "response_template.json"
+    judge, template = None, folder / "mmhal" / "response_template.json"
     if template.exists():
         official = folder / "mmhal" / "eval_gpt4.py"
         prompt = read_judge_prompt(str(official) if official.exists() else "short")
         parts.append(mmhal_part(template, where("mmhal"), prompt.label))
+        judge = partial(judged, template, prompt)
     parts += [vqa_part(path, where("vqa"), suffix, skip) for path in files("vqa")]
     if not parts:
         raise DataError(f"{folder}: no benchmark here; it may have pope/*.json, chair/*.json, "
                         "amber/, mmhal/response_template.json, vqa/*.json and images/")
-    return parts, prompt
+    return parts, judge
 
 
-def model_names(paths: Sequence[str]) -> dict[str, str]:
-    """Return {name: path}: the folder's own name, or the whole path where two share it.
-
-    Raises:
-        ValueError: a path comes twice.
-    """
-    if len(set(paths)) < len(paths):
-        raise ValueError("--models: every model once")
-    last = [[part for part in Path(path).parts if part != "model"][-1:] for path in paths]
-    return {
-        name[0] if name and last.count(name) == 1 else path.strip("/").replace("/", "_"): path
-        for name, path in zip(last, paths)
-    }
-
-
-def judged(folder: Path, template: Path, rows: Rows, prompt: JudgePrompt) -> Rows:
+def judged(template: Path, prompt: JudgePrompt, rows: Rows, folder: Path) -> Rows:
     """Write the judge's prompts for MMHal's answers; return the rows with its replies, if any."""
     write_prompts(folder, read_mmhal(template), [row["answer"] for row in rows], prompt)
     path = folder / "mmhal_replies.jsonl"
@@ -102,15 +84,15 @@ def judged(folder: Path, template: Path, rows: Rows, prompt: JudgePrompt) -> Row
 
 
 def measure(
-    parts: Sequence[Part], answer: Callable[[Part], Rows], folder: Path, template: Path,
-    prompt: JudgePrompt | None, seed: int = 0,
+    parts: Sequence[Part], answer: Callable[[Part], Rows], folder: Path,
+    judge: Callable[[Rows, Path], Rows] | None, seed: int = 0,
 ) -> tuple[dict[str, dict], dict[str, dict[str, Terms]]]:
     """Answer and score all parts.
 
     Args:
         answer: part -> cleaned rows of one model.
         folder: of the model, for AMBER's responses and MMHal's prompts.
-        template, prompt: of MMHal.
+        judge: see `find_parts`.
 
     Returns:
         {part/measure: {"value", "low", "high"}}, and {part: the terms of its measures}.
@@ -119,7 +101,7 @@ def measure(
     for part in parts:
         rows = answer(part)
         if part.name == "mmhal":
-            rows = judged(folder, template, rows, prompt)
+            rows = judge(rows, folder)
         if part.name.startswith("amber/"):
             responses += amber_responses(rows)
         if rows:
@@ -159,42 +141,10 @@ def compare(terms: dict[str, dict[str, dict[str, Terms]]], seed: int = 0) -> dic
     }
 
 
-def table(scores: dict[str, dict], differences: dict[str, dict]) -> str:
-    """Format all models as text: values, the first one's intervals, and paired differences.
-
-    Args:
-        scores: {model: {measure: {"value", "low", "high"}}}.
-        differences: {model: the same, to the first model}.
-    """
-    first, *others = scores
-    trivial = any("always_no" in each for each in scores[first].values())
-    head, rows = [first, INTERVAL] + ['always "No"'] * trivial, {}
-    for name in others:
-        head += [name, f"- {first}, {INTERVAL}"]
-    for measure, own in scores[first].items():
-        if measure.startswith(PER_KIND):
-            continue
-        row = rows[measure] = list(format_metric(measure, own))
-        if trivial:
-            row.append(format_value(measure, own["always_no"]) if "always_no" in own else "")
-        for name in others:
-            other, change = scores[name].get(measure), differences[name].get(measure)
-            row.append(format_value(measure, other["value"]) if other else "")
-            row.append(" ".join(format_metric(measure, change, "+")) if other and change else "")
-    return aligned(head, rows)
-
-
-def colour(measure: str, change: dict) -> str:
-    """Return "good" or "bad" where a difference is more than chance, else nothing."""
-    last = measure.rpartition("/")[2]
-    if last in NEITHER or change["low"] <= 0 <= change["high"]:
-        return ""
-    return "good" if (change["value"] < 0) == (last in LESS_IS_BETTER) else "bad"
-
-
 def page(title: str, notes: dict[str, str], scores: dict[str, dict], differences: dict) -> str:
     """Return the same table as HTML, a section for each part with its note."""
     first, *others = scores
+
     def cell(name: str, metric: dict | None, sign: str = "", style: str = "") -> str:
         if not metric:
             return "<td></td>"
@@ -214,7 +164,7 @@ def page(title: str, notes: dict[str, str], scores: dict[str, dict], differences
             for other in others:
                 row += cell(name, scores[other].get(name))
                 change = differences[other].get(name)
-                row += cell(name, change, "+", colour(name, change) if change else "")
+                row += cell(name, change, "+", colour(name, change))
             rows.append(f"<tr>{row}</tr>")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
