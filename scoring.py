@@ -66,23 +66,6 @@ def symbolic_reward(text: str, truth: str | None) -> float:
     return 0.0
 
 
-def length_penalty(length: int, full: int, factor: float = 1.0, weight: float = 10.0) -> float:
-    """-`weight` for an answer of `full` tokens, in proportion for other lengths (release).
-
-    Args:
-        length: tokens of the answer.
-        full: tokens that cost the whole penalty.
-        factor: the prompt's own scale (`length_bonus` in the files); 0: no penalty.
-        weight: the release's 10.
-    """
-    return -weight * factor * length / full
-
-
-def missing_eos_penalty(ended: bool, penalty: float = -8.0) -> float:
-    """The penalty for an answer without end-of-sequence, cut off at the length limit (release)."""
-    return 0.0 if ended else penalty
-
-
 @dataclass
 class Judge:
     """A reward model with the tokenizer and image settings of its own folder.
@@ -116,7 +99,6 @@ class Judge:
                               facts=facts[i] if self.facts else ())
             rows.append((example, [self.tokenizer.encode(text, eos=True) for text in answers[i]]))
         return rate(self.reward_model, self.tokenizer, rows, batch_size)
-
 
     def rate_completions(
         self, rows: Sequence[Row], tokenizer: Tokenizer, batch_size: int
@@ -185,14 +167,13 @@ class Scorer:
         return {"rm": scores, "symbolic": symbolic, "length": length, "no_end": no_end}
 
     def rules(self, example: Example, completion: Sequence[int]) -> tuple[float, float, float]:
+        """Return the symbolic bonus, the length penalty and that for a missing end-of-sequence."""
         config, text = self.config, self.tokenizer.decode(completion)
+        bonus = config.symbolic_bonus * symbolic_reward(text, example.truth)
+        length = len(completion) / config.length_penalty_tokens * example.length_factor
         ended = self.tokenizer.eos_token in completion
-        return (
-            config.symbolic_bonus * symbolic_reward(text, example.truth),
-            length_penalty(len(completion), config.length_penalty_tokens, example.length_factor,
-                           config.length_penalty),
-            missing_eos_penalty(ended, config.missing_eos_penalty),
-        )
+        return (bonus, -config.length_penalty * length,
+                0.0 if ended else config.missing_eos_penalty)
 
 
 def completion_table(

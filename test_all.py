@@ -892,18 +892,14 @@ def test_symbolic_reward(text, truth, expected):
 
 
 def test_scorer_adds_the_rules(tiny_world, tokenizer):
-    assert scoring.length_penalty(896, 896) == -10
-    assert scoring.length_penalty(448, 896, factor=0.5) == -2.5
-    assert scoring.length_penalty(100, 100, weight=0.0) == 0
-    assert scoring.missing_eos_penalty(True) == 0 and scoring.missing_eos_penalty(False) == -8
     reward_model = make_reward_model(tiny_world, tokenizer)
     scorer = scoring.Scorer(reward_model, tokenizer, ppo.PPOConfig(micro_batch=2))
     completions = [tokenizer.encode("No.", eos=True), [9, 9]]
-    parts = scorer([(make_prompt(tokenizer, truth="no"), completions)])
+    parts = scorer([(make_prompt(tokenizer, truth="no", length_factor=0.5), completions)])
     assert parts["symbolic"].tolist() == [1.0, 0.0]  # 2.0 x 0.5
     assert parts["no_end"].tolist() == [0.0, -8.0]
     lengths = torch.tensor([len(each) for each in completions])
-    torch.testing.assert_close(parts["length"], -10 * lengths / 896)
+    torch.testing.assert_close(parts["length"], 0.5 * -10 * lengths / 896)
     for value in (math.nan, math.inf):
         nn.init.constant_(reward_model.bias, value)
         with pytest.raises(ValueError, match="NaN or infinity for 2 of 2 answers .to row 0."):
