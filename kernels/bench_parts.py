@@ -4,7 +4,6 @@ A part is a function of the sizes that yields rows; the first line of its docstr
 its table. A part that fails or takes too long leaves its error and the rows it had.
 """
 
-import multiprocessing
 import os
 import tempfile
 import time
@@ -12,12 +11,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 
-from kernels.bench_tools import Row, table
+from kernels.bench_tools import Row, start_process, table
 
 Part = Callable[[object], Iterator[Row]]
 
 
-def work(part: Part, sizes: object, folder: str, link: Connection) -> None:
+def work(link: Connection, part: Part, sizes: object, folder: str) -> None:
     """Run a part in this process; send its rows as they come, then its error."""
     os.chdir(folder)
     try:
@@ -31,12 +30,8 @@ def work(part: Part, sizes: object, folder: str, link: Connection) -> None:
 def measure(part: Part, sizes: object, limit: float) -> Row:
     """Return a part's name, title, rows, seconds, and its error or None."""
     started, found, error = time.perf_counter(), [], None
-    spawn = multiprocessing.get_context("spawn")
-    link, other_end = spawn.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
-        process = spawn.Process(target=work, args=(part, sizes, folder, other_end))
-        process.start()
-        other_end.close()  # so that the pipe ends with the process
+        process, link = start_process(work, part, sizes, folder)
         try:
             while link.poll(max(0, started + limit - time.perf_counter())):
                 found.append(link.recv())

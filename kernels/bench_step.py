@@ -12,11 +12,9 @@ reference scores for images.
 """
 
 import json
-import multiprocessing
 import re
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -36,7 +34,9 @@ import train
 import world
 from algorithm import Data
 from config import Run, option
-from kernels.bench_tools import machine, ratio, save_random_llava, table, take_turns, version
+from kernels.bench_tools import (
+    machine, ratio, save_random_llava, start_process, table, take_turns, version,
+)
 from vision import VisionConfig
 
 EPOCHS = 3
@@ -145,14 +145,6 @@ def trl(link: Connection, folder: Path, pairs: int, checkpointing: bool) -> None
     link.send(resident("VmHWM") - before)
 
 
-def start_process(side: Callable, *arguments) -> Connection:
-    spawn = multiprocessing.get_context("spawn")  # a fresh process, with memory of its own
-    link, other_end = spawn.Pipe()
-    spawn.Process(target=side, args=(other_end, *arguments), daemon=True).start()
-    other_end.close()
-    return link
-
-
 def ask(link: Connection, step: bool) -> bool | int:
     link.send(step)
     return link.recv()
@@ -164,7 +156,7 @@ def compare(folder: Path, options: Options, checkpointing: bool) -> None:
     sides = {peer: trl, own: ours} if version("trl") != "absent" else {own: ours}
     links, facts = {}, {}
     for name, side in sides.items():  # one after the other, as ours times its preparation
-        links[name] = start_process(side, folder, options.pairs, checkpointing)
+        _, links[name] = start_process(side, folder, options.pairs, checkpointing)
         facts[name] = links[name].recv()
     if any(fact["tokens"] != facts[own]["tokens"] for fact in facts.values()):
         raise RuntimeError("the two sides were given different tokens")

@@ -2,10 +2,13 @@
 
 import datetime
 import importlib.metadata
+import multiprocessing
 import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median
 
@@ -64,6 +67,16 @@ def take_turns(runs: Mapping[str, Callable], repeats: int, device: str) -> dict[
 def ratio(times: list[float] | None, others: list[float] | None) -> float | None:
     """Return the median of the turns' ratios, or None where one of the two did not run."""
     return median(a / b for a, b in zip(times, others)) if times and others else None
+
+
+def start_process(function: Callable, *arguments) -> tuple[BaseProcess, Connection]:
+    """Start `function(link, *arguments)` in a fresh process; the link ends with it."""
+    spawn = multiprocessing.get_context("spawn")
+    link, other_end = spawn.Pipe()
+    process = spawn.Process(target=function, args=(other_end, *arguments), daemon=True)
+    process.start()
+    other_end.close()
+    return process, link
 
 
 def table(rows: Sequence[Row]) -> str:
