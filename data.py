@@ -225,7 +225,7 @@ def prompt_text(question: str, image: bool = True) -> str:
 
 
 def reward_request(facts: Sequence[str] = ()) -> str:
-    """The question behind an answer to be judged, with the image's captions if given (reward.py)."""
+    """The question behind an answer to be judged, with the image's captions (reward.py)."""
     return "Is this true?" + (f" Facts: {'; '.join(facts)}." if facts else "")
 
 

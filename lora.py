@@ -1,7 +1,7 @@
 """LoRA: named low-rank adapters over frozen linear layers (Hu et al. 2021, arXiv 2106.09685).
 
-Several adapters can lie over one base: with `--lora` the policy, the reward model and the critic (if
-there is one) of PPO are adapters, the reference is the base itself, and memory holds the base once.
+Several adapters can lie over one base: with `--lora` PPO's policy, reward model and critic (if
+there is one) are adapters, the reference is the base itself, and memory holds the base once.
 """
 
 import contextlib

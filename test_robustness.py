@@ -39,9 +39,9 @@ MUTATIONS, KILLS = (int(os.environ.get(*each)) for each in (("MUTATIONS", 200), 
 # ================================================================================== mutated files
 
 NASTY = [
-    None, True, -1, 0, 7, 0.5, 2**63, 10**400, 1e308, float("inf"), float("nan"), "", " ", "<image>",
-    "x" * 30_000, "\ud800", "../../etc/passwd", "a\0b", "\x1b[31m", [], {}, [[]], {"a": {}}, [None],
-    "[" * 50_000]
+    None, True, -1, 0, 7, 0.5, 2**63, 10**400, 1e308, float("inf"), float("nan"), "", " ",
+    "<image>", "x" * 30_000, "\ud800", "../../etc/passwd", "a\0b", "\x1b[31m", [], {}, [[]],
+    {"a": {}}, [None], "[" * 50_000]
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
@@ -61,10 +61,9 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
                 pass
     place, length = rng.randrange(len(content) + 1), rng.randrange(1, 40)
     noise = bytes(rng.randrange(256) for _ in range(length))
-    return rng.choice([
-        content[:place], content[:place] + content[place + length :],
-        content[:place] + noise + content[place:], content[:place] + noise + content[place + length :],
-        content[:place] + content[: place or 1] * 2, b"", noise])
+    before, after = content[:place], content[place + length :]
+    return rng.choice([before, before + after, before + noise + content[place:],
+                       before + noise + after, before + content[: place or 1] * 2, b"", noise])
 
 
 def changed(text: bytes, rng: random.Random) -> bytes:
@@ -120,7 +119,8 @@ def good_files(tiny_world, tokenizer, evaluated_runs, tmp_path_factory):  # noqa
                 {"image": "ok.jpg", "text": json.dumps({**GOOD, "history": [["A?", "B."]]})},
                 {"images": ["ok.png"], "prompt": [{"role": "user", "content": "A?"}],
                  "chosen": "B", "rejected": [{"role": "assistant", "content": "C"}]})
-    (at / "chats.json").write_text(json.dumps([chat("<image>\nA?", "B."), chat("A?", "B.", image=None)]))
+    (at / "chats.json").write_text(json.dumps([
+        chat("<image>\nA?", "B."), chat("A?", "B.", image=None)]))
     write_lines(at / "prompts.jsonl", chat("<image> A. B.", "B.", caption_type=3, length_bonus=0.5))
     write_lines(at / "captions.json", {"ok.jpg": ["A car."], "ok.png": ["A dog.", "A cat."]})
     write_parquet(at / "rows.parquet", rlhf_v(0), rlhf_v(1), rlhf_v(2))
@@ -128,24 +128,26 @@ def good_files(tiny_world, tokenizer, evaluated_runs, tmp_path_factory):  # noqa
     save_llava(model, tokenizer, IMAGES, at / "model")
     add_adapter(model, "a", 2, 4.0)
     save_adapter(model, "a", at / "adapter")
-    save_state(at / "checkpoint-1", {"step": 1, "rng": torch.get_rng_state(), "algorithm": {"a": [1.0]}},
-               {"w": torch.ones(3, 2), "step of w": torch.ones(())})
+    state = {"step": 1, "rng": torch.get_rng_state(), "algorithm": {"a": [1.0]}}
+    save_state(at / "checkpoint-1", state, {"w": torch.ones(3, 2), "step of w": torch.ones(())})
     write_bench_amber(at / "amber")
     write_lines(at / "amber.json", *({"id": i, "response": "Yes"} for i in range(1, 9)))
-    write_lines(at / "vqa.jsonl", *({"image": f"{i}.png", "question": "?", "answers": ["a", "b", "b"]}
-                                    for i in range(7)))
+    write_lines(at / "vqa.jsonl", *(
+        {"image": f"{i}.png", "question": "?", "answers": ["a", "b", "b"]} for i in range(7)))
     write_lines(at / "coco.json", {
         "images": [{"id": 1, "file_name": "0.png"}], "categories": [{"id": 1, "name": "dog"}],
         "annotations": [{"image_id": 1, "category_id": 1}]})
     write_lines(at / "coco_captions.json", {
-        "images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 1, "caption": "A cat."}]})
+        "images": [{"id": 1, "file_name": "0.png"}],
+        "annotations": [{"image_id": 1, "caption": "A cat."}]})
     write_lines(at / "corrections.jsonl", {
         "id": "1", "image": "ok.jpg", "question": "?", "chosen": "A", "rejected": "B",
         "status": "corrected", "segments": [], "annotator": "a", "seconds": 1})
     (at / "synonyms.txt").write_text("dog, puppy\nperson, man\n")
     (at / "eval_gpt4.py").write_text("template = '{} {} {} {}'\n")
-    write_lines(at / "bad" / "samples.jsonl", {"step": 1, "question": "?", "answer": "A", "score": 1.0,
-                                               "kl": 0.1, "tokens": 3, "ended": True, "false": ["A"]})
+    write_lines(at / "bad" / "samples.jsonl", {
+        "step": 1, "question": "?", "answer": "A", "score": 1.0, "kl": 0.1, "tokens": 3,
+        "ended": True, "false": ["A"]})
     write_lines(at / "bad" / "metrics.jsonl", {"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4})
     return at
 
@@ -190,7 +192,8 @@ READERS = {  # name: (the files to mutate, what reads them)
                                              sorted((at / "images").glob("ok.*"))]),
     "model": ("model/*", use_model), "adapter": ("adapter/*", use_model),
     "state": ("checkpoint-1/*", lambda at, _: load_state(at / "checkpoint-1")),
-    "questions": ("rows.jsonl", lambda at, _: answers.read_questions(at / "rows.jsonl", at / "images")),
+    "questions": ("rows.jsonl", lambda at, _: answers.read_questions(
+        at / "rows.jsonl", at / "images")),
     "vqa questions": ("vqa.jsonl", lambda at, _: parts.vqa_part(
         at / "vqa.jsonl", str(at / "images"), None, None).ask()),
     "pope questions": ("rows.jsonl", lambda at, _: parts.pope_part(
@@ -237,7 +240,8 @@ def test_a_mutated_file_is_read_or_named_in_a_sentence(
         try:
             with time_limit(20):
                 read(at, tokenizer)
-            said = "".join(line for line in capsys.readouterr().err.splitlines() if "error:" in line)
+            lines = capsys.readouterr().err.splitlines()
+            said = "".join(line for line in lines if "error:" in line)
         except (ValueError, OSError) as error:
             said = error_message(error)
         except BaseException as error:

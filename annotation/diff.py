@@ -1,7 +1,7 @@
 """The difference of two answers as training weighs it, placed in their texts.
 
-`segments.segment_mask` compares token ids; an annotator reads characters. Here every corrected segment
-gets the stretch of text that it covers on either side.
+`segments.segment_mask` compares token ids; an annotator reads characters. Here every corrected
+segment gets the stretch of text that it covers on either side.
 """
 
 import os

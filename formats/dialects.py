@@ -3,7 +3,7 @@
     RLHF-V            text = JSON of question, chosen, rejected
     RLAIF-V           image_path instead of image
     datasets          image = {"path"}: the file is named, its bytes are not stored
-    TRL and others    images = [one]; prompt, chosen, rejected or messages as chats, that is lists of
+    TRL and others    images = [one]; prompt, chosen, rejected or messages as chats: lists of
                       {"role": "user" or "assistant", "content": text, or parts with type and text}
 """
 

@@ -1,4 +1,4 @@
-"""Whatever a user calls a model: its own folder, that of a run, or an adapter, merged into its base."""
+"""Whatever a user calls a model: its own folder, that of a run, or an adapter over its base."""
 
 from pathlib import Path
 

@@ -9,9 +9,10 @@
     prompts for PPO, GRPO (JSON) image, conversations, caption_type, length_bonus  -> Prompt
     image_to_caption.json        {file name: [captions]}                           -> read_captions
 
-`dialects.py` brings other tools' rows to these forms. The fields of a row decide which it is. A preference also serves as a conversation (with its better
-response), and any row as a prompt. A row that cannot be used is an error that names file and row:
-nothing is cut, guessed or dropped silently. Tokens come later, in data.py.
+`dialects.py` brings other tools' rows to these forms. The fields of a row decide which it is. A
+preference also serves as a conversation (with its better response), and any row as a prompt. A row
+that cannot be used is an error that names file and row: nothing is cut, guessed or dropped
+silently. Tokens come later, in data.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

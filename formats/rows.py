@@ -276,8 +276,9 @@ def open_image(name: str, source: Source | bytes) -> Image.Image:
                 raise Image.DecompressionBombError
             return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
-        raise DataError(f"{name}: cannot read image {label}: it has more than "
-                        f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels; make it smaller") from None
+        most = Image.MAX_IMAGE_PIXELS / 1e6
+        raise DataError(f"{name}: cannot read image {label}: it has more than {most:.0f} million "
+                        "pixels; make it smaller") from None
     except Exception as error:  # a broken file makes decoders raise anything
         reason = str(error).split("<")[0].strip() or type(error).__name__
         raise DataError(f"{name}: cannot read image {label} ({reason}); only complete JPEG, PNG "

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write into it, what is ever deleted there, and when it is finished."""
+"""The folder of a run: who may write into it, what is deleted there, and when it is finished."""
 
 import contextlib
 import platform
@@ -25,7 +25,7 @@ def settings_of(run: Run, config: Training) -> dict:
 
 
 def settings_of_run(folder: Path) -> dict | None:
-    """The settings of the run in a folder; None if its config.json is not one of ours, or absent."""
+    """The settings of the run in a folder; None if there is no config.json of ours."""
     with contextlib.suppress(ValueError, OSError, LookupError, TypeError):
         content = read_json(folder / "config.json")
         if "plumbline" in content["versions"] and isinstance(content["settings"], dict):

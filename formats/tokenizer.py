@@ -80,7 +80,8 @@ def sentencepiece_model(file: Path, content: dict) -> bytes:
         ValueError: it is no BPE with byte fallback, as LLaMA's is.
     """
     model = content["model"]
-    if model.get("type") != "BPE" or not model.get("byte_fallback") or "<unk>" not in model["vocab"]:
+    bpe = model.get("type") == "BPE" and model.get("byte_fallback")
+    if not bpe or "<unk>" not in model["vocab"]:
         raise ValueError(f"{file}: not LLaMA's kind of tokenizer; add the tokenizer.model that the "
                          "weights were trained with")
     scores: dict[str, int] = {}

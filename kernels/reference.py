@@ -40,7 +40,8 @@ and compares chosen with rejected against the frozen reference scores, as DPO do
 
 A token of response k therefore has g_i = dL/ds_k w_i / N_k: one number per row, known as soon as
 both responses of its pair are scored. This is why `fused.py` cuts the batch between pairs. The
-anchor, -alpha / (P |y_c|) sum log p_i over each chosen response, adds -alpha / (P |y_c|) to its g_i.
+anchor, -alpha / (P |y_c|) sum log p_i over each chosen response, adds -alpha / (P |y_c|) to its
+g_i.
 
 The first two functions compute this with autograd and full logits, in any precision; the tests
 compare against them. The last two do the same work on a piece of the logits, as `fused.py` requires
