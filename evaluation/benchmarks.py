@@ -32,23 +32,25 @@ def pope_answer(text: str) -> str:
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
-def pope_terms(answers: Sequence[str], truth: Sequence[bool]) -> dict[str, Terms]:
-    """Return POPE's measures of answers and of what is true, True = yes."""
+def pope_terms(
+    answers: Sequence[str], labels: Sequence[str], images: Sequence | None = None
+) -> dict[str, Terms]:
+    """Return the measures of `pope`, one item per image."""
+    if len(answers) != len(labels) or set(labels) - {"yes", "no"}:
+        raise ValueError(f"{len(answers)} answers, {len(labels)} labels; labels are 'yes' or 'no'")
     predicted = np.array([pope_answer(answer) == "yes" for answer in answers], dtype=bool)
-    truth, one = np.array(truth, dtype=bool), np.ones(len(predicted))
+    truth, one = np.array([label == "yes" for label in labels], dtype=bool), np.ones(len(labels))
     both = 1.0 * (predicted & truth)
-    return {
+    return grouped({
         "accuracy": [(1, 1.0 * (predicted == truth), one)],
         "precision": [(1, both, 1.0 * predicted)],
         "recall": [(1, both, 1.0 * truth)],
         "f1": [(1, 2 * both, 1.0 * predicted + truth)],
         "yes_ratio": [(1, 1.0 * predicted, one)],
-    }
+    }, images)
 
 
-def pope(
-    answers: Sequence[str], labels: Sequence[str], images: Sequence[str] | None = None
-) -> dict:
+def pope(answers: Sequence[str], labels: Sequence[str], images: Sequence | None = None) -> dict:
     """Score free-form answers to yes/no questions as POPE (Li et al. 2023, arXiv 2305.10355).
 
     Args:
@@ -59,36 +61,31 @@ def pope(
     Returns:
         accuracy, precision, recall, f1 (of "yes") and yes_ratio.
     """
-    if len(answers) != len(labels) or set(labels) - {"yes", "no"}:
-        raise ValueError(f"{len(answers)} answers, {len(labels)} labels; labels are 'yes' or 'no'")
-    return with_intervals(grouped(pope_terms(answers, [each == "yes" for each in labels]), images))
+    return with_intervals(pope_terms(answers, labels, images))
 
 
 # -------------------------------------------------------------------------------------------- CHAIR
 
 
-def chair_terms(named: Sequence[Sequence[str]], objects: Sequence[set[str]]) -> dict[str, Terms]:
-    """Return CHAIR's measures, one item per answer, of the kinds that the answers name.
-
-    Args:
-        named: the kinds that each answer names, as often as it names them.
-        objects: the kinds in each answer's image.
-    """
+def chair_terms(
+    named: Sequence[Sequence[str]], objects: Sequence[set[str]], images: Sequence | None = None
+) -> dict[str, Terms]:
+    """Return the measures of `chair`, one item per image, of the kinds that each answer names."""
     counts = []
     for kinds, there in zip(named, objects, strict=True):
         wrong = sum(kind not in there for kind in kinds)
         counts.append((wrong, len(kinds), len(there & set(kinds)), len(there)))
     false, total, found, present = np.array(counts, dtype=float).reshape(-1, 4).T
-    return {
+    return grouped({
         "chair_s": [(1, 1.0 * (false > 0), np.ones(len(false)))],
         "response": [(1, 1.0 * (false > 0), 1.0 * (total > 0))],
         "chair_i": [(1, false, total)],
         "coverage": [(1, found, present)],
-    }
+    }, images)
 
 
 def chair(
-    answers: Sequence[str], objects: Sequence[set[str]], images: Sequence[str] | None = None
+    answers: Sequence[str], objects: Sequence[set[str]], images: Sequence | None = None
 ) -> dict:
     """Score descriptions as CHAIR (Rohrbach et al. 2018, arXiv 1809.02156), by `coco.py`'s words.
 
@@ -101,7 +98,7 @@ def chair(
         any object (as in Object HalBench, RLHF-V); chair_i, false mentions among all mentions;
         coverage, objects mentioned among the objects in the images.
     """
-    return with_intervals(grouped(chair_terms(list(map(coco.mentions, answers)), objects), images))
+    return with_intervals(chair_terms(list(map(coco.mentions, answers)), objects, images))
 
 
 # -------------------------------------------------------------------------------------------- MMHal
@@ -120,15 +117,14 @@ def rating(reply: str) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
-def mmhal_terms(ratings: Sequence[int]) -> dict[str, Terms]:
-    """Return MMHal's measures of ratings 0..6, in the order of its questions."""
+def mmhal_terms(ratings: Sequence[int], images: Sequence | None = None) -> dict[str, Terms]:
+    """Return the measures of `mmhal`, one item per image, of ratings in its questions' order."""
     one, ratings = np.ones(len(ratings)), np.array(ratings, dtype=float)
     kinds = np.arange(len(ratings)) % len(MMHAL_KINDS)
     measures = {"score": [(1, ratings, one)], "hallucination": [(1, 1.0 * (ratings < 3), one)]}
     for k, kind in enumerate(MMHAL_KINDS):
-        of_kind = 1.0 * (kinds == k)
-        measures[f"score/{kind}"] = [(1, ratings * of_kind, of_kind)]
-    return measures
+        measures[f"score/{kind}"] = [(1, ratings * (kinds == k), 1.0 * (kinds == k))]
+    return grouped(measures, images)
 
 
 def mmhal(replies: Sequence[str]) -> dict:

@@ -18,7 +18,7 @@ import world
 from evaluation.benchmarks import MMHAL_KINDS, mmhal_terms, pope_answer, pope_terms
 from evaluation.best_of import BestOf
 from evaluation.metrics import (
-    PER_KIND, Terms, comparison, grouped, model_names, paired, read_results, with_intervals,
+    PER_KIND, Terms, comparison, model_names, paired, read_results, with_intervals,
 )
 from formats.tokenizer import Tokenizer
 from model import LLaVA
@@ -186,8 +186,9 @@ def question_terms(records: Sequence[dict]) -> dict[str, Terms]:
     measures = {}
     for name in NEGATIVES:  # the present object counts in all three
         items = [r["asked"][key] for r in records for key in ("pope/present", f"pope/{name}")]
-        terms = pope_terms([item["answer"] for item in items], [i["truth"] != "No." for i in items])
-        terms = grouped(terms, np.repeat(np.arange(len(records)), 2))
+        labels = ["no" if item["truth"] == "No." else "yes" for item in items]
+        scenes = np.repeat(np.arange(len(records)), 2)
+        terms = pope_terms([item["answer"] for item in items], labels, scenes)
         measures |= {f"pope/{name}/{m}": terms[m] for m in ("accuracy", "f1", "yes_ratio")}
     for topic in TOPICS:
         name = f"question/{topic}"
@@ -219,9 +220,8 @@ def mmhal_world_terms(records: Sequence[dict]) -> dict[str, Terms]:
     """Return mmhal/*: MMHal's measures of `world_ratings`."""
     ratings = [rating for record in records for rating in world_ratings(record)]
     scenes = np.repeat(np.arange(len(records)), len(MMHAL_KINDS))
-    measures = grouped(mmhal_terms(ratings), scenes)
     return {f"mmhal/{name}".replace("mmhal/score/", PER_KIND): terms
-            for name, terms in measures.items()}
+            for name, terms in mmhal_terms(ratings, scenes).items()}
 
 
 def world_ratings(record: dict) -> list[int]:

@@ -13,7 +13,7 @@ from evaluation.benchmarks import (
     chair_terms, mmhal_questions, mmhal_terms, pope_terms, rating, read_mmhal,
 )
 from evaluation.judge import judge_note
-from evaluation.metrics import Terms, grouped, with_intervals
+from evaluation.metrics import Terms, with_intervals
 from evaluation.synonyms import Synonyms, synonym_terms
 from formats.files import understood
 from formats.rows import DataError, image_path, whole_rows
@@ -97,8 +97,8 @@ def pope_part(path: Path, images: str | None, suffix: str | None, skip: list | N
     def terms(rows: Rows) -> dict[str, Terms]:
         if not all(row.get("label") in ("yes", "no") for row in rows):
             raise DataError(f"{path}: every row needs a label, yes or no")
-        measures = pope_terms([r["answer"] for r in rows], [r["label"] == "yes" for r in rows])
-        return grouped(measures, [row.get("image", i) for i, row in enumerate(rows)])
+        return pope_terms([row["answer"] for row in rows], [row["label"] for row in rows],
+                          [row.get("image", i) for i, row in enumerate(rows)])
 
     given = lambda answers: [{**row, "answer": text} for _, row, text in same_number(path, answers)]
     return Part(f"pope/{path.stem}", path.stem, ask, given, terms, SHORT_TOKENS,
@@ -152,8 +152,8 @@ def chair_part(
                                 f"{key!r}; give annotations that include it")
         answers, objects = [row["answer"] for row in rows], [truth[key] for key in keys]
         if table:
-            return grouped(synonym_terms(answers, objects, table), keys)
-        return grouped(chair_terms([coco.mentions(answer) for answer in answers], objects), keys)
+            return synonym_terms(answers, objects, table, keys)
+        return chair_terms(list(map(coco.mentions, answers)), objects, keys)
 
     scored = ("words of the official synonym file; objhal/ finds objects in answers by them, "
               "published scores by ChatGPT" if table else

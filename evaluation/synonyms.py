@@ -98,12 +98,14 @@ class Synonyms:
 
 
 def synonym_terms(
-    answers: Sequence[str], objects: Sequence[set[str]], synonyms: Synonyms
+    answers: Sequence[str], objects: Sequence[set[str]], synonyms: Synonyms,
+    images: Sequence | None = None,
 ) -> dict[str, Terms]:
-    """Return CHAIR's and Object HalBench's measures of descriptions, one item per answer.
+    """Return CHAIR's and Object HalBench's measures of descriptions, one item per image.
 
     Args:
         objects: the kinds in each answer's image, by the same synonyms.
+        images: one per answer.
 
     Returns:
         chair_s, chair_i and coverage of CHAIR; and of Object HalBench: objhal/response, answers
@@ -115,7 +117,7 @@ def synonym_terms(
         [kind for _, kind in dict.fromkeys(synonyms.words(answer, synonyms.all_pairs))]
         if len(answer.split()) > SHORT else [] for answer in answers
     ]
-    chair, halbench = chair_terms(every, objects), chair_terms(once, objects)
+    chair, halbench = (chair_terms(each, objects, images) for each in (every, once))
     return {name: chair[name] for name in ("chair_s", "chair_i", "coverage")} | {
         "objhal/response": halbench["response"], "objhal/mention": halbench["chair_i"],
         "objhal/coverage": halbench["coverage"]}
