@@ -85,11 +85,11 @@ class Algorithm:
 
     @staticmethod
     def tokens(row, tokenizer: Tokenizer, patches: int, config) -> tuple[list[int], list[Response]]:
-        """The prompt's tokens and the responses of a row, an image being `patches` tokens."""
+        """Return a row's prompt tokens and responses, an image being `patches` tokens."""
         raise NotImplementedError
 
     def batches(self, step: int) -> list:
-        """The micro-batches of an optimizer step."""
+        """Return the micro-batches of an optimizer step."""
         raise NotImplementedError
 
     def loss(self, batch) -> tuple[Tensor, dict[str, float]]:
@@ -97,7 +97,7 @@ class Algorithm:
         raise NotImplementedError
 
     def size(self, batch) -> float:
-        """The number of things that the loss averages: the weight of a micro-batch in its step."""
+        """Count the things that the loss averages: a micro-batch's weight in its step."""
         return len(batch.names)
 
     def peak_rate(self, name: str) -> float:
@@ -105,7 +105,7 @@ class Algorithm:
         return self.config.learning_rate
 
     def measure(self, world: Callable, means: Callable) -> tuple[dict, list[dict]] | None:
-        """(metrics, records) of the model as it is; None measures nothing.
+        """Return (metrics, records) of the model as it is, or None.
 
         Args:
             world: () measures the answers on the built-in world's held-out scenes, where there is
@@ -115,7 +115,7 @@ class Algorithm:
         return world()
 
     def state(self) -> dict:
-        """What resuming needs beside weights and optimizer."""
+        """Return what resuming needs beside weights and optimizer."""
         return {}
 
     def load_state(self, state: dict) -> None:

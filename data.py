@@ -81,7 +81,7 @@ class Batch:
 
 
 def common_prefix(responses: list[Response]) -> int:
-    """How many leading tokens all of at least two responses share, each keeping one of its own."""
+    """Count the leading tokens that two or more responses share, each keeping one of its own."""
     if len(responses) < 2:
         return 0
     shortest = min(len(response.tokens) for response in responses) - 1
@@ -93,7 +93,7 @@ def common_prefix(responses: list[Response]) -> int:
 
 
 def collate(examples: list[Example], pad_token: int, max_length: int) -> Batch:
-    """Examples as one batch. Tokens with which all responses of a row begin move into its trunk.
+    """Make one batch. Tokens with which all responses of a row begin move into its trunk.
 
     Args:
         examples: rows, at least one.
@@ -142,12 +142,12 @@ def collate(examples: list[Example], pad_token: int, max_length: int) -> Batch:
 
 
 def micro_batches(model: LLaVA, examples: list[Example], size: int) -> list[Batch]:
-    """Batches of `size` rows, rows of like length together, so that little is padding."""
+    """Make batches of `size` rows, rows of like length together, so that little is padding."""
     return shared_batches(partial(collate_for, model), sorted(examples, key=row_length), size)
 
 
 def shared_batches(make: Callable[[Sequence], Batch], rows: Sequence, size: int) -> list[Batch]:
-    """This process's batches of at most `size` rows; without torchrun, all of them."""
+    """Make this process's batches of at most `size` rows; without torchrun, all of them."""
     return [replace(make(part), counts=counts) for part, counts in parallel.shares(rows, size)]
 
 
@@ -172,13 +172,13 @@ def check_lengths(
 
 
 def row_length(example: Example) -> int:
-    """Slots of the example's row: what its responses share counts once."""
+    """Count the slots of the example's row; what its responses share counts once."""
     again = (len(example.responses) - 1) * common_prefix(example.responses)
     return len(example.prompt) + sum(len(r.tokens) for r in example.responses) - again
 
 
 def split(items: Sequence, size: int) -> list[Sequence]:
-    """Consecutive parts of at most `size` items."""
+    """Cut items into consecutive parts of at most `size`."""
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
@@ -192,7 +192,7 @@ class Epochs:
     POOL = 16  # a larger pool saves little padding and makes batches more alike across epochs
 
     def __init__(self, examples: list, config, seed: int, length: Callable = row_length):
-        """`config` has batch_size, epochs and steps; `length` is of an example."""
+        """Take batch_size, epochs and steps from `config`; `length` is of an example."""
         self.all, self.batch_size, self.seed = examples, config.batch_size, seed
         self.steps = config.steps or math.ceil(config.epochs * len(examples) / config.batch_size)
         self._lengths = [length(example) for example in examples]
@@ -220,17 +220,17 @@ class Epochs:
 
 
 def prompt_text(question: str, image: bool = True) -> str:
-    """The vicuna_v1 conversation up to where the assistant speaks."""
+    """Return the vicuna_v1 conversation up to where the assistant speaks."""
     return f"{SYSTEM} USER: {IMAGE + chr(10) if image else ''}{question} ASSISTANT:"
 
 
 def reward_request(facts: Sequence[str] = ()) -> str:
-    """The question behind an answer to be judged, with the image's captions (reward.py)."""
+    """Return the question behind an answer to be judged, with the image's captions."""
     return "Is this true?" + (f" Facts: {'; '.join(facts)}." if facts else "")
 
 
 def prompt_tokens(tokenizer: Tokenizer, text: str, patches: int) -> list[int]:
-    """Begin-of-sequence and `text`, every `<image>` widened to one token per image feature."""
+    """Encode begin-of-sequence and `text`, every `<image>` as one token per image feature."""
     ids = []
     for token in tokenizer.encode(text, bos=True):
         ids.extend([token] * (patches if token == tokenizer.image_token else 1))
@@ -238,7 +238,7 @@ def prompt_tokens(tokenizer: Tokenizer, text: str, patches: int) -> list[int]:
 
 
 def turn(tokenizer: "Tokenizer", given: str, answer: str, weight: float = 1.0) -> Response:
-    """A branch that is given `given` and learns to go on with `answer` and end-of-sequence."""
+    """Return a branch that is given `given` and learns `answer` and end-of-sequence."""
     before, after = tokenizer.encode(given), tokenizer.encode(answer, eos=True)
     return Response(before + after, [0.0] * len(before) + [weight] * len(after))
 
@@ -246,7 +246,7 @@ def turn(tokenizer: "Tokenizer", given: str, answer: str, weight: float = 1.0) -
 def trunk_tokens(
     tokenizer: Tokenizer, history: Sequence[Turn], question: str, patches: int
 ) -> list[int]:
-    """Earlier turns and the question, up to where the assistant speaks.
+    """Encode earlier turns and the question, up to where the assistant speaks.
 
     Args:
         patches: image features before the first question; 0 for text alone.
@@ -259,7 +259,7 @@ def trunk_tokens(
 
 
 def next_question(question: str) -> str:
-    """A later turn of the vicuna_v1 conversation; `</s>` alone stands between it and the answer."""
+    """Return a later turn of the vicuna_v1 conversation; `</s>` alone stands before it."""
     return f"USER: {question} ASSISTANT:"
 
 
@@ -267,7 +267,7 @@ def pair_tokens(
     pair: Pair, tokenizer: Tokenizer, patches: int, gamma: float = 1.0, min_match: int = 3,
     replacements_only: bool = False,
 ) -> tuple[list[int], list[Response]]:
-    """The prompt and both responses of a preference pair, chosen first.
+    """Encode the prompt and both responses of a preference pair, chosen first.
 
     Tokens in corrected segments weigh gamma, all others 1 (RLHF-V, Eq. 5).
     """
@@ -286,7 +286,7 @@ def pair_tokens(
 def conversation_tokens(
     conversation: Conversation, tokenizer: Tokenizer, patches: int
 ) -> tuple[list[int], list[Response]]:
-    """The first question, and one response that learns every answer and is given later questions.
+    """Encode the first question, and one response that learns every answer, given the others.
 
     Both together are the tokens of the whole conversation as LLaVA's preprocess_v1 makes them, and
     so are those that are learnt: each answer and its end-of-sequence.
@@ -300,7 +300,7 @@ def conversation_tokens(
 
 
 def segments(response: Response, tokenizer: Tokenizer) -> list[tuple[str, float]]:
-    """A response as (text, weight of its tokens), one entry for each run of equal weight."""
+    """Split a response into (text, weight of its tokens), an entry per run of equal weight."""
     found, text, start = [], "", 0
     for end in range(1, len(response.tokens) + 1):
         if end < len(response.tokens) and response.weight[end] == response.weight[start]:

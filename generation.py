@@ -48,7 +48,7 @@ class KVCache:
         self.cos, self.sin = (table[0, 0] for table in tables)  # (slots, head_dim)
 
     def rotary(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of positions, as `model.rotary` computes them."""
+        """Return cos and sin of positions, as `model.rotary` computes them."""
         return self.cos[position].unsqueeze(1), self.sin[position].unsqueeze(1)
 
     def keep(self, rows: Tensor) -> None:
@@ -128,7 +128,7 @@ def decode_steps(
     generator: torch.Generator | Draws | None, on_token: Callable | None, compiled: bool,
     keep_logp: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens of every sample, padded after the end, and if kept their log-probabilities.
+    """Decode every sample, padded after its end, and its log-probabilities if kept.
 
     Both (B, samples, steps).
     """
@@ -208,12 +208,12 @@ def prefill(
 def decode(
     model: LLaVA, token: Tensor, position: Tensor, slots: Tensor, mask: Tensor, cache: KVCache
 ) -> Tensor:
-    """Logits (B, samples, V) that follow one more token of every sample; see `Decoding`."""
+    """Return the logits (B, samples, V) after one more token of every sample; see `Decoding`."""
     return model.head(model(None, token, position, mask=mask, cache=cache, slots=slots))
 
 
 def worth_compiling(device: torch.device, steps: float = math.inf) -> bool:
-    """Whether so many decoding steps repay compiling one: on a GPU, thousands do."""
+    """Return whether so many decoding steps repay compiling one: on a GPU, thousands do."""
     return device.type == "cuda" and steps >= MANY_STEPS
 
 
@@ -223,7 +223,7 @@ def compiled() -> Callable:
 
 
 def compiled_decode(cache: KVCache) -> Callable:
-    """`decode`, compiled; on a GPU replayed as CUDA graphs."""
+    """Compile `decode`; on a GPU, CUDA graphs replay it."""
     for buffer in (*cache.k, *cache.v):  # written in place: a graph must not copy them
         torch._dynamo.mark_static_address(buffer)
 
@@ -235,7 +235,7 @@ def compiled_decode(cache: KVCache) -> Callable:
 
 
 def sample_token(logits: Tensor, temperature: float, draw: Tensor | None) -> Tensor:
-    """One token per row of (n, samples, V) logits: the likeliest, or where `draw` falls.
+    """Choose a token per row of (n, samples, V) logits: the likeliest, or where `draw` falls.
 
     Args:
         temperature: 0 takes the most likely token.
@@ -253,7 +253,7 @@ def sample_token(logits: Tensor, temperature: float, draw: Tensor | None) -> Ten
 
 
 def pixels_of(images: Sequence[Image.Image], settings: ImageSettings) -> Tensor:
-    """(N, 3, size, size), the tower's input."""
+    """Return the tower's input, (N, 3, size, size)."""
     return torch.stack([preprocess(image, settings.size, settings.mean, settings.std, settings.mode)
                         for image in images])
 
@@ -262,7 +262,7 @@ def pixels_of(images: Sequence[Image.Image], settings: ImageSettings) -> Tensor:
 def image_features(
     model: LLaVA, settings: ImageSettings, images: Sequence[Image.Image], batch_size: int = 64
 ) -> Tensor:
-    """The tower's features (N, patches, D_vision), for several questions about the same images."""
+    """Compute the tower's features (N, patches, D_vision), once for several questions."""
     like = model.head.weight
     return torch.cat([
         model.image_features(pixels_of(images[i : i + batch_size], settings).to(like))
@@ -271,7 +271,7 @@ def image_features(
 
 
 def progress_bar(total: int, label: str | None):
-    """A bar on a terminal, none elsewhere, and none without a label."""
+    """Show a bar on a terminal, none elsewhere, and none without a label."""
     return tqdm(total=total, desc=label, disable=True if label is None else None, leave=False)
 
 

@@ -194,7 +194,7 @@ class Loop:
 
 
 def verdict(folder: Path, reads: str, start: Start, config: Training) -> str:
-    """What to say about a run whose loss has not moved by 5 % after half of its steps; "": nothing.
+    """Report a loss that has not moved by 5 % after half of the steps; "" if it has.
 
     Args:
         reads: kind of rows; PPO's loss, on prompts, says nothing about learning.
@@ -222,7 +222,7 @@ def remove_checkpoints(folder: Path, but: Path | None = None) -> None:
 
 
 def event_writer() -> type:
-    """TensorBoard's SummaryWriter, from an optional package."""
+    """Import TensorBoard's SummaryWriter, from an optional package."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -231,7 +231,7 @@ def event_writer() -> type:
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine to 0."""
+    """Return the share of the peak learning rate: linear warm-up, then a cosine to 0."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return (step + 1) / rising

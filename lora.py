@@ -54,7 +54,7 @@ class LoRALinear(nn.Linear):
         return y
 
     def merged(self, name: str) -> Tensor:
-        """The weight with one adapter's update added, summed in float32: (out, in)."""
+        """Add one adapter's update to the weight, in float32: (out, in)."""
         weight = sharding.whole(self.weight)
         return (weight.float() + self.adapters[name].delta()).to(weight.dtype)
 
@@ -87,7 +87,7 @@ def add_adapter(
 
 
 def lora_layers(model: nn.Module, name: str) -> list[LoRALinear]:
-    """The linear layers that carry an adapter; ValueError if none does."""
+    """Return the linear layers that carry an adapter; ValueError if none does."""
     linears = [module for module in model.modules() if isinstance(module, LoRALinear)]
     found = [module for module in linears if name in module.adapters]
     if not found:

@@ -66,7 +66,7 @@ class Head(nn.Linear):
     """
 
     def forward(self, hidden: Tensor, function: Callable | None = None, *arguments):
-        """Logits (..., V) of hidden states (..., D), or what a function makes of both.
+        """Return logits (..., V) of hidden states (..., D), or what a function makes of both.
 
         Args:
             function: called as `function(hidden, weight, *arguments)` with the gathered weight
@@ -79,7 +79,7 @@ class Head(nn.Linear):
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of matrix products with this weight: autocast's, or its own."""
+    """Return the dtype of matrix products with this weight: autocast's, or its own."""
     kind = weight.device.type
     low = kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if low else weight.dtype
@@ -100,7 +100,7 @@ def attention_mask(branch: Tensor) -> Tensor:
 
 
 def rotary(position: Tensor, head_dim: int, theta: float, dtype: torch.dtype):
-    """cos and sin for (B, T) positions, each (B, 1, T, head_dim), as `rotate` takes them."""
+    """Return cos and sin of (B, T) positions, each (B, 1, T, head_dim), for `rotate`."""
     exponent = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim
     angle = (position[..., None].float() / theta**exponent).unsqueeze(1)  # (B, 1, T, head_dim / 2)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
@@ -176,7 +176,7 @@ class Block(nn.Module):
 
 
 def add(x: Tensor, update: Tensor) -> Tensor:
-    """x + update, in the update's memory where that can hold it (under autocast it is half)."""
+    """Return x + update, in the update's memory where that holds it (under autocast: half)."""
     return update.add_(x) if update.dtype == x.dtype else x + update
 
 
@@ -238,7 +238,7 @@ class LLaVA(nn.Module):
         self.head = Head(config.text.hidden_size, config.text.vocab_size, bias=False)
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """The tower's patch features, no class token: (B, 3, H, W) -> (B, patches, D_vision)."""
+        """Encode (B, 3, H, W) as the tower's patch features (B, patches, D_vision)."""
         return self.vision_tower(pixels, self.config.vision_feature_layer)[:, 1:]
 
     def embed(self, images: Tensor | None, tokens: Tensor) -> Tensor:
@@ -305,12 +305,12 @@ class LLaVA(nn.Module):
         return hidden.flatten(0, 1)[batch.source]
 
     def response_logp(self, batch, temperature: float = 1.0) -> Tensor:
-        """Log-probabilities (R,) of a batch's response tokens, float32."""
+        """Return log-probabilities (R,) of a batch's response tokens, float32."""
         states = self.response_states(batch) / temperature  # W (h / t) = (W h) / t
         return self.head(states, kernels.token_logp, batch.target)
 
     def logits(self, images: Tensor | None, tokens: Tensor) -> Tensor:
-        """(B, T, V) logits of plain causal sequences; for parity checks and small models."""
+        """Return (B, T, V) logits of plain causal sequences, for parity checks and small models."""
         return self.head(self(images, tokens))
 
 

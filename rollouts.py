@@ -62,7 +62,7 @@ class AdaptedModel:
     adapter: str | None = None
 
     def logp(self, batch: Batch, temperature: float) -> Tensor:
-        """(R,) log-probabilities of the batch's response tokens at a temperature."""
+        """Return (R,) log-probabilities of the batch's response tokens at a temperature."""
         with use_adapter(self.model, self.adapter):
             return self.model.response_logp(batch, temperature)
 
@@ -78,7 +78,7 @@ class Roles:
 
 
 def policy_and_reference(start: Start) -> tuple[AdaptedModel, AdaptedModel]:
-    """The model to train, and the model as it is: with LoRA the base, otherwise a copy."""
+    """Return the model to train, and the model as it is: with LoRA the base, else a copy."""
     model = start.model
     if start.run.lora:
         return AdaptedModel(model, "default"), AdaptedModel(model)
@@ -120,7 +120,7 @@ def make_roles(start: Start, config: SamplingConfig, with_critic: bool = False) 
 
 
 def prompt_only(row, tokenizer: Tokenizer, patches: int, config) -> tuple[list[int], list]:
-    """The tokens of a row's prompt, and no response; see `Algorithm.tokens`."""
+    """Encode a row's prompt, without a response; see `Algorithm.tokens`."""
     return trunk_tokens(tokenizer, (), row.question, patches), []
 
 
@@ -272,10 +272,10 @@ class OnPolicy(Algorithm):
         self.judge = other and load_judge(Path(other), start.device, config.facts)
 
     def credit(self, found: Scored) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """(N, T) tensors, the fields that `Minibatch` adds; and metrics of the rollout."""
+        """Return (N, T) tensors, the fields that `Minibatch` adds; and metrics of the rollout."""
 
     def batches(self, step: int) -> list[Batch]:
-        """Minibatches of the current rollout, or of a new one if that is used up."""
+        """Return minibatches of the current rollout, or of a new one if that is used up."""
         index, inner = divmod(step, self.per_rollout)
         if inner == 0:
             self.rollout = self.roll_out(index, step)
@@ -296,7 +296,7 @@ class OnPolicy(Algorithm):
         self.rollout = Rollout(**state["rollout"]) if state["rollout"] else None
 
     def minibatch(self, rows: Sequence[int]) -> Batch:
-        """The completions of the rollout's prompts number `rows`, as one batch."""
+        """Collate the completions of the rollout's prompts number `rows`."""
         rollout, k = self.rollout, self.config.samples
         batch = completion_batch(self.start.model, [
             (self.data.train[rollout.rows[row]], rollout.tokens[row]) for row in rows])

@@ -50,7 +50,7 @@ class SamplingConfig:
 
 
 def symbolic_reward(text: str, truth: str | None) -> float:
-    """Whether an answer to a question with a known truth is right, as the release scores it.
+    """Score an answer to a question with a known truth as the release does.
 
     Args:
         text: the answer.
@@ -79,14 +79,14 @@ class Judge:
     facts: bool | None  # whether it was trained with captions; None: nobody knows
 
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """(N, patches, D_vision) of its own tower."""
+        """Return (N, patches, D_vision) of its own tower."""
         return image_features(self.reward_model.model, self.images, pictures)
 
     def rate(
         self, questions: Sequence[str], features: Tensor, answers: Sequence[Sequence[str]],
         facts: Sequence[Sequence[str]], batch_size: int,
     ) -> Tensor:
-        """Rewards (N,) of answers to each question about an image, one after another.
+        """Return rewards (N,) of answers to each question about an image, one after another.
 
         Args:
             features: (Q, patches, D_vision) as `features` computes them.
@@ -103,7 +103,7 @@ class Judge:
     def rate_completions(
         self, rows: Sequence[Row], tokenizer: Tokenizer, batch_size: int
     ) -> Tensor:
-        """`reward.rate` for the completions of a policy with a tokenizer of its own."""
+        """Rate the completions of a policy with a tokenizer of its own."""
         examples = [example for example, _ in rows]
         features = self.features([open_image(each.name, each.source) for each in examples])
         texts = [[tokenizer.decode(tokens).strip() for tokens in answers] for _, answers in rows]
@@ -112,7 +112,7 @@ class Judge:
 
 
 def load_judge(folder: Path, device: torch.device, facts: bool | None = None) -> Judge:
-    """The reward model of a finished run, or a published one, apart from any policy.
+    """Load the reward model of a finished run, or a published one, apart from any policy.
 
     Args:
         folder: has the merged weights in `model`, the head, and the request if it is not ours.
@@ -132,7 +132,7 @@ def load_judge(folder: Path, device: torch.device, facts: bool | None = None) ->
 
 
 def has_own_base(folder: Path, start: Start) -> bool:
-    """Whether a reward model has another base than the policy, or nobody knows which."""
+    """Return whether a reward model has another base than the policy, or an unknown one."""
     require_head(folder)
     return open_file(folder / HEAD)[1].get("base") != start.base
 
@@ -146,7 +146,7 @@ class Scorer:
         self.reward_model, self.tokenizer, self.config = reward_model, tokenizer, config
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Parts of the reward, each (N,), the completions of all examples one after another.
+        """Return parts of the reward, each (N,), the examples' completions one after another.
 
         Raises:
             ValueError: the reward model returned NaN or infinity.
@@ -180,7 +180,7 @@ def completion_table(
     tokenizer: Tokenizer, examples: Sequence[Example], tokens: Sequence[Sequence[list[int]]],
     parts: dict[str, Tensor], kl: Tensor, false_parts: Callable[[Example, str], list[str] | None],
 ) -> list[dict]:
-    """A row per completion: text, score with its parts, KL in nats, what of it is false."""
+    """Return a row per completion: text, score and its parts, KL in nats, what is false."""
     rows = []
     both = [(example, each) for example, group in zip(examples, tokens) for each in group]
     for i, (example, completion) in enumerate(both):
@@ -196,7 +196,7 @@ def completion_table(
 
 
 def summary(table: list[dict]) -> dict[str, float]:
-    """Means over a table of completions, named as in other trainers."""
+    """Return means over a table of completions, named as in other trainers."""
     names = {"objective/kl": "kl", "objective/scores": "score", "response/length": "tokens",
              "response/ended": "ended"}
     metrics = {shown: sum(row[name] for row in table) / len(table)

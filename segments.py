@@ -17,7 +17,7 @@ def segment_mask(
     chosen: Sequence[int], rejected: Sequence[int], min_match: int = 3,
     replacements_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Which tokens of two responses belong to corrected segments (RLHF-V, section 3.2).
+    """Find the tokens of two responses in corrected segments (RLHF-V, section 3.2).
 
     Args:
         chosen, rejected: token ids of the corrected and of the original response.
@@ -45,7 +45,7 @@ def segment_mask(
 def common_runs(
     first: Sequence[int], second: Sequence[int], least: int
 ) -> list[difflib.Match]:
-    """difflib's matching blocks of at least `least` tokens, in order.
+    """Return difflib's matching blocks of at least `least` tokens, in order.
 
     difflib looks for the longest run, then for the longest on either side of it, and so on. Here
     the search ends where the longest is too short, and COMPARISONS bound it: on texts that repeat

@@ -116,7 +116,7 @@ def train_in(folder: Path, start: Start, config: Training, kind: type[Algorithm]
 
 
 def about(kind: type[Algorithm]) -> str:
-    """What a run of this algorithm does, in a line."""
+    """Say what a run of this algorithm does, in a line."""
     return kind.__doc__.strip().partition("\n")[0]
 
 

@@ -46,7 +46,7 @@ class ImageSettings:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's own approximation of GELU."""
+    """Return CLIP's own approximation of GELU."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -154,7 +154,7 @@ def scale_and_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def pad_and_scale(image: Image.Image, size: int, colour: tuple[int, int, int]) -> Image.Image:
-    """The picture in the middle of a square of one colour, scaled to `size`."""
+    """Put the picture in the middle of a square of one colour, scaled to `size`."""
     side = max(image.size)
     if side * side > 2 * Image.MAX_IMAGE_PIXELS:  # the square of a long strip would take gigabytes
         width, height = (max(1, round(each * size / side)) for each in image.size)
@@ -167,7 +167,7 @@ def pad_and_scale(image: Image.Image, size: int, colour: tuple[int, int, int]) -
 def preprocess(
     image: Image.Image, size: int, mean=CLIP_MEAN, std=CLIP_STD, mode: str = "pad"
 ) -> Tensor:
-    """A picture as the tower's input.
+    """Make a picture the tower's input.
 
     Args:
         image: any Pillow image, upright: an EXIF rotation belongs to reading the file.

@@ -58,7 +58,7 @@ class Server(ThreadingHTTPServer):
         super().__init__((host, port), Handler)
 
     def is_addressed(self, header: str) -> bool:
-        """Whether a Host header names this machine; no page of another domain has the token."""
+        """Return whether a Host header names this machine; no page elsewhere has the token."""
         return bool(self.token) or re.sub(r":\d*$", "", header) in (*LOOPBACK, "[::1]")
 
 
@@ -85,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What `http.server` itself calls, too. The rest of such a request is not read."""
+        """Refuse a request, whose rest is not read; `http.server` itself calls this, too."""
         self.close_connection = True
         self.reply({"error": message or explain or str(code)}, code)
 

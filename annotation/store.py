@@ -88,7 +88,7 @@ def read_lines(path: Path, content: bytes) -> list[dict]:
 
 
 def by_answer(lines: Iterable[dict]) -> dict[str, dict[str, dict]]:
-    """{id: {annotator: their last line}}, without what was adjudicated."""
+    """Return {id: {annotator: their last line}}, without what was adjudicated."""
     found = defaultdict(dict)
     for line in lines:
         if "adjudicated" not in line:
@@ -97,7 +97,7 @@ def by_answer(lines: Iterable[dict]) -> dict[str, dict[str, dict]]:
 
 
 def differ(versions: dict[str, dict]) -> bool:
-    """Whether the annotators of one answer came to different texts."""
+    """Return whether the annotators of one answer came to different texts."""
     return len({line["chosen"] for line in versions.values()}) > 1
 
 
@@ -155,7 +155,7 @@ class Store:
         return sorted(self.answers, key=lambda i: digest(annotator, i))
 
     def own(self, annotator: str) -> dict[str, dict]:
-        """{id: line} of an annotator, in the order of submission."""
+        """Return {id: line} of an annotator, in the order of submission."""
         with self.lock:
             return {i: line for (i, name), line in self.lines.items() if name == annotator}
 

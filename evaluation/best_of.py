@@ -39,7 +39,7 @@ class BestOf:
     def answers(
         self, asked: Sequence[ImageQuestion], images: Sequence[Image.Image], texts: Sequence[str]
     ) -> list[str]:
-        """`choose` for questions of a file; DataError if an image's captions are missing."""
+        """Choose for questions of a file; DataError if an image's captions are missing."""
         facts = [captions_of(each.name, each.image, self.captions) if self.judge.facts else ()
                  for each in asked]
         return self.choose([each.question for each in asked], images, texts, facts)
@@ -49,7 +49,7 @@ class BestOf:
         self, questions: Sequence[str], images: Sequence[Image.Image] | Tensor,
         texts: Sequence[str], facts: Sequence[Sequence[str]],
     ) -> list[str]:
-        """One text per question, of its `samples` that stand side by side in `texts`.
+        """Return one text per question, of its `samples` that stand side by side in `texts`.
 
         Args:
             images: one per question; or the judge's own features of them (see `Judge.features`).
@@ -63,7 +63,7 @@ class BestOf:
 
 
 def misuse(args: Namespace) -> str:
-    """What is wrong with the options of a choice; "": nothing."""
+    """Say what is wrong with the options of a choice; "": nothing."""
     if bool(args.best_of) != bool(args.reward_model):
         return "--best_of N and --reward_model DIR belong together"
     if args.best_of and (args.best_of < 2 or args.temperature == 0):

@@ -121,7 +121,7 @@ def fill(
 
 
 def is_original(values: dict) -> bool:
-    """Whether a config.json is that of an original LLaVA."""
+    """Return whether a config.json is that of an original LLaVA."""
     return not isinstance(values.get("text_config"), dict)
 
 

@@ -172,7 +172,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def all_null(table, group: int, leaf: int) -> bool:
-    """Whether a column of a row group of a parquet file holds nothing."""
+    """Return whether a column of a row group of a parquet file holds nothing."""
     column = table.metadata.row_group(group).column(leaf)
     return column.statistics is not None and column.statistics.null_count == column.num_values
 

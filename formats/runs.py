@@ -20,12 +20,12 @@ WRITTEN = ("checkpoint-*", "model", "adapter", "tensorboard", "*_head.safetensor
 
 
 def settings_of(run: Run, config: Training) -> dict:
-    """The settings that decide a run's result."""
+    """Return the settings that decide a run's result."""
     return {k: v for k, v in {**asdict(run), **asdict(config)}.items() if k not in TRANSIENT}
 
 
 def settings_of_run(folder: Path) -> dict | None:
-    """The settings of the run in a folder; None if there is no config.json of ours."""
+    """Return the settings of the run in a folder; None if there is no config.json of ours."""
     with contextlib.suppress(ValueError, OSError, LookupError, TypeError):
         content = read_json(folder / "config.json")
         if "plumbline" in content["versions"] and isinstance(content["settings"], dict):
@@ -34,7 +34,7 @@ def settings_of_run(folder: Path) -> dict | None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a folder holds a run that has written all its outputs."""
+    """Return whether a folder holds a run that has written all its outputs."""
     return (settings_of_run(folder) is not None and (folder / "report.html").exists()
             and not latest_state(folder))
 
