@@ -99,7 +99,7 @@ ROOT = Path(__file__).parent
 TEXT = TextConfig(60, 32, 64, 2, 4, num_key_value_heads=2, max_position_embeddings=128)
 TOWER = VisionConfig(16, 32, 2, 2, image_size=12, patch_size=4)
 IMAGE, PAD, EOS, PATCHES = 58, 59, 2, 9  # special tokens; features of an image
-IMAGES = ImageSettings(12, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGES = ImageSettings(12, (0.5,) * 3, (0.25,) * 3)
 
 
 def make_model(text=TEXT, image_token=IMAGE, pad_token=PAD, eos_token=EOS):
@@ -1571,7 +1571,6 @@ def test_runs_say_what_is_missing(material, run_on, tmp_path):
 
 # ===================================================================================== evaluation/
 
-EVALUATION_SETTINGS = ImageSettings(12, (0.5,) * 3, (0.25,) * 3, "pad")
 rate = lambda hits, of: [(1, np.array(hits, dtype=float), np.array(of, dtype=float))]
 world_metrics = lambda records: metrics.with_intervals(builtin.world_terms(records))
 only_values = lambda found: {name: metric["value"] for name, metric in found.items()}
@@ -1792,7 +1791,7 @@ def evaluated_runs(tiny_world, tokenizer, tmp_path_factory):
     for name, seed in (("one", 0), ("two", 1)):
         model = copy.deepcopy(tiny_world)
         init_weights(model, seed)
-        checkpoint.save_llava(model, tokenizer, EVALUATION_SETTINGS, folder / name / "model")
+        checkpoint.save_llava(model, tokenizer, IMAGES, folder / name / "model")
     annotate = lambda scene: world.annotate(scene, random.Random(scene.seed))
     for name, n, say in (("bad", 9, annotate), ("good", 9, world.describe), ("few", 5, annotate)):
         records = scored_records([world.make_scene(i, "test") for i in range(n)], say)
@@ -1894,7 +1893,7 @@ def test_best_of_n_is_what_the_reward_model_prefers(
         run_evaluate, tiny_world, tokenizer, monkeypatch):
     """The reward model has another base and its own tower; its captions come from a file."""
     judge = make_reward_model(load_llava("two/model")[0], tokenizer)
-    save_llava(judge.model, tokenizer, EVALUATION_SETTINGS, "rm/model")
+    save_llava(judge.model, tokenizer, IMAGES, "rm/model")
     reward.save_head(judge, Path("rm"), reward.provenance(tokenizer, "x", facts=True))
     Path("captions.json").write_text(json.dumps({f"{i}.png": ["a car", "a dog"] for i in range(7)}))
     choose = "--best_of 3 --reward_model rm"
@@ -1913,7 +1912,7 @@ def test_best_of_n_is_what_the_reward_model_prefers(
     assert len(texts) == 3 * len(questions) == 21 and len(set(texts)) > 7 and best.judge.facts
     assert [row["answer"] for row in read_lines("one/best_of_3/rows.jsonl")] == chosen
     for i, question in enumerate(questions):  # the reward of each alone
-        image = generation.image_features(judge.model, EVALUATION_SETTINGS, [images[i]])[0]
+        image = generation.image_features(judge.model, IMAGES, [images[i]])[0]
         prompt = data.trunk_tokens(tokenizer, (), question, PATCHES)
         example = Example("x", image, prompt, facts=facts[i])
         rewards = [reward.rate(judge, tokenizer, [(example, [tokenizer.encode(text)])], 1).item()
@@ -3240,8 +3239,7 @@ def test_world_feedback_stops_where_nothing_is_false(tmp_path, monkeypatch):
 @pytest.fixture
 def world_start(tiny_world, tokenizer, tmp_path):  # with a model that may be changed
     select_trainable(model := copy.deepcopy(tiny_world))
-    small = ImageSettings(12, (0.5,) * 3, (0.25,) * 3, "pad")
-    return Start(config.Run(seed=0), model, tokenizer, small, tmp_path)
+    return Start(config.Run(seed=0), model, tokenizer, IMAGES, tmp_path)
 
 
 def world_rows(source, steps):
@@ -3702,14 +3700,13 @@ def test_decoding_compiles_itself_where_that_pays(tiny_world, tokenizer, monkeyp
 
 
 def test_answers_keep_the_order_of_the_questions(tiny_world, tokenizer):
-    settings = ImageSettings(12, (0.5,) * 3, (0.25,) * 3)
-    setup = (tiny_world, tokenizer, settings)
+    setup = (tiny_world, tokenizer, IMAGES)
     ask = lambda images, texts, **more: generation.answers(*setup, images, texts, 8, **more)
     images = [world.draw(world.make_scene(i), 12) for i in range(5)]
     texts = ["Is there a car?", "What can you see in the picture?", "Describe the picture.",
              "Where is the dog?", "In this picture, is the cup above the pot?"]
     apart = [ask([image], [text])[0] for image, text in zip(images, texts)]
-    features = generation.image_features(tiny_world, settings, images, batch_size=3)
+    features = generation.image_features(tiny_world, IMAGES, images, batch_size=3)
     assert ask(images, texts, batch_size=2) == ask(features, texts) == apart
     with pytest.raises(ValueError, match="5 images for 1 questions"):
         ask(images, ["Why?"])
@@ -4025,7 +4022,6 @@ def test_training_on_conversations(tiny_world, tokenizer, tmp_path, monkeypatch,
 
 # ================================================================ formats: rows, images, features
 
-PHOTO_SETTINGS = ImageSettings(size=12, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 GOOD = {"image": "ok.jpg", "question": "What?", "chosen": "A car.", "rejected": "A bus."}
 
 
@@ -4351,7 +4347,7 @@ def test_every_image_is_encoded_once_in_memory_and_on_disk(tiny_world, image_fol
     images = [(f"row {i}", name and image_folder / name) for i, name in enumerate(names, 1)]
     images += [(f"row {i}", pair.image) for i, pair in enumerate(read_pairs([stored]), 7)]
     run = lambda stop=False: features.encode_images(
-        tiny_world, PHOTO_SETTINGS, images, image_folder, stop)
+        tiny_world, IMAGES, images, image_folder, stop)
     with pytest.raises(DataError, match="^row 2: cannot read image bad.jpg"):
         run(stop=True)
     before = sorted(image_folder.iterdir())
@@ -4362,7 +4358,7 @@ def test_every_image_is_encoded_once_in_memory_and_on_disk(tiny_world, image_fol
         assert batches == [1, 1, 2] and found[2] is None
         assert sorted(image_folder.iterdir()) == before  # the mapped file has no name
         for i in (0, 3, 4, 6, 7, 8):  # equal bytes are one image
-            pixels = preprocess(open_image("x", images[i][1]), 12, (0.5,) * 3, (0.25,) * 3)
+            pixels = preprocess(open_image("x", images[i][1]), 12, IMAGES.mean, IMAGES.std)
             torch.testing.assert_close(found[i], encode(pixels[None])[0].detach())
         for i, reason in ((1, "cannot read image bad.jpg"), (5, "cannot read"), (9, "the image h")):
             with pytest.raises(DataError, match=f"^row {i + 1}: {reason}"):
@@ -4821,14 +4817,19 @@ TEXTS = [
 ]
 
 
+def odd_texts():
+    """TEXTS, and others of random characters and words."""
+    rng, alphabet = Random(0), " \n\tabcdeé日😀.,!?<>'\"0123"
+    words = [*WORDS.split(), "<image>", " ", "\n"]
+    return [*TEXTS, *("".join(rng.choices(alphabet, k=rng.randrange(40))) for _ in range(500)),
+            *("".join(rng.choices(words, k=9)) for _ in range(200))]
+
+
 def test_tokens_are_those_of_transformers(hub_folder, tmp_path):
     ours, tokenizer, _ = load_llava(hub_folder)
     save_llava(ours, tokenizer, ImageSettings(28, mode="pad"), tmp_path / "a")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
-    rng, alphabet = random.Random(0), " \n\tabcdeé日😀.,!?<>'\"0123"
-    drawn = ["".join(rng.choices(alphabet, k=rng.randrange(30))) for _ in range(500)]
-    drawn += ["".join(rng.choices([*WORDS.split(), "<image>", " ", "\n"], k=8)) for _ in range(200)]
-    for text in TEXTS + drawn:
+    for text in odd_texts():
         ids = tokenizer.encode(text, bos=True)
         assert ids == theirs(text).input_ids, repr(text)
         assert tokenizer.decode(ids) == text
@@ -4888,10 +4889,7 @@ def test_a_tokenizer_json_is_enough(hub_folder, tmp_path):
     save_llava(*loaded, tmp_path / "a")
     (tmp_path / "a/tokenizer.model").unlink()
     again = load_llava(tmp_path / "a")[1]
-    rng, alphabet = random.Random(1), " \n\tabcdeé日😀.,!?<>'\"0123"
-    drawn = ["".join(rng.choices(alphabet, k=rng.randrange(40))) for _ in range(300)]
-    drawn += ["".join(rng.choices([*WORDS.split(), "<image>", " "], k=9)) for _ in range(200)]
-    for text in TEXTS + drawn:
+    for text in odd_texts():
         assert again.encode(text, bos=True, eos=True) == loaded[1].encode(text, bos=True, eos=True)
         assert again.decode(again.encode(text)) == text
     values = json.loads((tmp_path / "a/tokenizer.json").read_text())
