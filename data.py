@@ -115,8 +115,8 @@ def collate(examples: list[Example], pad_token: int, max_length: int) -> Batch:
             at = len(tokens)  # slot of the branch's first own token
             # slots that predict: through the shared tokens, the trunk's last, then the branch
             predictor = [*range(len(example.prompt) - 1, start), *range(at, at + len(own) - 1)]
-            weighted = zip(predictor, response.tokens, response.weight, strict=True)
-            for slot, token, weight in weighted:
+            for slot, token, weight in zip(
+                    predictor, response.tokens, response.weight, strict=True):
                 if weight > 0:
                     sources.append((row, slot))
                     targets.append(token)
@@ -167,8 +167,7 @@ def check_lengths(
         if length > max_length:
             raise DataError(
                 f"{name}: prompt and response have {length} tokens, the context holds "
-                f"{max_length}; shorten the text or leave the row out (--skip_bad_rows)"
-            )
+                f"{max_length}; shorten the text or leave the row out (--skip_bad_rows)")
 
 
 def row_length(example: Example) -> int:

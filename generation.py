@@ -15,14 +15,13 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import prompt_text, prompt_tokens
+from data import prompt_text, prompt_tokens, split
 from model import LLaVA, TextConfig, product_dtype, rotary
 from parallel import Draws
 from vision import ImageSettings, preprocess
@@ -76,15 +75,9 @@ class Decoding:
 
 @torch.inference_mode()
 def generate(
-    model: LLaVA,
-    images: Tensor | None,
-    prompts: list[Tensor],
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    samples: int = 1,
-    generator: torch.Generator | Draws | None = None,
-    on_token: Callable[[Tensor], None] | None = None,
-    compiled: bool = False,
+    model: LLaVA, images: Tensor | None, prompts: list[Tensor], max_new_tokens: int = 256,
+    temperature: float = 0.0, samples: int = 1, generator: torch.Generator | Draws | None = None,
+    on_token: Callable[[Tensor], None] | None = None, compiled: bool = False,
     on_logp: Callable[[Tensor], None] | None = None,
 ) -> list[Tensor]:
     """Decode a batch of prompts: each prompt is computed once, its samples are branches of it.
@@ -167,8 +160,7 @@ def decode_steps(
         now.mask.index_copy_(3, now.slots, own_slot_mask.expand(len(token), 1, -1, -1))
         filled = None if compiled else width + (step + 1) * samples
         logits = next_logits(
-            model, token, now.position, now.slots, now.mask[..., :filled], now.cache
-        )
+            model, token, now.position, now.slots, now.mask[..., :filled], now.cache)
         now.position += 1
         now.slots += samples
     return answers, logp
@@ -181,8 +173,7 @@ def prefill(
     device = model.head.weight.device
     length = torch.tensor([len(prompt) for prompt in prompts], device=device)
     tokens = nn.utils.rnn.pad_sequence(
-        [prompt.to(device) for prompt in prompts], True, model.config.pad_token
-    )  # (B, T)
+        [prompt.to(device) for prompt in prompts], True, model.config.pad_token)  # (B, T)
     rows, width = tokens.shape
     slots = -(-(width + steps * samples) // SLOTS) * SLOTS
     weight = model.decoder.embed_tokens.weight
@@ -191,8 +182,7 @@ def prefill(
     inside = slot < length[:, None]  # (B, slots)
     hidden = model(
         images, tokens, slot[:width].expand(rows, -1), inside[:, :width].long() - 1,
-        cache=cache, slots=slot[:width],
-    )  # (B, T, D)
+        cache=cache, slots=slot[:width])  # (B, T, D)
     logits = model.head(hidden[torch.arange(rows, device=device), length - 1])  # (B, V)
     mask = torch.zeros(rows, samples, slots, dtype=cache.k[0].dtype, device=device)
     return logits.unsqueeze(1).expand(-1, samples, -1), Decoding(
@@ -264,10 +254,8 @@ def image_features(
 ) -> Tensor:
     """Compute the tower's features (N, patches, D_vision), once for several questions."""
     like = model.head.weight
-    return torch.cat([
-        model.image_features(pixels_of(images[i : i + batch_size], settings).to(like))
-        for i in range(0, len(images), batch_size)
-    ])
+    return torch.cat([model.image_features(pixels_of(part, settings).to(like))
+                      for part in split(images, batch_size)])
 
 
 def progress_bar(total: int, label: str | None):
@@ -306,8 +294,7 @@ def answers(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * (len(prompts) * samples)
     with progress_bar(len(prompts), progress) as bar:
-        for index, start in enumerate(range(0, len(order), batch_size)):
-            rows = order[start : start + batch_size]
+        for index, rows in enumerate(split(order, batch_size)):
             if isinstance(images, Tensor):
                 batch = images[rows]
             else:
@@ -315,8 +302,7 @@ def answers(
             generator = torch.Generator(like.device).manual_seed(seed * 1_000_003 + index)
             out = generate(
                 model, batch.to(like), [prompts[i] for i in rows], max_new_tokens, temperature,
-                samples, generator, compiled=compiled,
-            )
+                samples, generator, compiled=compiled)
             for k, tokens in enumerate(out):
                 row = rows[k // samples] * samples + k % samples
                 texts[row] = tokenizer.decode(tokens).strip()
@@ -327,7 +313,7 @@ def answers(
 def stream(
     model: LLaVA, tokenizer, settings: ImageSettings, image: Image.Image, question: str,
     max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0,
-    write: Callable[[str], object] = partial(print, end="", flush=True),
+    write: Callable[[str], object] = functools.partial(print, end="", flush=True),
 ) -> str:
     """Write one answer piece by piece as it is decoded, and return it whole."""
     like, tokens, text = model.head.weight, [], ""

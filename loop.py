@@ -137,11 +137,9 @@ class Loop:
             rows = ", ".join(list(dict.fromkeys(batch.names))[:8])
             what = f"{what} at step {self.step + 1} (rows: {rows})"
         kept = latest_state(self.folder)
+        where = f"in {kept}" if kept else "those of the start"
         raise TrainingError(
-            f"{what}; the weights before it are "
-            f"{f'in {kept}' if kept else 'those of the start'}; "
-            "try a smaller --learning_rate"
-        )
+            f"{what}; the weights before it are {where}; try a smaller --learning_rate")
 
     def save(self) -> None:
         """Write what resuming needs, then remove older checkpoints."""

@@ -205,9 +205,8 @@ class Decoder(nn.Module):
             if cache is not None:
                 x = block(x, cos, sin, mask, (cache.k[i], cache.v[i], slots))
             elif self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(
-                    block, x, cos, sin, mask, use_reentrant=False, context_fn=same_adapter(block)
-                )
+                x = checkpoint(block, x, cos, sin, mask, use_reentrant=False,
+                               context_fn=same_adapter(block))
             else:
                 x = block(x, cos, sin, mask)
         return self.norm(x)
@@ -232,8 +231,7 @@ class LLaVA(nn.Module):
         self.config = config
         self.vision_tower = ViT(config.vision)
         self.projector = Projector(
-            config.vision.hidden_size, config.text.hidden_size, config.projector_hidden_act
-        )
+            config.vision.hidden_size, config.text.hidden_size, config.projector_hidden_act)
         self.decoder = Decoder(config.text)
         self.head = Head(config.text.hidden_size, config.text.vocab_size, bias=False)
 
@@ -270,13 +268,8 @@ class LLaVA(nn.Module):
         return x.flatten(0, 1).index_copy(0, place, features.to(x.dtype)).view_as(x)
 
     def forward(
-        self,
-        images: Tensor | None,
-        tokens: Tensor,
-        position: Tensor | None = None,
-        branch: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache=None,
+        self, images: Tensor | None, tokens: Tensor, position: Tensor | None = None,
+        branch: Tensor | None = None, mask: Tensor | None = None, cache=None,
         slots: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, (B, T, D).

@@ -24,9 +24,7 @@ from generation import generate, worth_compiling
 from lora import lora_layers, select_trainable, use_adapter
 from model import LLaVA
 from reward import RewardModel, load_reward_model
-from scoring import (
-    SamplingConfig, Scorer, completion_table, has_own_base, load_judge, summary,
-)
+from scoring import SamplingConfig, Scorer, completion_table, has_own_base, load_judge, summary
 
 SHOWN = 8  # completions of every rollout that go into samples.jsonl
 
@@ -177,9 +175,7 @@ def sample(
     return split(completions, config.samples), torch.cat(logp)
 
 
-def completion_batch(
-    model: LLaVA, rows: Sequence[tuple[Example, Sequence[list[int]]]]
-) -> Batch:
+def completion_batch(model: LLaVA, rows: Sequence[tuple[Example, Sequence[list[int]]]]) -> Batch:
     """Collate examples with their completions as branches; every token is an entry."""
     examples = [
         Example(example.name, example.image, example.prompt,

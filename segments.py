@@ -42,9 +42,7 @@ def segment_mask(
     return masks
 
 
-def common_runs(
-    first: Sequence[int], second: Sequence[int], least: int
-) -> list[difflib.Match]:
+def common_runs(first: Sequence[int], second: Sequence[int], least: int) -> list[difflib.Match]:
     """Return difflib's matching blocks of at least `least` tokens, in order.
 
     difflib looks for the longest run, then for the longest on either side of it, and so on. Here

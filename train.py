@@ -39,9 +39,7 @@ import reward
 import sft
 import sources
 from algorithm import Algorithm, Start
-from evaluation import (
-    SHAPES, columns, memory_table, table, write_report, write_results,
-)
+from evaluation import SHAPES, columns, memory_table, table, write_report, write_results
 from formats import find_device, latest_state, save_adapter, save_llava
 from formats.files import error_message, lock_folder
 from formats.opening import open_model

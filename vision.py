@@ -90,8 +90,7 @@ class ViT(nn.Module):
         width = config.hidden_size
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.patch_embedding = nn.Conv2d(
-            3, width, kernel_size=config.patch_size, stride=config.patch_size, bias=False
-        )
+            3, width, kernel_size=config.patch_size, stride=config.patch_size, bias=False)
         start = torch.zeros(config.patches + 1, width)  # zeros: see model.Decoder
         self.position_embedding = nn.Embedding.from_pretrained(start, freeze=False)
         self.pre_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)

@@ -112,9 +112,7 @@ def measure(
     return scores, terms
 
 
-def notes(
-    parts: Sequence[Part], tokens: dict[str, int], scores: dict[str, dict]
-) -> dict[str, str]:
+def notes(parts: Sequence[Part], tokens: dict[str, int], scores: dict[str, dict]) -> dict[str, str]:
     """Return {part: how it was asked and scored, or why it has no scores}."""
     found = {}
     for part in parts:

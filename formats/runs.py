@@ -67,8 +67,7 @@ def open_folder(folder: Path, run: Run, config: Training, about: str, reads: str
         if changed and (run.resume or state or (folder / "metrics.jsonl").exists()):
             raise ValueError(
                 f"{folder} holds a run with other settings ({', '.join(changed)} differ); "
-                "choose another --out, or --overwrite it"
-            )
+                "choose another --out, or --overwrite it")
         if state and not run.resume:
             raise ValueError(
                 f"{folder} holds an unfinished run; --resume continues, --overwrite restarts it")
@@ -79,6 +78,6 @@ def open_folder(folder: Path, run: Run, config: Training, about: str, reads: str
         clear(folder, run, config)
     versions = {"plumbline": VERSION, "torch": torch.__version__,
                 "python": platform.python_version()}
-    write_atomic(file, {"settings": settings, "versions": versions, "about": about,
-                        "reads": reads})
+    write_atomic(file, {
+        "settings": settings, "versions": versions, "about": about, "reads": reads})
     return resume

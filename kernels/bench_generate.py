@@ -22,9 +22,7 @@ from data import prompt_text, prompt_tokens
 from formats import checkpoint
 from formats.tokenizer import Tokenizer
 from generation import generate, pixels_of
-from kernels.bench_tools import (
-    GPU, machine, ratio, save_random_llava, seconds, table, take_turns,
-)
+from kernels.bench_tools import GPU, machine, ratio, save_random_llava, seconds, table, take_turns
 from model import LLaVA
 from vision import ImageSettings, VisionConfig
 

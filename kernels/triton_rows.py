@@ -62,8 +62,7 @@ def logp_rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     lse = torch.empty_like(logp)
     with torch.cuda.device_of(logits):
         logp_rows_kernel[(r,)](
-            logits, target, logp, lse, logits.stride(0), V, BLOCK=BLOCK, **OPTIONS
-        )
+            logits, target, logp, lse, logits.stride(0), V, BLOCK=BLOCK, **OPTIONS)
     return logp, lse
 
 
@@ -72,6 +71,5 @@ def gradient_rows_(logits: Tensor, lse: Tensor, target: Tensor, scale: Tensor) -
     r, V = logits.shape
     with torch.cuda.device_of(logits):
         gradient_rows_kernel[(r, triton.cdiv(V, BLOCK))](
-            logits, lse, target, scale, logits.stride(0), V, BLOCK=BLOCK, **OPTIONS
-        )
+            logits, lse, target, scale, logits.stride(0), V, BLOCK=BLOCK, **OPTIONS)
     return logits
