@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data import split
 from evaluation.answers import ImageQuestion
 from formats.checkpoint import find_device, fingerprint
 from formats.readers import captions_of, read_captions
@@ -56,7 +57,7 @@ class BestOf:
             facts: captions of each image, for a judge that was trained with them.
         """
         features = images if isinstance(images, Tensor) else self.judge.features(images)
-        groups = [texts[i : i + self.samples] for i in range(0, len(texts), self.samples)]
+        groups = split(texts, self.samples)
         rewards = self.judge.rate(questions, features, groups, facts, BATCH)
         best = rewards.view(-1, self.samples).argmax(1).tolist()  # the first of equal ones
         return [group[place] for group, place in zip(groups, best)]

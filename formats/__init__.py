@@ -2,19 +2,17 @@
 
 from formats.adapters import load_adapter, save_adapter
 from formats.checkpoint import find_device, fingerprint, load_llava, not_finite, save_llava
-from formats.features import Features, encode_images
+from formats.features import encode_images
 from formats.readers import (
     Conversation, Pair, Prompt, captions_of, read_captions, read_conversations, read_pairs,
     read_prompts,
 )
 from formats.rows import DataError, open_image, report_skipped
 from formats.state import latest_state, load_state, save_state
-from formats.tokenizer import Tokenizer, train_tokenizer
 
 __all__ = [
-    "Conversation", "DataError", "Features", "Pair", "Prompt", "Tokenizer", "captions_of",
-    "encode_images", "find_device", "fingerprint", "latest_state", "load_adapter", "load_llava",
-    "load_state", "not_finite", "open_image", "read_captions", "read_conversations", "read_pairs",
-    "read_prompts", "report_skipped", "save_adapter", "save_llava", "save_state",
-    "train_tokenizer",
+    "Conversation", "DataError", "Pair", "Prompt", "captions_of", "encode_images", "find_device",
+    "fingerprint", "latest_state", "load_adapter", "load_llava", "load_state", "not_finite",
+    "open_image", "read_captions", "read_conversations", "read_pairs", "read_prompts",
+    "report_skipped", "save_adapter", "save_llava", "save_state",
 ]

@@ -42,6 +42,6 @@ __all__ = [
     "NUMBERS", "PLACE", "PLACES", "QUESTION_PROMPTS_EVAL", "QUESTION_PROMPTS_TRAIN", "Question",
     "Rates", "SCENES", "Scene", "Span", "TOPICS", "Thing", "USUAL_CELLS", "annotate",
     "answer_is_right", "careless", "correct", "describe", "draw", "exists_question", "facts",
-    "hallucinations", "labels", "lookalike",
-    "make_scene", "mentions", "merit", "question", "questions", "rank", "statements",
+    "hallucinations", "labels", "lookalike", "make_scene", "mentions", "merit", "question",
+    "questions", "rank", "statements",
 ]
