@@ -1,7 +1,6 @@
 """Compare speed and memory with the usual tools; one table per machine.
 
     python kernels/bench.py                          the loss head (bench_head.py)
-    python kernels/bench.py --frozen                 no gradient for the vocabulary matrix (LoRA)
     python kernels/bench.py --step                   a whole DDPO step (bench_step.py)
     python kernels/bench.py --generate --random      generation (bench_generate.py)
     python kernels/bench.py --gpu --out gpu.json     all that a GPU decides (bench_gpu.py)

@@ -8,7 +8,7 @@ and the seconds of the very first run, in which `--compiled` compiles.
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,9 @@ from data import prompt_text, prompt_tokens
 from formats import checkpoint
 from formats.tokenizer import Tokenizer
 from generation import generate, pixels_of
-from kernels.bench_tools import GPU, machine, ratio, save_random_llava, seconds, table, take_turns
+from kernels.bench_tools import (
+    GPU, Row, machine, ratio, save_random_llava, seconds, table, take_turns,
+)
 from model import LLaVA
 from vision import ImageSettings, VisionConfig
 
@@ -59,8 +61,8 @@ def theirs(
 
 def compare(
     options: Options, model: LLaVA, tokenizer: Tokenizer, settings: ImageSettings, samples: int
-) -> None:
-    """Print the table of completions of drawn scenes, `samples` to each prompt."""
+) -> Iterator[Row]:
+    """Yield the rows of completions of drawn scenes, `samples` to each prompt."""
     tokens, count, like = options.tokens, options.batch // samples, model.head.weight
     pictures = [world.draw(world.make_scene(f"bench {i}"), settings.size) for i in range(count)]
     pixels = pixels_of(pictures, settings).to(like)
@@ -77,11 +79,11 @@ def compare(
         print(f"transformers: not run: {error}")
     first = {name: seconds(run, options.device) for name, run in runs.items()}
     times = take_turns(runs, options.repeats, options.device)
-    print(f"\n{len(prompts)} prompts of {len(prompts[0])} tokens x {samples}, {tokens} new each")
-    print(table([
-        {"by": name, "tokens/s": options.batch * tokens / median(times[name]),
-         "x transformers": ratio(times.get("transformers"), times[name]), "first s": first[name]}
-        for name in sorted(runs, reverse=True)]))
+    for name in sorted(runs, reverse=True):
+        yield {"prompts": count, "tokens each": len(prompt), "samples": samples, "by": name,
+               "tokens/s": options.batch * tokens / median(times[name]),
+               "x transformers": ratio(times.get("transformers"), times[name]),
+               "first s": first[name]}
 
 
 def main(options: Options) -> None:
@@ -94,6 +96,7 @@ def main(options: Options) -> None:
         model.config = dataclasses.replace(model.config, eos_token=-1)
         weights = sum(weight.numel() for weight in model.parameters())
         print(machine(options.device, "torch", "transformers"))
-        print(f"{weights / 1e6:.1f} M parameters, {dtype}, median of {options.repeats}")
-        for samples in (1, 4):
-            compare(options, model, tokenizer, settings, samples)
+        print(f"{weights / 1e6:.1f} M parameters, {dtype}, {options.tokens} new tokens of each "
+              f"completion, median of {options.repeats}\n")
+        print(table([row for samples in (1, 4)
+                     for row in compare(options, model, tokenizer, settings, samples)]))

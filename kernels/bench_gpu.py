@@ -1,16 +1,23 @@
 """Measure all that a GPU decides in one command: correctness, loss head, training, decoding.
 
-The parts run one after another in processes of their own (bench_parts.py), at most eight minutes
-in all. The random model has the shape of LLaVA-1.5 7B. Shares of time come from steps that wait for
-the device after each part; all other figures from steps that do not.
+The parts run one after another, each in a process and a folder of its own, at most eight minutes in
+all. A part is a function of the sizes that yields rows; the first line of its docstring is the
+title of its table. One that fails or takes too long leaves its error and the rows it had.
+
+The random model has the shape of LLaVA-1.5 7B. Shares of time come from steps that wait for the
+device after each part; all other figures from steps that do not.
 """
 
+import os
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
@@ -30,8 +37,7 @@ from evaluation import read_results
 from formats.files import write_atomic
 from generation import generate
 from kernels import bench_head, fused
-from kernels.bench_parts import markdown, measure
-from kernels.bench_tools import Row, machine, now, seconds
+from kernels.bench_tools import Row, machine, now, seconds, start_process, table
 from loop import Loop
 from model import LLaVA, LLaVAConfig
 from vision import ImageSettings
@@ -66,13 +72,14 @@ class Sizes:
     world: tuple[str, ...] = ()  # more options of the built-in run
 
 
+Part = Callable[[Sizes], Iterator[Row]]
+
 # ------------------------------------------------------------------------------------------ parts
 
 
 def check_kernels(sizes: Sizes) -> Iterator[Row]:
     """Relative errors against float32, beside those of plain torch in the same dtype."""
-    options = head_options(sizes, sizes.checked, frozen=False)
-    x = bench_head.make_inputs(options)
+    x = bench_head.make_inputs(head_options(sizes, sizes.checked), frozen=False)
     exact = bench_head.Inputs(*(each.detach().float().requires_grad_() for each in x[:2]), *x[2:])
     for job, functions in bench_head.make_cases().items():
         plain = functions["eager"]
@@ -101,18 +108,11 @@ def checked(what: str, error: float, budget: float) -> Row:
 
 def loss_head(sizes: Sizes) -> Iterator[Row]:
     """Loss head beside the matrix products that it cannot do without, and beside peers."""
-    for frozen in (True, False):
-        options = head_options(sizes, sizes.head, frozen)
-        x = bench_head.make_inputs(options)
-        for job, functions in bench_head.make_cases().items():
-            if not any(sizes.compiled):
-                del functions["torch.compile"]
-            for row in bench_head.job_rows(job, functions, x, options):
-                yield {"head": "frozen" if frozen else "trained", **row}
+    yield from bench_head.head_rows(head_options(sizes, sizes.head))
 
 
-def head_options(sizes: Sizes, shape: tuple[int, ...], frozen: bool) -> bench_head.Options:
-    return bench_head.Options(*shape, frozen, sizes.device, sizes.repeats)
+def head_options(sizes: Sizes, shape: tuple[int, ...]) -> bench_head.Options:
+    return bench_head.Options(*shape, sizes.device, sizes.repeats)
 
 
 def world_run(sizes: Sizes) -> Iterator[Row]:
@@ -162,7 +162,7 @@ def steps(sizes: Sizes, rank: int) -> Iterator[Row]:
 
 
 def step_flops(loop: Loop) -> int:
-    """FLOPs of a step that recomputes nothing: those of a pair, times the pairs, all as long."""
+    """Count the FLOPs of a step that recomputes nothing: a pair's times the pairs, all as long."""
     config = loop.algorithm.config
     loop.algorithm.config = replace(config, micro_batch=1)
     pair = loop.algorithm.batches(0)[0].to(loop.start.device)
@@ -173,7 +173,7 @@ def step_flops(loop: Loop) -> int:
 
 
 def time_shares(loop: Loop, device: str) -> dict[str, float]:
-    """Per cent of a step by part, each of which waits for the device."""
+    """Return per cent of a step by part, each of which waits for the device."""
     marks, model = [], loop.start.model
     mark = lambda *_: marks.append(now(device))
     hooks = [model.register_forward_pre_hook(mark), model.head.register_forward_pre_hook(mark),
@@ -212,7 +212,7 @@ def decoding(sizes: Sizes) -> Iterator[Row]:
 
 
 def token_seconds(run: Callable, device: str) -> float:
-    """Mean seconds from one token to the next, without waiting for the device in between."""
+    """Return the mean seconds from one token to the next, not waiting for the device between."""
     first, tokens = [], []
 
     def mark(new: Tensor) -> None:
@@ -246,14 +246,14 @@ PARTS = {  # and the most seconds that each takes
 
 
 def make_model(sizes: Sizes, dtype: torch.dtype) -> LLaVA:
-    """A random model that never ends an answer."""
+    """Make a random model that never ends an answer."""
     torch.manual_seed(0)
     with torch.device(sizes.device):
         return LLaVA(replace(sizes.model, eos_token=-1)).to(dtype)
 
 
 def make_start(sizes: Sizes, rank: int) -> Start:
-    """What `recipes` makes of a model's folder."""
+    """Return what `recipes` makes of a model's folder."""
     run = Run(lora=rank, dtype="bfloat16", device=sizes.device)
     model = make_model(sizes, torch.bfloat16 if rank else torch.float32)
     start = Start(run, model, None, ImageSettings(sizes.model.vision.image_size), Path("."))
@@ -262,7 +262,7 @@ def make_start(sizes: Sizes, rank: int) -> Start:
 
 
 def make_examples(sizes: Sizes, count: int | None = None) -> list[Example]:
-    """Pairs with image features and tokens that are random."""
+    """Make pairs of random image features and tokens."""
     torch.manual_seed(0)
     config, examples = sizes.model, []
     draw = lambda length: torch.randint(3, config.image_token, (length,)).tolist()
@@ -276,8 +276,53 @@ def make_examples(sizes: Sizes, count: int | None = None) -> list[Example]:
 
 
 def rate(amount: float, run: Callable, device: str) -> float:
-    """An amount of work by the seconds that it takes, the median of ten runs."""
+    """Divide an amount of work by the seconds that it takes, the median of ten runs."""
     return amount / median(seconds(run, device) for _ in range(10))
+
+
+# ------------------------------------------------------------------------- running all of them
+
+
+def work(link: Connection, part: Part, sizes: Sizes, folder: str) -> None:
+    """Run a part in this process; send its rows as they come, then its error."""
+    os.chdir(folder)
+    try:
+        for row in part(sizes):
+            link.send(row)
+    except Exception as error:
+        traceback.print_exc()
+        link.send(f"{type(error).__name__}: {error}")
+
+
+def measure(part: Part, sizes: Sizes, limit: float) -> Row:
+    """Return a part's name, title, rows, seconds, and its error or None."""
+    started, found, error = time.perf_counter(), [], None
+    with tempfile.TemporaryDirectory() as folder:
+        process, link = start_process(work, part, sizes, folder)
+        try:
+            while link.poll(max(0, started + limit - time.perf_counter())):
+                found.append(link.recv())
+            process.kill()
+            error = f"stopped after {limit:.0f} s"
+        except (EOFError, OSError):  # it has ended, perhaps in the middle of a row
+            pass
+        process.join()
+    if found and isinstance(found[-1], str):
+        error = found.pop()
+    elif process.exitcode:
+        error = error or f"the process ended with {process.exitcode}"
+    return {"part": part.__name__, "title": part.__doc__.partition("\n")[0], "rows": found,
+            "error": error, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def markdown(part: Row) -> str:
+    """Return a part's heading, table and error."""
+    paragraphs = [f"## {part['part']}", f"{part['title']} {part['seconds']} s."]
+    if part["rows"]:
+        paragraphs.append(table(part["rows"]))
+    if part["error"]:
+        paragraphs.append(f"Failed: {part['error'].splitlines()[0]}")
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def main(options: Options, sizes: Sizes = Sizes()) -> None:

@@ -1,7 +1,8 @@
 """Compare the loss head with the usual ways and with the matmul floor.
 
 Three jobs on the same R response tokens of P pairs: log-probs without a gradient, log-probs with
-gradients for given coefficients, and the whole DDPO loss with gradients. The columns are
+gradients for given coefficients, and the whole DDPO loss with gradients; with and without a
+gradient for the vocabulary matrix, which LoRA leaves frozen. The columns are
 
 * ms: median, forward and backward together.
 * x floor: that time over the time of the bare matrix products (1 without a gradient; 3 with, 2 if
@@ -31,6 +32,7 @@ from kernels import reference
 from kernels.bench_tools import GPU, Row, machine, ratio, table, take_turns
 
 FORWARD, GRADIENTS, DDPO = "log p", "log p, gradients", "DDPO loss"  # the jobs
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
 @dataclass
@@ -39,7 +41,6 @@ class Options:
     response: int = option(100 if GPU else 40, "tokens of each response", least=1)
     width: int = option(4096 if GPU else 256, "of the hidden states (D)", least=1)
     vocab: int = option(32064 if GPU else 8192, "size of the vocabulary (V)", least=1)
-    frozen: bool = option(False, "no gradient for the head")
     device: str = option("cuda" if GPU else "cpu", "where to run", choices=("cuda", "cpu"))
     repeats: int = option(20 if GPU else 5, "measured turns", least=1)
 
@@ -52,17 +53,17 @@ class Inputs(NamedTuple):
     pairs: tuple  # segment_weight (R,), group (R,), reference (2P,), beta
 
 
-def make_inputs(options: Options) -> Inputs:
+def make_inputs(options: Options, frozen: bool) -> Inputs:
     torch.manual_seed(0)
     P, V, D, device = options.pairs, options.vocab, options.width, options.device
-    R, dtype = 2 * P * options.response, torch.bfloat16 if device == "cuda" else torch.float32
+    R, dtype = 2 * P * options.response, DTYPES[device]
     hidden = torch.randn(R, D, device=device).to(dtype).requires_grad_()
     weight = torch.randn(V, D, device=device).mul_(D**-0.5).to(dtype)
     rows, target = torch.arange(R, device=device), torch.randint(V, (R,), device=device)
     scores = torch.randn(2 * P, device=device) - V**0.1
     pairs = torch.where(rows % 7 == 0, 5.0, 1.0), rows // options.response, scores, 0.5
     coefficient = torch.randn(R, device=device) / R
-    return Inputs(hidden, weight.requires_grad_(not options.frozen), target, coefficient, pairs)
+    return Inputs(hidden, weight.requires_grad_(not frozen), target, coefficient, pairs)
 
 
 PEERS = {  # (hidden, weight, target) -> log-probs
@@ -145,6 +146,14 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return ((found.float() - expected).norm() / expected.norm()).item()
 
 
+def head_rows(options: Options) -> Iterator[Row]:
+    """Yield the rows of both heads and all jobs."""
+    for head in ("frozen", "trained"):
+        x = make_inputs(options, head == "frozen")
+        for job, functions in make_cases().items():
+            yield from ({"head": head, **row} for row in job_rows(job, functions, x, options))
+
+
 def job_rows(
     job: str, functions: dict[str, Callable], x: Inputs, options: Options
 ) -> Iterator[Row]:
@@ -167,13 +176,11 @@ def job_rows(
 
 
 def main(options: Options) -> None:
-    x, head = make_inputs(options), "frozen" if options.frozen else "trained"
     print(machine(options.device, "torch", "triton", "liger-kernel", "cut-cross-entropy"))
-    print(f"{options.pairs} pairs, R = {len(x.target)} response tokens, D = {options.width}, "
-          f"V = {options.vocab}, {x.hidden.dtype}, {head} head, median of {options.repeats}")
-    for job, functions in make_cases().items():
-        rows = list(job_rows(job, functions, x, options))
-        print(f"\n{table(rows)}", flush=True)
-        for row in rows:
-            if row["by"].startswith("ours") and "error" in row:
-                sys.exit(f"error: {row['by']}: {row['error']}")
+    print(f"{options.pairs} pairs, R = {2 * options.pairs * options.response} response tokens, "
+          f"D = {options.width}, V = {options.vocab}, {DTYPES[options.device]}, "
+          f"median of {options.repeats}\n")
+    rows = list(head_rows(options))
+    print(table(rows))
+    if failed := [row for row in rows if row["by"].startswith("ours") and "error" in row]:
+        sys.exit(f"error: {failed[0]['by']}: {failed[0]['error']}")

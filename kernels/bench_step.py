@@ -15,6 +15,7 @@ import json
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -35,7 +36,7 @@ import world
 from algorithm import Data
 from config import Run, option
 from kernels.bench_tools import (
-    machine, ratio, save_random_llava, start_process, table, take_turns, version,
+    Row, machine, ratio, save_random_llava, start_process, table, take_turns, version,
 )
 from vision import VisionConfig
 
@@ -150,8 +151,8 @@ def ask(link: Connection, step: bool) -> bool | int:
     return link.recv()
 
 
-def compare(folder: Path, options: Options, checkpointing: bool) -> None:
-    """Run both sides in turns, with or without recomputed activations."""
+def compare(folder: Path, options: Options, checkpointing: bool) -> Iterator[Row]:
+    """Run both sides in turns, with or without recomputed activations, and yield their rows."""
     peer, own = (f"{name}, recomputing" if checkpointing else name for name in ("TRL", "ours"))
     sides = {peer: trl, own: ours} if version("trl") != "absent" else {own: ours}
     links, facts = {}, {}
@@ -162,18 +163,18 @@ def compare(folder: Path, options: Options, checkpointing: bool) -> None:
         raise RuntimeError("the two sides were given different tokens")
     if not checkpointing:
         print("{parameters:.1f} M parameters; trunk {trunk:.0f} tokens, responses {response:.0f}"
-              .format_map(facts[own]))
+              .format_map(facts[own]), end="\n\n")
     steps = {name: partial(ask, link, True) for name, link in links.items()}
     times = take_turns(steps, options.repeats, "cpu")
     peaks = {name: [ask(link, False) / 1e6] for name, link in links.items()}
     once, with_once = facts[own]["once"], f"{own}, + once / {EPOCHS}"
     times[with_once] = [time + once / EPOCHS for time in times[own]]
     peaks[with_once] = peaks[own]
-    print("\n" + table([
-        {"a step by": name, "s": median(times[name]), "x TRL": ratio(times[name], times.get(peer)),
-         "MB": peaks[name][0], "MB, x TRL": ratio(peaks[name], peaks.get(peer))}
-        for name in times]))
-    print(f"once: {once:.2f} s")
+    for name in times:
+        yield {"a step by": name, "s": median(times[name]),
+               "x TRL": ratio(times[name], times.get(peer)), "MB": peaks[name][0],
+               "MB, x TRL": ratio(peaks[name], peaks.get(peer)),
+               "once s": once if name == with_once else None}
 
 
 def main(options: Options) -> None:
@@ -184,5 +185,5 @@ def main(options: Options) -> None:
         tower = VisionConfig(width, 4 * width, 6, max(1, width // 64), image_size=224)
         save_random_llava(folder, options.vocab, options.width, 8, tower)
         make_pairs(folder, options.pairs)
-        for checkpointing in (False, True):
-            compare(folder, options, checkpointing)
+        print(table([row for checkpointing in (False, True)
+                     for row in compare(folder, options, checkpointing)]))
