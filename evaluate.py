@@ -12,8 +12,7 @@
     python evaluate.py --mmhal FILLED.json --replies replies.jsonl   score the replies of a judge
     python evaluate.py --suite DIR --models A B                      all of them, side by side
 
-All scores say how they came about; the files in evaluation/ list what differs from the public
-scripts. --images defaults to the folder of the file that names the images.
+Every score says how it came about; evaluation/ lists what differs from the public scripts.
 
 On the built-in world the truth is known, so that measures for which the papers rely on people or
 GPT-4 are exact. Scenes are held out, and training never uses the wordings of the questions.
@@ -27,8 +26,7 @@ GPT-4 are exact. Scenes are held out, and training never uses the wordings of th
                          are hallucinated in that setting than anywhere
     mmhal/*              MMHal's eight kinds of question, on its scale of 0..6
 
-Answers go to --output (default: `answers` in the run's folder; runs/suite), where the same command
-resumes.
+Answers go to --output (by default the run's `answers`, or runs/suite); the same command resumes.
 """
 
 import signal

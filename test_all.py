@@ -1579,7 +1579,12 @@ MMHAL_ROWS = [
      "image_content": ["dog", "tree"], "gt_answer": "Truth", "model_answer": "A {strange} one"}
     for i in range(7)]
 read_lines = lambda path: [json.loads(line) for line in Path(path).read_text().splitlines()]
-write_lines = lambda path, *rows: Path(path).write_text("\n".join(map(json.dumps, rows)) + "\n")
+
+
+def write_lines(path, *rows):
+    """Write JSON, a line per row; one row that is a list makes a JSON array."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("\n".join(map(json.dumps, rows)) + "\n")
 
 
 def test_metrics_intervals():
@@ -2209,11 +2214,6 @@ VQA_FORMS = {  # as vqaEval.py processes them
     "somebody'd": "somebodyd"}
 
 
-def write_bench(path, *rows, array=False):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(rows) if array else "\n".join(map(json.dumps, rows)))
-
-
 def test_vqa_by_hand():
     assert {answer: vqa.normal_form(answer) for answer in VQA_FORMS} == VQA_FORMS
     people = ["two"] * 2 + ["2"] + ["three"] * 6 + ["a few"]
@@ -2244,10 +2244,10 @@ amber_rows = lambda numbers: [
 
 def write_bench_amber(folder):
     queries = [{"id": i, "image": f"{i % 2}.png", "query": f"Query {i}?"} for i in range(1, 9)]
-    write_bench(folder / "data/query/query_all.json", *queries, array=True)
+    write_lines(folder / "data/query/query_all.json", queries)
     truths = [{"id": i, **truth} for i, truth in enumerate(AMBER_TRUTHS, 1)]
-    write_bench(folder / "data/annotations.json", *truths, array=True)
-    write_bench(folder / "data/relation.json", AMBER_RELATION)
+    write_lines(folder / "data/annotations.json", truths)
+    write_lines(folder / "data/relation.json", AMBER_RELATION)
     (folder / "data/safe_words.txt").write_text("orange\nsign")
     return folder
 
@@ -2330,7 +2330,7 @@ def test_chair_and_object_halbench_by_the_synonym_file(tmp_path):
     assert bench_sums(synonyms.synonym_terms(answers, there, table)) == {
         "chair_s": (2, 4), "chair_i": (2, 7), "coverage": (2, 5),  # the short answer counts
         "objhal/response": (1, 2), "objhal/mention": (1, 5), "objhal/coverage": (2, 5)}
-    write_bench(tmp_path / "truth.json", {"1.jpg": ["seat", "table"]})
+    write_lines(tmp_path / "truth.json", {"1.jpg": ["seat", "table"]})
     truth, _ = coco.read_objects([tmp_path / "truth.json"], table.kinds_of)
     assert truth == {"1": {"chair", "dining table"}}
 
@@ -2352,7 +2352,7 @@ def run_bench(run_evaluate):
              "question": "Q {}?", "gt_answer": "T", "model_answer": ""} for i in range(8)],
         "vqa/val.jsonl": [{**image(0), "question": "What?", "answers": ["red", "b"]},
                           {**image(1), "question": "How many?", "answer": "two"}]}.items():
-        write_bench(out / name, *rows)
+        write_lines(out / name, *rows)
     write_bench_amber(out / "amber")
     (out / "chair/synonyms.txt").write_text(SYNONYMS)
     (out / "mmhal/eval_gpt4.py").write_text(JUDGE)
@@ -2374,7 +2374,7 @@ def test_suite_compares_models(run_bench):
     assert not Path("executed").exists() and any(row["model_answer"] for row in filled)
     for name, base in (("one", 0), ("half", 2)):
         replies = [{"id": i, "reply": f"Rating: {base + i % 3}"} for i in range(8)]
-        write_bench(f"out/{name}/mmhal_replies.jsonl", *replies)
+        write_lines(f"out/{name}/mmhal_replies.jsonl", *replies)
     written = {path: path.read_bytes() for path in Path("out").glob("*/*.jsonl")}
     shown = run_bench(command)
     assert written == {path: path.read_bytes() for path in written}
@@ -2452,12 +2452,12 @@ BENCH_COMMANDS = {"AMBER": "--amber set/amber --answers",
     ("one --scenes 3", 1, "measures of 2 scenes, which do not compare with --scenes 3"),
 ])
 def test_given_answers_are_scored_or_a_sentence_says_why_not(run_bench, command, status, pattern):
-    write_bench("given.jsonl", {"image": "0.png", "answer": "b"},
+    write_lines("given.jsonl", {"image": "0.png", "answer": "b"},
                 {"image": "1.png", "answer": "2 dogs, a man"})
     rows = [{"id": i, "response": text} for i, text in enumerate(AMBER_TEXTS, 1)]
-    write_bench("all.json", *rows, array=True)
-    write_bench("twice.json", rows[0], rows[0])
-    write_bench("far.json", {"id": 99, "response": "No"})
+    write_lines("all.json", rows)
+    write_lines("twice.json", rows[0], rows[0])
+    write_lines("far.json", {"id": 99, "response": "No"})
     Path("broken").write_text("words (")
     measured = {}, [{"scene": i} for i in range(2)]
     evaluation.write_results("one/results.json", {"before": measured, "after": measured})
