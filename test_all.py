@@ -75,8 +75,8 @@ from claims import __main__ as claims_command, definitions, page as claims_page,
 from data import Example, Response, collate
 from evaluation import amber as ambers
 from evaluation import (
-    answers, benchmarks, blind, builtin, charts, coco, judge, memory, metrics, parts, preview,
-    report, synonyms, vqa,
+    answers, benchmarks, blind, builtin, charts, coco, judge, memory, metrics, parts, report,
+    synonyms, vqa,
 )
 from formats import (
     Conversation, DataError, Pair, checkpoint, features, files, fingerprint, latest_state, layouts,
@@ -3909,7 +3909,7 @@ def test_activation_estimate_is_near_what_autograd_keeps(checkpointing, half):
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
         model.decoder(x, torch.arange(200)[None])
-    size = lambda text, recompute: preview.activation_bytes(
+    size = lambda text, recompute: memory.activation_bytes(
         text, 200, 2 if half else 4, recompute, half)
     estimate = size(text, checkpointing)
     if checkpointing:  # the block that is computed again is kept in the backward pass only
@@ -3926,7 +3926,7 @@ def test_memory_estimate_counts_what_is_trained(tiny_world, tokenizer, tmp_path)
     talk = Conversation("row 1", b"x", [("What?", "A car.")])
     example = Example("row 1", None, *data.conversation_tokens(talk, tokenizer, PATCHES))
     named = [("row 1", tmp_path / "a.png"), ("row 2", tmp_path / "a.png"), ("row 3", None)]
-    text = preview.memory_estimate(model, sft.SFTConfig(), [example], named, 4)
+    text = memory.memory_estimate(model, sft.SFTConfig(), [example], named, 4)
     for part in (f"{total:,}, of which {trained:,} are trained",
                  f"gradients    {trained * 4 / 1000:.3g} kB",
                  f"optimizer    {trained * 8 / 1000:.3g} kB",

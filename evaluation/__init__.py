@@ -3,11 +3,11 @@
 from evaluation.benchmarks import chair, mmhal, pope
 from evaluation.blind import blind_baselines
 from evaluation.builtin import compare_runs, measure_world
-from evaluation.memory import SHAPES, memory_table
+from evaluation.memory import SHAPES, memory_estimate, memory_table
 from evaluation.metrics import (
     columns, comparison, read_results, table, with_intervals, write_results,
 )
-from evaluation.preview import memory_estimate, show_rows
+from evaluation.preview import show_rows
 from evaluation.report import save_pairs, write_report
 
 __all__ = [

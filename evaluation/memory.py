@@ -1,13 +1,14 @@
-"""What `--dry_run --gpus N` prints: the memory of each GPU, computed from meta tensors."""
+"""What `--dry_run` prints of the memory: that of a run, and with `--gpus N` that of each GPU."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import ceil
 
 import torch
 from torch import Tensor
 
 from config import Training
-from evaluation.preview import activation_bytes
+from data import Example, row_length
+from formats import features
 from lora import add_adapter, select_trainable
 from model import LLaVA, LLaVAConfig, TextConfig
 
@@ -18,6 +19,79 @@ SHAPES = {  # LLaVA-1.5
                                        num_hidden_layers=40, num_attention_heads=40,
                                        num_key_value_heads=40)),
 }
+
+
+def memory_estimate(
+    model: LLaVA, config: Training, examples: Sequence[Example], named: features.Named,
+    itemsize: int,
+) -> str:
+    """Return the memory that a run takes, one item per line.
+
+    Args:
+        model: with the parameters selected that will be trained.
+        named: names and images of the rows, for the features.
+        itemsize: bytes of a number in computation.
+    """
+    weights = list(model.parameters())
+    trained = [weight for weight in weights if weight.requires_grad]
+    count = lambda of: sum(weight.numel() for weight in of)
+    longest, rows = max(map(row_length, examples)), min(config.micro_batch, config.batch_size)
+    checkpointing = model.decoder.gradient_checkpointing
+    float32 = itemsize < model.head.weight.element_size()
+    row = activation_bytes(model.config.text, longest, itemsize, checkpointing, float32)
+    images, patches, width = features.size(model, named)
+    stored = images * patches * width * model.head.weight.element_size()
+    where = "in memory" if stored <= features.LIMIT else "in a file in the run's folder"
+    return f"""\
+parameters   {count(weights):,}, of which {count(trained):,} are trained
+weights      {readable(size(weights))}
+gradients    {readable(size(trained))}
+optimizer    {readable(2 * size(trained))} (AdamW: two averages of every gradient)
+activations  {readable(row)} for the longest row of {longest} tokens, {readable(row * rows)} for a \
+micro-batch of {rows} such (estimated: what the decoder keeps{", checkpointed" * checkpointing})
+features     {readable(stored)} for {images} images, {where}"""
+
+
+def activation_bytes(
+    config: TextConfig, tokens: int, itemsize: int, checkpointing: bool, float32_norms: bool = False
+) -> int:
+    """Estimate the bytes that the decoder keeps of one row for the backward pass, by counting.
+
+    Per token and block: input and output of both norms (4 D); queries, keys and values (D + 2 KV);
+    the attention's output (D); gate, up, and their product (3 I). Gradient checkpointing keeps the
+    block's input (D) and recomputes one block at a time. Once per token: the last norm's input (D),
+    and the rotary cosines and sines.
+
+    Args:
+        float32_norms: half-precision products over float32 weights (autocast): the norms' inputs
+            are float32, and each of the five products of their outputs keeps a copy for itself.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    state = width * (4 if float32_norms else itemsize)  # bytes of a block's input
+    products = (7 if float32_norms else 4) * width + 3 * inner
+    products += 2 * config.num_key_value_heads * config.head_dim
+    block = 2 * state + itemsize * products
+    blocks = config.num_hidden_layers * (state if checkpointing else block)
+    once = state + itemsize * 2 * config.head_dim + (block if checkpointing else 0)
+    return tokens * (blocks + once)
+
+
+def readable(number: float) -> str:
+    """Format a number of bytes."""
+    if number < 1000:
+        return f"{number} bytes"
+    for unit in ("kB", "MB", "GB"):
+        number /= 1000
+        if number < 1000:
+            break
+    return f"{number:.3g} {unit}"
+
+
+def size(weights: Iterable[Tensor]) -> int:
+    return sum(weight.nbytes for weight in weights)
+
+
+# ------------------------------------------------------------------------------------ several GPUs
 
 
 def memory_table(models: dict[str, LLaVAConfig], gpus: int, rank: int, config: Training) -> str:
@@ -83,7 +157,3 @@ def whole_bytes(model: LLaVA, gpus: int, trains_base: bool) -> int:
     grouped = {id(w) for part in (*parts, model.vision_tower) for w in part.parameters()}
     root = size(w for w in model.parameters() if id(w) not in grouped)
     return root * (1 + trains_base) + max(counts) * (2 * 2 + (2 + 4) * trains_base)
-
-
-def size(weights: Iterable[Tensor]) -> int:
-    return sum(weight.nbytes for weight in weights)
