@@ -21,14 +21,14 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from evaluation.benchmarks import chair_terms
-from evaluation.coco import ANIMALS, IRREGULAR
+from evaluation.coco import ANIMALS, IRREGULAR, listed
 from evaluation.metrics import Terms
 from formats.rows import DataError
 
-PAIRS = """motor bike, motor cycle, air plane, traffic light, street light, traffic signal,
+PAIRS = listed("""motor bike, motor cycle, air plane, traffic light, street light, traffic signal,
     stop light, fire hydrant, stop sign, parking meter, suit case, sports ball, baseball bat,
     baseball glove, tennis racket, wine glass, hot dog, cell phone, mobile phone, teddy bear,
-    hair drier, potted plant, bow tie, laptop computer, stove top oven, home plate, train track"""
+    hair drier, potted plant, bow tie, laptop computer, stove top oven, home plate, train track""")
 YOUNG_OR_OLD = (*ANIMALS, "animal", "cub")  # after baby and adult
 SHORT = 3  # words; Object HalBench finds no objects in an answer that has no more
 SINGULAR = {plural: word for word, plural in IRREGULAR.items()}
@@ -62,13 +62,12 @@ class Synonyms:
             raise DataError(f"{path}: expected lines of words separated by ', ', as in "
                             "data/synonyms.txt of LisaAnne/Hallucination")
         self.kinds = {word: row[0] for row in rows for word in row if word}
-        fixed = {" ".join(pair.split()) for pair in PAIRS.split(",")}
         qualified = {f"{age} {animal}": animal for animal in YOUNG_OR_OLD
                      for age in ("baby", "adult")}
         qualified |= {f"passenger {vehicle}": vehicle for vehicle in ("jet", "train")}
         qualified |= {"bow tie": "tie", "toilet seat": "toilet"}
         in_file = {word for word in self.kinds if " " in word} | {"home plate", "train track"}
-        self.pairs = {pair: pair for pair in fixed} | qualified
+        self.pairs = {pair: pair for pair in PAIRS} | qualified
         self.all_pairs = {pair: pair for pair in in_file} | qualified
         self.known = {part for word in (*self.kinds, *self.pairs) for part in word.split()}
 
