@@ -1416,7 +1416,7 @@ def test_rankings_are_public_rows_and_prefer_the_truth(
         tiny_world, tokenizer, pretraining.WORLD_IMAGES, tmp_path, 20, 0, 0.0, "test")
     found = json.loads(path.read_text())
     captions = json.loads((tmp_path / "image_to_caption.json").read_text())
-    assert len(found) == 20 and asked == [feedback.CHUNK] and found[0]["image"] == "000001.png"
+    assert len(found) == 20 and asked == [8 * 20] and found[0]["image"] == "000001.png"
     for row in found:
         assert row["preference"] == 1 and row["hallucination"] and row["image"] in captions
         assert (tmp_path / "images" / row["image"]).exists()
@@ -3229,9 +3229,10 @@ def test_world_evaluation_wordings_are_unseen_but_their_words_are_not():
 
 
 def test_world_feedback_stops_where_nothing_is_false(tmp_path, monkeypatch):
-    monkeypatch.setattr(feedback, "answers", lambda *given, samples, **_: ["Hi."] * 200 * samples)
-    for collect, phrase in ((feedback.corrections, "200 completions contained a hallucination"),
-                            (feedback.rankings, "400 pairs of completions differed in merit")):
+    monkeypatch.setattr(feedback, "answers", lambda *given, samples, **_:
+                        ["Hi."] * len(given[3]) * samples)
+    for collect, phrase in ((feedback.corrections, "24 completions contained a hallucination"),
+                            (feedback.rankings, "24 pairs of completions differed in merit")):
         with pytest.raises(ValueError, match=f"only 0 of {phrase}"):
             collect(None, None, pretraining.WORLD_IMAGES, tmp_path, 1, 0)
 
