@@ -94,7 +94,8 @@ def processes(count, folder, *runs, how="", at=0):
 
 
 PROMPTS = ("--prompts", 14, "--rollout_size", 6, "--batch_size", 3, "--samples", 2,
-           "--test_scenes", 2, "--generate_batch", 4, "--max_new_tokens", 12)
+           "--test_scenes", 2, "--generate_batch", 4, "--max_new_tokens", 12,
+           "--learning_rate", 1e-4)
 RANKINGS = ("--rankings", 10, "--held_out", 5, "--batch_size", 5, "--learning_rate", 5e-6,
             "--centring", 0.5)
 OWN = ("--data", "rows.jsonl", "--images", "photos", "--batch_size", 5)
@@ -113,7 +114,8 @@ PARALLEL_RUNS = {  # sizes that neither 2 nor 3 divides
                  "--baseline", "critic"),
     "online_ddpo": ("--algo", "online_ddpo", "--prompts", 7, "--rounds", 2, "--batch_size", 3,
                     "--feedback", "reward_model", "--reward_model", "../2/rm", "--samples", 3,
-                    "--test_scenes", 2, "--generate_batch", 2, "--max_new_tokens", 12),
+                    "--test_scenes", 2, "--generate_batch", 2, "--max_new_tokens", 12,
+                    "--learning_rate", 1e-4),
     "grpo": ("--algo", "grpo", "--reward_model", "../2/rm", *PROMPTS, "--loss_mean", "answers"),
 }
 COMPARED = [(name, count) for count in (2, 3) for name in PARALLEL_RUNS
