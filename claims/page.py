@@ -51,14 +51,20 @@ def measured(claim: Claim, runs: Runs) -> list[str]:
 
 
 def summary(runs: Runs) -> str:
-    rows = ["| claim | better | than | difference | verdict |", "|---|---|---|---|---|"]
+    rows, missing = ["| claim | better | than | difference | verdict |", "|---|---|---|---|---|"], {}
     for claim in CLAIMS.values():
         for better, worse in claim.pairs:
             gap, seeds = difference(runs, claim, better, worse, claim.measure)
-            shown = f"{percent(gap, '+')} ({seeds} seeds)" if seeds else ""
-            rows.append(f"| [{claim.name}](#{claim.name}) | {better} | {worse} | {shown} | "
+            if not seeds:
+                missing[claim.name] = missing.get(claim.name, 0) + 1
+                continue
+            rows.append(f"| [{claim.name}](#{claim.name}) | {better} | {worse} | "
+                        f"{percent(gap, '+')} ({seeds} seeds) | "
                         f"{verdict(runs, claim, better, worse)} |")
-    return "\n".join(rows) + "\n"
+    listed = (f"[{name}](#{name}) ({count} of {len(CLAIMS[name].pairs)})"
+              for name, count in missing.items())
+    left = f"\nComparisons not measured yet: {', '.join(listed)}.\n" if missing else ""
+    return "\n".join(rows) + f"\n{left}"
 
 
 def section(claim: Claim, runs: Runs) -> str:
