@@ -34,8 +34,9 @@ class RolloutConfig(SamplingConfig, Training):
     """Options of algorithms that learn from rollouts, a few passes over each."""
 
     learning_rate: float | None = option(
-        None, "peak learning rate [1e-4; from 1B 1e-6 (Llama 2, GRPO), with --lora 3e-5 (release)]")
-    rates = {"small": 1e-4, "large": 1e-6, "small lora": 1e-4, "large lora": 3e-5}
+        None, "peak learning rate [5e-4, with --lora 1e-3; from 1B 1e-6 (Llama 2, GRPO), with "
+        "--lora 3e-5 (release)]")
+    rates = {"small": 5e-4, "large": 1e-6, "small lora": 1e-3, "large lora": 3e-5}
     epochs: int = option(1, "passes over the prompts")
     rollout_size: int = option(64, "prompts per rollout", least=1)
     batch_size: int = option(32, "prompts per optimizer step, with all their completions", least=1)

@@ -4933,8 +4933,8 @@ def test_large_models_get_the_papers_learning_rate(tmp_path):
         ("ddpo", (), 5e-7, 3e-4), ("ddpo", lora, 2e-4, 1e-3), ("ddpo", own, 1e-2, 1e-2),
         ("dpo", (), 5e-7, 1e-5), ("sft", (), 2e-5, 3e-4), ("sft", lora, 2e-4, 2e-4),
         ("rm", (), 1e-5, 3e-4), ("rm", lora, 2e-5, 3e-4), ("rm", (*lora, *own), 1e-2, 1e-2),
-        ("ppo", (), 1e-6, 1e-4), ("ppo", lora, 3e-5, 1e-4), ("ppo", own, 1e-2, 1e-2),
-        ("grpo", (), 1e-6, 1e-4), ("grpo", lora, 3e-5, 1e-4), ("grpo", own, 1e-2, 1e-2),
+        ("ppo", (), 1e-6, 5e-4), ("ppo", lora, 3e-5, 1e-3), ("ppo", own, 1e-2, 1e-2),
+        ("grpo", (), 1e-6, 5e-4), ("grpo", lora, 3e-5, 1e-3), ("grpo", own, 1e-2, 1e-2),
         ("online_ddpo", (), 5e-7, 3e-4), ("online_ddpo", lora, 2e-4, 1e-3),
     ):
         run, given = train.parse(["--algo", kind, "--model", str(tmp_path), *more])
