@@ -3059,6 +3059,9 @@ def test_world_oracle_marks_and_corrects_exactly_what_is_false(marked, corrected
 
 def test_world_annotators_can_be_careless():
     """Each false span is overlooked, and each correction spoiled, at the given rates."""
+    once, rng = "Two dogs at the top left.", random.Random(0)
+    twice = f"{once} Two dogs on the left."  # a repetition is always noticed
+    assert world.correct(world.careless(PARK, twice, rng, overlook=1), twice) == once
     rng, kept, total, spoiled = random.Random(0), 0, 0, 0
     for scene in map(world.make_scene, range(1200)):
         text = world.annotate(scene, rng)
