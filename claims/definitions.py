@@ -143,7 +143,7 @@ CLAIMS = {claim.name: claim for claim in (
           "least ten points.", "LLaVA-RLHF, Section 2.3",
           {"with facts": ("--algo rm --facts",), "without facts": ("--algo rm",)},
           (("with facts", "without facts"),), "agreement", higher=True, margin=0.1,
-          note="Agreement with 500 noiseless held-out pairs; *base* is before training."),
+          note="Agreement with 500 noiseless held-out pairs."),
     Claim("ppo", "PPO lowers hallucination, and more with facts given to the reward model.",
           "LLaVA-RLHF, Table 3", {"with facts": (PPO,), "without facts": (rewarded("ppo", False),)},
           (("with facts", "base"), ("without facts", "base"), ("with facts", "without facts"))),

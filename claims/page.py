@@ -59,7 +59,7 @@ def summary(runs: Runs) -> str:
                 missing[claim.name] = missing.get(claim.name, 0) + 1
                 continue
             rows.append(f"| [{claim.name}](#{claim.name}) | {better} | {worse} | "
-                        f"{percent(gap, '+')} ({seeds} seeds) | "
+                        f"{percent(gap, '+')} ({seeds} seed{'s' * (seeds > 1)}) | "
                         f"{verdict(runs, claim, better, worse)} |")
     listed = (f"[{name}](#{name}) ({count} of {len(CLAIMS[name].pairs)})"
               for name, count in missing.items())
@@ -76,12 +76,13 @@ def section(claim: Claim, runs: Runs) -> str:
         table = {label: {m: found for m in MEASURES
                          if (found := list(arm_values(runs, claim, label, m).values()))}
                  for label in ("base", *labels)}
+        table = {label: row for label, row in table.items() if row}
         shown = [m for m in MEASURES if any(m in row for row in table.values())]
         lines += [f"| | seeds | {' | '.join(TITLES[m] for m in shown)} |",
                   "|---" * (len(shown) + 2) + "|"]
         for label, row in table.items():
             cells = [number(m, mean(row[m])) if m in row else "" for m in shown]
-            lines.append(f"| {label} | {max(map(len, row.values()), default=0)} | "
+            lines.append(f"| {label} | {max(map(len, row.values()))} | "
                          f"{' | '.join(cells)} |")
         lines += ["", f"![{claim.name}](claims/figures/{claim.name}.svg)\n"]
         if curves(claim, runs):
@@ -109,8 +110,9 @@ def percent(interval: Interval, sign: str = "") -> str:
 
 def figure(claim: Claim, runs: Runs) -> str:
     """Draw the measure of every arm, with its interval over seeds and the seeds as dots."""
-    labels = ["base", *measured(claim, runs)]
-    by_seed = [list(arm_values(runs, claim, label, claim.measure).values()) for label in labels]
+    found = {label: list(arm_values(runs, claim, label, claim.measure).values())
+             for label in ("base", *measured(claim, runs))}
+    labels, by_seed = zip(*((label, each) for label, each in found.items() if each))
     top = max(0.05, max(max(each) for each in by_seed))
     x = lambda value: f"{LEFT + (WIDTH - LEFT - 20) * max(0.0, value) / top:.1f}"
     height = ROW * len(labels) + 34

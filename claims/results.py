@@ -122,7 +122,7 @@ def arm_values(runs: Runs, claim: Claim, label: str, measure: str) -> dict[int, 
         found = {}
         for alternatives in claim.arms.values():
             for options in alternatives:
-                if " then " not in options:  # that starts from a model of its own
+                if "--model {" not in options and measure != "agreement":  # one start for all
                     found |= values(runs, options, measure, "before")
         return found
     options = best(runs, claim.arms[label], claim.measure)
