@@ -166,8 +166,11 @@ CLAIMS = {claim.name: claim for claim in (
           {"group": (PPO,), "critic": (f"{PPO} --baseline critic",)}, (("group", "critic"),)),
     Claim("algorithms", "With the same reward model, prompts and completions: which algorithm "
           "makes most of them?", "ours",
-          {"PPO": (PPO,), "GRPO": (rewarded("grpo"),), "online DDPO": (rewarded(ONLINE),),
-           "offline DDPO": (rewarded(f"{ONLINE} --rounds 1"),), "best of 8": (BEST_OF,),
+          {"PPO": (PPO,), "GRPO": (rewarded("grpo"),),
+           "GRPO, KL as strong as PPO's": (rewarded("grpo --kl_coef 0.3"),),
+           "online DDPO": (rewarded(ONLINE),),
+           "offline DDPO": (rewarded(f"{ONLINE} --rounds 1"),),
+           "best of 8": (BEST_OF,),
            "DDPO, 4000 corrections": (f"{BEST_DDPO} --corrections 4000",)},
           (("PPO", "GRPO"), ("online DDPO", "offline DDPO"), ("online DDPO", "PPO"),
            ("PPO", "best of 8"), ("DDPO, 4000 corrections", "PPO")),
