@@ -15,8 +15,8 @@ What this file does differently from the paper, and why:
 1. The loss is a mean over all tokens of a batch, as in DAPO (arXiv 2503.14476). The paper averages
    each answer first, so that a token of a long answer counts for less: `--loss_mean answers`.
 2. Rewards are one number per completion ("outcome supervision"); there is no process reward.
-3. The KL weighs 0.3 and not 0.04. Rewards are divided by their spread, here about 0.3 as well, so
-   that it is as strong as PPO's 0.1.
+3. The KL weighs 0.3, not 0.04 (`--kl_coef 0.04`): rewards are divided by their spread, on the
+   built-in world about 0.3 too, so that it is as strong as PPO's 0.1.
 Dr. GRPO (arXiv 2503.20783) does not divide by the spread, which weighs prompts on whose completions
 the rewards hardly differ as much as others: `--no-divide_by_std`.
 """

@@ -47,7 +47,8 @@ class RolloutConfig(SamplingConfig, Training):
 
     def __post_init__(self):
         if self.rollout_size % self.batch_size:
-            raise ValueError(f"--rollout_size is no multiple of --batch_size {self.batch_size}")
+            raise ValueError(f"--rollout_size {self.rollout_size} is no multiple of --batch_size "
+                             f"{self.batch_size}")
 
 
 # --------------------------------------------------------------------------- models and completions

@@ -69,7 +69,6 @@ RANKINGS = {f"{count} rankings": (f"--algo dpo --feedback rankings --corrections
                                   f"--learning_rate {BEST['DPO']}",) for count in COUNTS}
 
 
-
 def staged(stage: str) -> str:
     """Return DDPO on a base that some supervised training comes first to."""
     return (f"--algo sft --feedback {stage} --learning_rate 1e-4 then "
@@ -97,8 +96,8 @@ CLAIMS = {claim.name: claim for claim in (
     Claim("few", "The same, with 200 corrections.", "RLHF-V, Figure 2",
           at_best(" --corrections 200"), PAIRS),
     Claim("anchor", "The likelihood term needs a large weight: with little of it, or with "
-          "deletions weighing gamma, more wrong places and less coverage are left. (The preference term "
-          "lowers every token of a deleted sentence, also those that are right after its "
+          "deletions weighing gamma, more wrong places and less coverage are left. (The preference "
+          "term lowers every token of a deleted sentence, also those that are right after its "
           "beginning; that this is why is a guess.)", "ours",
           {f"anchor {weight}": (f"--algo ddpo --anchor {weight} --learning_rate 1e-4",)
            for weight in (0, 1, 4, 16)}
@@ -160,7 +159,7 @@ CLAIMS = {claim.name: claim for claim in (
            "the release's": (PPO,),
            "10 per 128 tokens": (f"{PPO} --length_penalty_tokens 128",)},
           (("10 per 128 tokens", "no penalty"), ("the release's", "no penalty")), "length",
-          note="The release's penalty is 10 per 896 tokens, and answers here have 60."),
+          note="The release's penalty is 10 per 896 tokens; descriptions here have 60."),
     Claim("baseline", "The mean return of the sibling completions is as good a baseline as a "
           "critic.", "RLOO, arXiv 2402.14740",
           {"group": (PPO,), "critic": (f"{PPO} --baseline critic",)}, (("group", "critic"),)),
@@ -172,12 +171,11 @@ CLAIMS = {claim.name: claim for claim in (
            "offline DDPO": (rewarded(f"{ONLINE} --rounds 1"),),
            "best of 8": (BEST_OF,),
            "DDPO, 4000 corrections": (f"{BEST_DDPO} --corrections 4000",)},
-          (("PPO", "GRPO"), ("GRPO", "GRPO, the paper's KL weight"), ("online DDPO", "offline DDPO"), ("online DDPO", "PPO"),
-           ("PPO", "best of 8"), ("DDPO, 4000 corrections", "PPO")),
-          curves=("truth/hallucination",),
+          (("PPO", "GRPO"), ("GRPO", "GRPO, the paper's KL weight"),
+           ("online DDPO", "offline DDPO"), ("online DDPO", "PPO"), ("PPO", "best of 8"),
+           ("DDPO, 4000 corrections", "PPO")),
+          curves=("truth/hallucination", "score/rm"),
           note="All learn from 4,000 annotations: rankings, or corrections in the last arm. Those "
           "on rewards have 2,000 prompts with four completions each, so nearly equal compute; the "
-          "choice among eight answers trains nothing and pays when it answers. At the paper's weight of "
-          "the KL GRPO hacks the reward: that rises, and so do wrong places, which the reward "
-          "model hardly notices."),
+          "choice among eight answers trains nothing and pays when it answers."),
 )}

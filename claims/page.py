@@ -59,7 +59,7 @@ def summary(runs: Runs) -> str:
                 missing[claim.name] = missing.get(claim.name, 0) + 1
                 continue
             rows.append(f"| [{claim.name}](#{claim.name}) | {better} | {worse} | "
-                        f"{percent(gap, '+')} ({seeds} seed{'s' * (seeds > 1)}) | "
+                        f"{number(claim.measure, gap, '+')} ({seeds} seed{'s' * (seeds > 1)}) | "
                         f"{verdict(runs, claim, better, worse)} |")
     listed = (f"[{name}](#{name}) ({count} of {len(CLAIMS[name].pairs)})"
               for name, count in missing.items())
@@ -96,15 +96,13 @@ def section(claim: Claim, runs: Runs) -> str:
     return "\n".join(lines) + "\n"
 
 
-def number(measure: str, interval: Interval) -> str:
-    if measure == "length":
-        return f"{interval[0]:.1f}"
-    return percent(interval)
+def number(measure: str, interval: Interval, sign: str = "") -> str:
+    return percent(interval, sign, scale=1 if measure == "length" else 100)
 
 
-def percent(interval: Interval, sign: str = "") -> str:
-    """Format a share and half the width of its interval, in per cent."""
-    value, low, high = (100 * each for each in interval)
+def percent(interval: Interval, sign: str = "", scale: int = 100) -> str:
+    """Format a share (or words, at scale 1) and half the width of its interval, in per cent."""
+    value, low, high = (scale * each for each in interval)
     return f"{value:{sign}.1f}" + ("" if math.isnan(low) else f" ± {(high - low) / 2:.1f}")
 
 
@@ -126,11 +124,12 @@ def figure(claim: Claim, runs: Runs) -> str:
                          f'y1="{y:.0f}" y2="{y:.0f}"/>')
         parts += [f'<circle cx="{x(seed)}" cy="{y:.0f}" r="2.5" opacity="0.4"/>' for seed in each]
         parts.append(f'<circle cx="{x(value)}" cy="{y:.0f}" r="5"/>')
+    scale, unit = (1, "words") if claim.measure == "length" else (100, "%")
     for share in (0, top / 2, top):
         parts.append(f'<text x="{x(share)}" y="{height - 18}" text-anchor="middle">'
-                     f"{100 * share:.0f}</text>")
+                     f"{scale * share:.0f}</text>")
     parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{height - 3}" text-anchor="middle">'
-                 f"{escape(claim.measure)}, %</text>")
+                 f"{escape(claim.measure)}, {unit}</text>")
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
             f'font-family="sans-serif" font-size="12" fill="#888" stroke-width="2">'
             f'<g stroke="{COLOUR}" fill="{COLOUR}">'
