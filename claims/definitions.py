@@ -159,7 +159,7 @@ CLAIMS = {claim.name: claim for claim in (
            "the release's": (PPO,),
            "10 per 128 tokens": (f"{PPO} --length_penalty_tokens 128",)},
           (("10 per 128 tokens", "no penalty"), ("the release's", "no penalty")), "length",
-          note="The release's penalty is 10 per 896 tokens; descriptions have a twentieth of that."),
+          note="The release's is 10 per 896 tokens; descriptions have a twentieth of that."),
     Claim("baseline", "The mean return of the sibling completions is as good a baseline as a "
           "critic.", "RLOO, arXiv 2402.14740",
           {"group": (PPO,), "critic": (f"{PPO} --baseline critic",)}, (("group", "critic"),)),
