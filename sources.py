@@ -157,7 +157,8 @@ def read_examples(
     if encode:
         named = [(row.name, row.image) for row in rows]
         try:
-            features = encode_images(model, start.images, named, start.folder, stop=not keep)
+            with start.autocast():
+                features = encode_images(model, start.images, named, start.folder, not keep)
         except DataError as error:  # the first image that cannot be read; are there others?
             encode, failed = False, error
     usable, examples = [], []

@@ -4368,6 +4368,10 @@ def test_every_image_is_encoded_once_in_memory_and_on_disk(tiny_world, image_fol
         for i, reason in ((1, "cannot read image bad.jpg"), (5, "cannot read"), (9, "the image h")):
             with pytest.raises(DataError, match=f"^row {i + 1}: {reason}"):
                 found[i]
+    with torch.autocast("cpu", torch.bfloat16):  # float32 weights, half the memory
+        half = run()
+    assert half.store.dtype == torch.bfloat16 and found.store.dtype == torch.float32
+    torch.testing.assert_close(half[0].float(), found[0], atol=0.1, rtol=0.1)
     with pytest.raises(ValueError, match=r"bin: no 1000000000.0 GB for image features \("):
         features.mapped(image_folder, (10**9, 10**9), torch.uint8)
     assert sorted(image_folder.iterdir()) == before

@@ -40,7 +40,7 @@ def memory_estimate(
     float32 = itemsize < model.head.weight.element_size()
     row = activation_bytes(model.config.text, longest, itemsize, checkpointing, float32)
     images, patches, width = features.size(model, named)
-    stored = images * patches * width * model.head.weight.element_size()
+    stored = images * patches * width * itemsize
     where = "in memory" if stored <= features.LIMIT else "in a file in the run's folder"
     return f"""\
 parameters   {count(weights):,}, of which {count(trained):,} are trained

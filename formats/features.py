@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import parallel
 from formats.rows import DataError, Source, image_content, open_image
-from model import LLaVA
+from model import LLaVA, product_dtype
 from vision import ImageSettings, preprocess
 
 LIMIT = 1_000_000_000  # bytes of features that are kept in memory
@@ -55,7 +55,7 @@ def encode_images(
     model: LLaVA, settings: ImageSettings, named: Named, folder: Path | None = None,
     stop: bool = True,
 ) -> Features:
-    """Compute the features of the rows' images.
+    """Compute the features of the rows' images, and keep them in the dtype of matrix products.
 
     Args:
         named: name and image of each row; None where a row has no image.
@@ -66,7 +66,7 @@ def encode_images(
         DataError: an image cannot be read.
         ValueError: the disk has no room for them.
     """
-    shape, dtype = size(model, named), model.head.weight.dtype
+    shape, dtype = size(model, named), product_dtype(model.head.weight)
     small = folder is None or math.prod(shape) * dtype.itemsize <= LIMIT
     store = torch.empty(shape, dtype=dtype) if small else mapped(folder, shape, dtype)
     return Features(store, fill(store, model, settings, named, stop))
