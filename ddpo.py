@@ -117,9 +117,9 @@ class LossConfig(Training):
     """Options of the loss."""
 
     learning_rate: float | None = option(
-        None, "peak learning rate [3e-4, with --lora 1e-3; of a model of 1B and more 5e-7 (paper), "
+        None, "peak learning rate [3e-4, with --lora 3e-3; of a model of 1B and more 5e-7 (paper), "
         "with --lora 2e-4]")
-    rates = Training.rates | {"small": 3e-4}
+    rates = Training.rates | {"small": 3e-4, "small lora": 3e-3}
     beta: float = option(0.5, "strength of the tie to the reference (paper; release: 0.1)")
     gamma: float = option(5.0, "weight of corrected segments (paper; release: 1.1; 1: no segments)")
     normalize: bool = option(True, "scores are means (Eq. 5), not sums (Eq. 4, and the release)")

@@ -233,18 +233,27 @@ def test_command_line_follows_the_dataclasses(capsys):
 
 
 def test_alignment_reduces_hallucination_from_end_to_end(tmp_path, monkeypatch, run_train):
-    """The main job, small: sample, correct, align, measure. A fresh process does the same."""
+    """The main job, small: sample, correct, align, measure. A fresh process does the same, and
+    LoRA at its own default rate makes at least 80 % of the reduction at no more loss of coverage.
+    """
     monkeypatch.chdir(tmp_path)
     command = ("--algo ddpo --corrections 128 --test_scenes 60 --epochs 6 --out out").split()
     shown = run_train(*command)
     assert "hallucination/any" in shown and "before" in shown
-    results = json.loads(Path("out/results.json").read_text())
-    value = lambda when, name: results[when]["metrics"][name]["value"]
-    for name, most in (("hallucination/object", 0.6), ("hallucination/any", 0.999)):
-        assert value("after", name) < most * value("before", name)
-    assert value("after", "coverage") > value("before", "coverage") - 0.05
+    def change(name, folder="out"):
+        results = json.loads(Path(folder, "results.json").read_text())
+        before, after = (results[part]["metrics"][name]["value"] for part in ("before", "after"))
+        return after - before, before
+
+    for name, least in (("hallucination/object", 0.4), ("hallucination/any", 0.25)):
+        less, before = change(name)
+        assert -less > least * before
+    assert change("coverage")[0] > -0.05
     last = read_log("out")[-1]
     assert last["step"] == 24 and last["rewards/accuracies"] > 0.8
+    run_train(*command[:-1], "lora", "--lora", 16)
+    assert change("hallucination/any", "lora")[0] < 0.8 * change("hallucination/any")[0]
+    assert change("coverage", "lora")[0] > change("coverage")[0] - 0.01
     shutil.move("out", "kept")
     shutil.rmtree("runs")  # the corrections are collected again
     again = subprocess.run(
@@ -2937,6 +2946,12 @@ def test_world_lookalikes_differ_as_much_as_asked(difference, things, fields):
         assert len(less.things) == len(scene.things) - gone and less.type == scene.type
         assert set(less.things) < set(scene.things)
         assert len(world.hallucinations(less, world.describe(scene))) >= gone
+        moved = world.misplaced(scene, rng, difference)
+        found = {thing.kind: thing for thing in moved.things}
+        cells = [thing.cell for thing in moved.things]
+        assert cells == sorted(set(cells)) and len(found) == len(scene.things)
+        assert all(replace(found[t.kind], cell=t.cell) == t for t in scene.things)
+        assert sum(found[t.kind].cell != t.cell for t in scene.things) == len(pairs)
 
 
 def test_world_pictures_show_each_thing_in_its_cell_at_every_size():
@@ -3328,7 +3343,7 @@ def test_world_conversations_are_noisy_descriptions_and_true_answers(world_start
 
 
 def test_world_verification_reads_then_compares_then_gives_true_verdicts(world_start):
-    config = pretraining.RMInitConfig(batch_size=20, steps=12)  # 4 steps, 5 steps, 3 steps
+    config = pretraining.RMInitConfig(batch_size=20, steps=12)  # four of each
     source = world.tasks.VerificationTask(world_start, config)
     decode, captions = source.tokenizer.decode, lambda scene: set(world.facts(scene))
     nouns_of = lambda fact: {world.NOUNS.get(word, word) for word in fact.split()}
@@ -3360,10 +3375,10 @@ def test_world_verification_reads_then_compares_then_gives_true_verdicts(world_s
             if fact_by_fact:
                 wanted = ["Yes" if is_stated(fact, answer) else "No" for fact in facts]
             assert learned(1) == wanted and len(ends) == fact_by_fact * wanted.count("Yes")
-            assert step >= 9 or fact_by_fact and example.image is None
+            assert step >= 8 or fact_by_fact and example.image is None
             most[step] = max(most[step], wanted.count("Yes"))
             seen.add((fact_by_fact, example.image is None, bool(facts), wanted[-1]))
-    assert most[4] <= 2 < most[8]  # from lookalikes that differ in all to those that hardly do
+    assert most[4] <= 2 < most[7]  # from lookalikes that differ in all to those that hardly do
     assert min(sizes) == 2 and len(sizes) > 2 and len(seen) == 10  # every possible combination
     assert all(has_facts or not (each or text) for each, text, has_facts, _ in seen)
 
@@ -4937,12 +4952,12 @@ def test_large_models_get_the_papers_learning_rate(tmp_path):
     json_file(tmp_path, {"text_config": text, "vision_config": None}, "config.json")
     lora, own = ("--lora", "8"), ("--learning_rate", "1e-2")
     for kind, more, large, small in (
-        ("ddpo", (), 5e-7, 3e-4), ("ddpo", lora, 2e-4, 1e-3), ("ddpo", own, 1e-2, 1e-2),
-        ("dpo", (), 5e-7, 1e-5), ("sft", (), 2e-5, 3e-4), ("sft", lora, 2e-4, 2e-4),
+        ("ddpo", (), 5e-7, 3e-4), ("ddpo", lora, 2e-4, 3e-3), ("ddpo", own, 1e-2, 1e-2),
+        ("dpo", (), 5e-7, 1e-5), ("sft", (), 2e-5, 3e-4), ("sft", lora, 2e-4, 3e-3),
         ("rm", (), 1e-5, 3e-4), ("rm", lora, 2e-5, 3e-4), ("rm", (*lora, *own), 1e-2, 1e-2),
         ("ppo", (), 1e-6, 5e-4), ("ppo", lora, 3e-5, 1e-3), ("ppo", own, 1e-2, 1e-2),
         ("grpo", (), 1e-6, 5e-4), ("grpo", lora, 3e-5, 1e-3), ("grpo", own, 1e-2, 1e-2),
-        ("online_ddpo", (), 5e-7, 3e-4), ("online_ddpo", lora, 2e-4, 1e-3),
+        ("online_ddpo", (), 5e-7, 3e-4), ("online_ddpo", lora, 2e-4, 3e-3),
     ):
         run, given = train.parse(["--algo", kind, "--model", str(tmp_path), *more])
         settled = recipes.with_rate(run, given)

@@ -20,6 +20,9 @@ RATES = {  # three per method, around the best of a first search
 }
 BEST = {"SFT": "3e-4", "DPO": "3e-5", "DDPO, the paper's loss": "3e-5", "DDPO + anchor": "3e-4"}
 
+WITH_LORA = {name: f"--algo {algo} --lora 16 --learning_rate 3e-3"
+             for name, algo in (("SFT", "sft"), ("DDPO + anchor", "ddpo"))}
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -90,7 +93,10 @@ CLAIMS = {claim.name: claim for claim in (
           "the corrected answers.", "RLHF-V, Table 3", with_rates(), PAIRS,
           note="Each method at the best of three learning rates, 1,400 complete corrections."),
     Claim("overlooked", "The same, where the annotator overlooks 30 % of the false spans.",
-          "RLHF-V, Section 3.1 (corrections by people)", at_best(" --overlook 0.3"), PAIRS),
+          "RLHF-V, Section 3.1 (corrections by people)",
+          at_best(" --overlook 0.3") | {f"{name}, LoRA": (f"{line} --overlook 0.3",)
+                                        for name, line in WITH_LORA.items()},
+          (*PAIRS, ("DDPO + anchor, LoRA", "SFT, LoRA"))),
     Claim("noisy", "The same, where 10 % of the corrections make a true statement false.",
           "RLHF-V, Section 3.1 (corrections by people)", at_best(" --noise 0.1"), PAIRS),
     Claim("few", "The same, with 200 corrections.", "RLHF-V, Figure 2",
@@ -123,9 +129,10 @@ CLAIMS = {claim.name: claim for claim in (
            ("mean, beta 0.5", "mean, beta 0.5, replacements only"))),
     Claim("lora", "LoRA, at a learning rate of its own, does what training all weights does.",
           "ours", {"all weights": (BEST_DDPO,),
-                   "LoRA, rank 16": ("--algo ddpo --lora 16 --learning_rate 2e-4",
-                                     "--algo ddpo --lora 16 --learning_rate 1e-3")},
-          (("all weights", "base"), ("LoRA, rank 16", "base"))),
+                   "LoRA": ("--algo ddpo --lora 16 --learning_rate 1e-3",
+                            WITH_LORA["DDPO + anchor"]),
+                   "SFT, LoRA": (WITH_LORA["SFT"],)},
+          (("LoRA", "base"), ("LoRA", "all weights"), ("LoRA", "SFT, LoRA")), note="Rank 16."),
     Claim("over_generalisation", "DDPO lowers over-generalisation, the extra mentions of an absent "
           "object in its typical setting.", "RLHF-V, Table 2", at_best(),
           (("DDPO + anchor", "base"), ("DDPO, the paper's loss", "base")), "over_generalisation"),

@@ -27,7 +27,7 @@ from world.oracle import (
 )
 from world.scenes import (
     COLOURS, KINDS, NUMBERS, PLACES, SCENES, USUAL_CELLS, Scene, Thing, labels, lookalike,
-    make_scene,
+    make_scene, misplaced,
 )
 from world.texts import (
     DESCRIBE_PROMPTS_EVAL, DESCRIBE_PROMPTS_TRAIN, Rates, annotate, describe, facts, statements,
@@ -42,6 +42,6 @@ __all__ = [
     "NUMBERS", "PLACE", "PLACES", "QUESTION_PROMPTS_EVAL", "QUESTION_PROMPTS_TRAIN", "Question",
     "Rates", "SCENES", "Scene", "Span", "TOPICS", "Thing", "USUAL_CELLS", "annotate",
     "answer_is_right", "careless", "correct", "describe", "draw", "exists_question", "facts",
-    "hallucinations", "labels", "lookalike", "make_scene", "mentions", "merit", "question",
-    "questions", "rank", "statements",
+    "hallucinations", "labels", "lookalike", "make_scene", "mentions", "merit", "misplaced",
+    "question", "questions", "rank", "statements",
 ]

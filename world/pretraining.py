@@ -186,11 +186,11 @@ class RMInitConfig(DecoderConfig):
     muon_rate: float = option(0.015, "peak learning rate of Muon, for the blocks' matrices")
     micro_batch: int = option(
         16, "rows per forward pass; smaller needs less memory, same result", least=1)
-    steps: int = option(2400, "optimizer steps", least=1)
+    steps: int = option(1200, "optimizer steps", least=1)
     layers: int = option(2, "decoder layers put on top of the base's: comparison needs more depth "
                          "than description")
-    reading: float = option(0.32, "share of the steps that teach reading, which comes first; 0 to "
-                            "train a finished one on")
+    reading: float = option(0.32, "share of the steps that teach reading, which comes first; 1 or "
+                            "0 for a run of one part of the curriculum")
 
 
 class Base(sft.SFT):

@@ -142,6 +142,25 @@ def lookalike(scene: Scene, rng: Random, difference: float, fewer: bool = False)
     return scene
 
 
+def misplaced(scene: Scene, rng: Random, difference: float) -> Scene:
+    """Put some things in each other's places or in empty ones, and change nothing else.
+
+    Args:
+        difference: 0..1, the share of the things that change places; at least one does.
+    """
+    chosen = rng.sample(range(len(scene.things)), max(1, round(difference * len(scene.things))))
+    cells = [scene.things[i].cell for i in chosen]
+    free = scene.free_cells()
+    pool = cells + rng.sample(free, min(len(free), rng.randint(len(cells) == 1, len(cells))))
+    new = rng.sample(pool, len(cells))
+    while any(old == cell for old, cell in zip(cells, new)):
+        new = rng.sample(pool, len(cells))
+    things = list(scene.things)
+    for i, cell in zip(chosen, new):
+        things[i] = replace(things[i], cell=cell)
+    return replace(scene, things=tuple(sorted(things, key=lambda thing: thing.cell)))
+
+
 def labels(scene: Scene) -> tuple[list[int], list[int], list[int], int]:
     """Return per-cell classes for pretraining the vision tower: (kinds, colours, numbers, setting).
 

@@ -84,12 +84,13 @@ class VerificationTask:
     an answer, and its branches bring the facts of the scene or of a lookalike.
     """
 
-    COMPARING = 0.42  # share of the steps in phase 2; verdicts on whole answers need it
+    COMPARING = 0.3  # share of the steps in phase 2; verdicts on whole answers need it
     FACT_BY_FACT = 0.5  # share of phase 3's responses that go on comparing each fact, as practice
     RAMP = 0.15  # share of the steps after phase 1 over which lookalikes become hard: comparison is
     # learned from obvious errors and needed for small ones
     HARDEST = 0.95  # similarity of the hardest lookalikes, 0 (all differs) to 1
-    FEWER = 0.33  # share of the lookalikes that lack things: the answer then states too much
+    MISPLACED = 0.4  # share of the lookalikes that differ in places alone: the last to be noticed
+    FEWER = 0.33  # share of the others that lack things: the answer then states too much
     IMAGES = 0.33  # share of phase 3's rows with an image; those without are shorter
     FACT_WEIGHT = 0.25  # of a stated fact's tokens; its verdict has 1. At 0 reading is unlearned
     SCENES = 6000  # at most, different ones
@@ -187,7 +188,10 @@ class VerificationTask:
         """Yield four times a scene for a verdict (half of them lookalikes), and a lookalike."""
         for _ in range(4):
             difference = 1 - hardest * rng.random() ** 0.5
-            other = world.lookalike(scene, rng, difference, rng.random() < self.FEWER)
+            if rng.random() < self.MISPLACED:
+                other = world.misplaced(scene, rng, difference)
+            else:
+                other = world.lookalike(scene, rng, difference, rng.random() < self.FEWER)
             yield (scene if rng.random() < 0.5 else other), other
 
     def request(self, facts: list[str]) -> list[int]:
