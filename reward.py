@@ -40,7 +40,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import parallel
@@ -52,7 +51,7 @@ from data import (
 )
 from formats.adapters import load_adapter
 from formats.checkpoint import load_llava
-from formats.files import open_file, write_atomic
+from formats.files import open_file, write_atomic, write_tensors
 from formats.tokenizer import Tokenizer
 from lora import use_adapter
 from model import LLaVA
@@ -283,7 +282,7 @@ def save_head(reward_model: RewardModel, folder: Path, provenance: dict[str, str
     """Write the scalar head; `provenance` as the function returns it."""
     tensors = {name: getattr(reward_model, name).detach().cpu() for name in ("weight", "bias")}
     metadata = {"format": "pt", **provenance}
-    parallel.once(lambda: save_file(tensors, folder / HEAD, metadata))
+    parallel.once(lambda: write_tensors(folder / HEAD, tensors, metadata))
 
 
 def require_head(folder: Path) -> None:

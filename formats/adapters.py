@@ -7,13 +7,14 @@ the file's metadata and are refused over any other.
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 import formats.layouts as layouts
 from formats.checkpoint import fingerprint, match
 import parallel
 import sharding
-from formats.files import atomic_folder, brief, open_file, read_json, write_atomic
+from formats.files import (
+    atomic_folder, brief, open_file, read_json, write_atomic, write_tensors,
+)
 from lora import LoRALinear, add_adapter, lora_layers
 from model import LLaVA
 
@@ -54,7 +55,7 @@ def save_adapter(model: LLaVA, name: str, path: Path | str, base: str | Path = "
     if parallel.rank():
         return
     with atomic_folder(Path(path)) as out:
-        save_file(tensors, out / "adapter_model.safetensors", metadata)
+        write_tensors(out / "adapter_model.safetensors", tensors, metadata)
         write_atomic(out / "adapter_config.json", config)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 
@@ -179,6 +180,20 @@ def understood(file: Path | str) -> Iterator[None]:
     except (TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file}: a field has a value that it cannot have "
                          f"({type(error).__name__}: {brief(str(error))}); copy it again") from None
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file so that equal contents are equal bytes.
+
+    The library puts several metadata into a random order; here they are sorted.
+    """
+    content = save(tensors, metadata)
+    start = 8 + int.from_bytes(content[:8], "little")  # of the numbers
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write_atomic(file, len(text).to_bytes(8, "little") + text + content[start:])
 
 
 def open_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
