@@ -240,6 +240,7 @@ def test_alignment_reduces_hallucination_from_end_to_end(tmp_path, monkeypatch, 
     command = ("--algo ddpo --corrections 128 --test_scenes 60 --epochs 6 --out out").split()
     shown = run_train(*command)
     assert "hallucination/any" in shown and "before" in shown
+
     def change(name, folder="out"):
         results = json.loads(Path(folder, "results.json").read_text())
         before, after = (results[part]["metrics"][name]["value"] for part in ("before", "after"))
