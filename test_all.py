@@ -1378,12 +1378,13 @@ def read_given(tiny_world, tokenizer, tmp_path):
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     (tmp_path / "captions.json").write_text(json.dumps({"a.png": ["a car", "a dog"]}))
 
-    def read(kind, path=None, images=tmp_path, captions="captions.json", facts=True, **changes):
+    def read(kind, path=None, images=tmp_path, captions="captions.json", facts=True,
+             dtype="float32", **changes):
         own = tmp_path / "rows.json"
         own.write_text(json.dumps([row | changes]))
         return sources.read_examples(
-            make_start(tiny_world, tokenizer, tmp_path), kind.Config(facts=facts), kind,
-            [path or own], images, captions and tmp_path / captions)[1]
+            make_start(tiny_world, tokenizer, tmp_path, dtype=dtype), kind.Config(facts=facts),
+            kind, [path or own], images, captions and tmp_path / captions)[1]
 
     return read
 
@@ -1395,6 +1396,8 @@ def test_rows_become_examples_with_their_facts(read_given, tokenizer, tmp_path):
     assert tokenizer.decode(chosen.tokens).strip() == "A cat." and chosen.tokens[-1] == EOS
     assert (pair.facts, pair.question, pair.picture) == (["a car", "a dog"], "What is it?", "a.png")
     assert pair.image.shape == (PATCHES, 16) and set(chosen.weight) == {1.0}
+    assert pair.image.dtype == torch.float32
+    assert read_given(reward.RewardTraining, dtype="bfloat16")[0].image.dtype == torch.bfloat16
     assert (prompt.truth, prompt.length_factor, prompt.responses) == ("no", 0.5, [])
     assert prompt.prompt == data.prompt_tokens(tokenizer, data.prompt_text("What is it?"), PATCHES)
     assert read_given(ppo.PPO, facts=False)[0].facts == ()
@@ -3383,6 +3386,9 @@ def test_world_verification_reads_then_compares_then_gives_true_verdicts(world_s
             assert step >= 8 or fact_by_fact and example.image is None
             most[step] = max(most[step], wanted.count("Yes"))
             seen.add((fact_by_fact, example.image is None, bool(facts), wanted[-1]))
+    pairs = [pair for i in range(20) for pair in source.lookalikes(PARK, 1.0, Random(i))]
+    what = lambda scene: {(thing.kind, thing.colour, thing.number) for thing in scene.things}
+    assert 0.3 < np.mean([what(other) == what(PARK) for _, other in pairs]) < 0.55  # misplaced
     assert most[4] <= 2 < most[7]  # from lookalikes that differ in all to those that hardly do
     assert min(sizes) == 2 and len(sizes) > 2 and len(seen) == 10  # every possible combination
     assert all(has_facts or not (each or text) for each, text, has_facts, _ in seen)
