@@ -153,8 +153,7 @@ CLAIMS = {claim.name: claim for claim in (
     Claim("ppo", "PPO lowers hallucination, and more with facts given to the reward model.",
           "LLaVA-RLHF, Table 3", {"with facts": (PPO,), "without facts": (rewarded("ppo", False),)},
           (("with facts", "base"), ("without facts", "base"), ("with facts", "without facts")),
-          note="An answer that names nothing has nothing false: read coverage beside it. Without "
-          "facts the policy came to name nothing but the setting (\"The picture shows a farm.\")."),
+          note="An answer that names nothing has nothing false: read coverage beside it."),
     Claim("hacking", "Four times as many steps against the same reward model hallucinate less, not "
           "more: the reward is not hacked.", "LLaVA-RLHF, Section 2.3",
           {"PPO": (PPO,), "PPO, four times as long":

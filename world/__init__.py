@@ -26,8 +26,8 @@ from world.oracle import (
     NOUNS, PLACE, Span, careless, correct, hallucinations, mentions, merit, rank,
 )
 from world.scenes import (
-    COLOURS, KINDS, NUMBERS, PLACES, SCENES, USUAL_CELLS, Scene, Thing, labels, lookalike,
-    make_scene, misplaced,
+    COLOURS, KINDS, NUMBERS, PLACES, SCENES, USUAL_CELLS, Scene, Thing, exchanged, extended,
+    labels, lookalike, make_scene,
 )
 from world.texts import (
     DESCRIBE_PROMPTS_EVAL, DESCRIBE_PROMPTS_TRAIN, Rates, annotate, describe, facts, statements,
@@ -41,7 +41,7 @@ __all__ = [
     "COLOURS", "CONTENT", "DESCRIBE_PROMPTS_EVAL", "DESCRIBE_PROMPTS_TRAIN", "KINDS", "NOUNS",
     "NUMBERS", "PLACE", "PLACES", "QUESTION_PROMPTS_EVAL", "QUESTION_PROMPTS_TRAIN", "Question",
     "Rates", "SCENES", "Scene", "Span", "TOPICS", "Thing", "USUAL_CELLS", "annotate",
-    "answer_is_right", "careless", "correct", "describe", "draw", "exists_question", "facts",
-    "hallucinations", "labels", "lookalike", "make_scene", "mentions", "merit", "misplaced",
+    "answer_is_right", "careless", "correct", "describe", "draw", "exchanged", "exists_question",
+    "extended", "facts", "hallucinations", "labels", "lookalike", "make_scene", "mentions", "merit",
     "question", "questions", "rank", "statements",
 ]

@@ -182,15 +182,31 @@ class BaseConfig(DecoderConfig):
 class RMInitConfig(DecoderConfig):
     """Hyperparameters of the reward model's initialisation, on top of the base."""
 
-    learning_rate: float = option(2e-3, "peak learning rate of AdamW (embeddings, head, norms)")
+    learning_rate: float = option(1.5e-3, "peak learning rate of AdamW (embeddings, head, norms)")
     muon_rate: float = option(0.015, "peak learning rate of Muon, for the blocks' matrices")
     micro_batch: int = option(
         16, "rows per forward pass; smaller needs less memory, same result", least=1)
     steps: int = option(1200, "optimizer steps", least=1)
     layers: int = option(2, "decoder layers put on top of the base's: comparison needs more depth "
                          "than description")
+    soften: float = option(0.5, "factor on the base's queries and keys; 1 for a later part of the "
+                                "curriculum")
     reading: float = option(0.32, "share of the steps that teach reading, which comes first; 1 or "
                             "0 for a run of one part of the curriculum")
+    comparing: float = option(0.3, "share of the steps after these that compare fact by fact, which "
+                              "verdicts on whole answers need")
+
+
+def soften(model: LLaVA, factor: float) -> None:
+    """Scale the decoder's queries and keys by a factor, and so its attention scores by its square.
+
+    The base attends to single tokens with a weight near 1, and where softmax is saturated, no
+    gradient says which other token would be of use.
+    """
+    with torch.no_grad():
+        for block in model.decoder.layers:
+            block.self_attn.q_proj.weight *= factor
+            block.self_attn.k_proj.weight *= factor
 
 
 class Base(sft.SFT):
@@ -211,6 +227,7 @@ class RMInit(sft.SFT):
     Config, reads, first = RMInitConfig, "", ("base",)
 
     def __init__(self, start: Start, config: RMInitConfig, data: Data | None):
+        soften(start.model, config.soften)
         add_layers(start.model, config.layers, start.run.seed)
         super().__init__(start, config, source=VerificationTask(start, config))
 

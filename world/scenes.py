@@ -76,9 +76,24 @@ class Scene:
         return sorted(set(range(9)) - {thing.cell for thing in self.things})
 
 
+def in_reading_order(things: Iterable[Thing]) -> tuple[Thing, ...]:
+    return tuple(sorted(things, key=lambda thing: thing.cell))
+
+
 def weighted_choice(rng: Random, weights: Mapping[Key, float]) -> Key:
     """Draw a key with a probability proportional to its weight."""
     return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def place(kind: str, free: list[int], rng: Random) -> Thing:
+    """Draw a thing of this kind, mostly in its usual colour and cell, and take that from `free`."""
+    usual = USUAL_CELLS[kind] in free and rng.random() < USUAL_CELL
+    cell = USUAL_CELLS[kind] if usual else rng.choice(free)
+    free.remove(cell)
+    colour = KINDS[kind]
+    if rng.random() < UNUSUAL_COLOUR:
+        colour = rng.choice([other for other in COLOURS if other != colour])
+    return Thing(kind, colour, rng.choices((1, 2, 3), NUMBER_WEIGHTS)[0], cell)
 
 
 def make_scene(seed: int | str, split: str = "train") -> Scene:
@@ -100,17 +115,8 @@ def make_scene(seed: int | str, split: str = "train") -> Scene:
             pool = SCENES[setting] if rng.random() < TYPICAL else dict.fromkeys(KINDS, 1)
             pool = {kind: weight for kind, weight in pool.items() if kind not in kinds}
             kinds[weighted_choice(rng, pool)] = None
-        found = []
         free = list(range(9))
-        for kind in kinds:
-            usual = USUAL_CELLS[kind] in free and rng.random() < USUAL_CELL
-            cell = USUAL_CELLS[kind] if usual else rng.choice(free)
-            free.remove(cell)
-            colour = KINDS[kind]
-            if rng.random() < UNUSUAL_COLOUR:
-                colour = rng.choice([other for other in COLOURS if other != colour])
-            found.append(Thing(kind, colour, rng.choices((1, 2, 3), NUMBER_WEIGHTS)[0], cell))
-        things = tuple(sorted(found, key=lambda thing: thing.cell))
+        things = in_reading_order(place(kind, free, rng) for kind in kinds)
         is_test = zlib.crc32(repr((setting, things)).encode()) % TEST_SHARE == 0
         if is_test == (split == "test"):
             return Scene(seed, setting, things)
@@ -142,23 +148,36 @@ def lookalike(scene: Scene, rng: Random, difference: float, fewer: bool = False)
     return scene
 
 
-def misplaced(scene: Scene, rng: Random, difference: float) -> Scene:
-    """Put some things in each other's places or in empty ones, and change nothing else.
+def exchanged(scene: Scene, rng: Random, difference: float, field: str) -> Scene:
+    """Change the kinds or the cells of some things, partly among each other, and nothing else.
 
     Args:
-        difference: 0..1, the share of the things that change places; at least one does.
+        difference: 0..1, the share of the things that change; at least one does.
+        field: "kind" or "cell".
     """
     chosen = rng.sample(range(len(scene.things)), max(1, round(difference * len(scene.things))))
-    cells = [scene.things[i].cell for i in chosen]
-    free = scene.free_cells()
-    pool = cells + rng.sample(free, min(len(free), rng.randint(len(cells) == 1, len(cells))))
-    new = rng.sample(pool, len(cells))
-    while any(old == cell for old, cell in zip(cells, new)):
-        new = rng.sample(pool, len(cells))
+    old = [getattr(scene.things[i], field) for i in chosen]
+    free = scene.free_cells() if field == "cell" else scene.absent()
+    pool = old + rng.sample(free, min(len(free), rng.randint(len(old) == 1, len(old))))
+    new = rng.sample(pool, len(old))
+    while any(before == after for before, after in zip(old, new)):
+        new = rng.sample(pool, len(old))
     things = list(scene.things)
-    for i, cell in zip(chosen, new):
-        things[i] = replace(things[i], cell=cell)
-    return replace(scene, things=tuple(sorted(things, key=lambda thing: thing.cell)))
+    for i, value in zip(chosen, new):
+        things[i] = replace(things[i], **{field: value})
+    return replace(scene, things=in_reading_order(things))
+
+
+def extended(scene: Scene, rng: Random, difference: float) -> Scene:
+    """Add things of other kinds, each in its usual colour and cell most often.
+
+    Args:
+        difference: 0..1, how many for each that is there; one at least.
+    """
+    free = scene.free_cells()
+    count = min(len(free), max(1, round(difference * len(scene.things))))
+    more = [place(kind, free, rng) for kind in rng.sample(scene.absent(), count)]
+    return replace(scene, things=in_reading_order((*scene.things, *more)))
 
 
 def labels(scene: Scene) -> tuple[list[int], list[int], list[int], int]:

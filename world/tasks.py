@@ -5,8 +5,9 @@ an optimizer step. Its seeds spell out names that the shipped models were made w
 would draw other scenes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 from torch import Tensor
@@ -71,34 +72,40 @@ class ConversationTask:
 class VerificationTask:
     """Answers to be verified by captions or by the image, as a reward model will meet them.
 
-    An answer is true if each thing it names is there. To compare, the model first has to find in
-    the answer what a caption speaks of. So the curriculum has three phases:
+    An answer is true if it names what is there, as it is, and nothing else. To compare, the model
+    first has to find in the answer what a caption speaks of. So the curriculum has three phases:
 
-    1. reading: write the facts of a description of a few things, or of many;
+    1. reading: write the facts of a description of a few things, or of many. Kinds weigh most:
+       they are the last to be read where they stand;
     2. comparing: after each fact of a reward request, say whether the answer states it. A verdict
        on each fact teaches in minutes what one verdict on all of them does not;
-    3. verifying: give a verdict on the whole answer, while some facts are still compared.
+    3. verifying: give a verdict on the whole answer, the less likely "yes" the more is false in
+       it, while some facts are still compared.
 
     False answers describe lookalikes of the scene. These begin as different from it as can be and
     come to differ in one word, easy ones staying among them. Most rows have no image: the trunk is
     an answer, and its branches bring the facts of the scene or of a lookalike.
     """
 
-    COMPARING = 0.3  # share of the steps in phase 2; verdicts on whole answers need it
-    FACT_BY_FACT = 0.5  # share of phase 3's responses that go on comparing each fact, as practice
+    FACT_BY_FACT = 0.3  # share of phase 3's responses that go on comparing each fact, as practice
     RAMP = 0.15  # share of the steps after phase 1 over which lookalikes become hard: comparison is
     # learned from obvious errors and needed for small ones
     HARDEST = 0.95  # similarity of the hardest lookalikes, 0 (all differs) to 1
-    MISPLACED = 0.4  # share of the lookalikes that differ in places alone: the last to be noticed
-    FEWER = 0.33  # share of the others that lack things: the answer then states too much
-    IMAGES = 0.33  # share of phase 3's rows with an image; those without are shorter
-    FACT_WEIGHT = 0.25  # of a stated fact's tokens; its verdict has 1. At 0 reading is unlearned
+    EXCHANGED = 0.3  # share of the lookalikes that differ in kinds or in places alone: the words
+    # of a fact do not suffice then, only where they stand in the answer
+    EXTRA = 0.25  # share of the others that differ in how much there is: the answer says too much
+    IMAGES = 0.4  # share of phase 3's rows with an image; those without are shorter
+    KIND_WEIGHT, WEIGHT = 4.0, 0.25  # in phase 1, of kinds and of the rest; number and colour: 1
+    IF_TRUE, PER_ERROR = 0.9, 0.5  # P(yes) of a true answer, and its factor for each thing said
+    # that is not there, or there and not said: so log-odds rank answers that are both false
+    VERDICT_WEIGHT = 5.0  # of a verdict on the whole; on a fact it is 1
+    FACT_WEIGHT = 0.25  # of a stated fact's tokens. At 0 reading is unlearned
     SCENES = 6000  # at most, different ones
 
     def __init__(self, start: Start, config: Training):
         self.tokenizer, self.seed = start.tokenizer, start.run.seed
         self.steps, self.batch_size = config.steps, config.batch_size
-        self.reading = config.reading  # share of the steps in phase 1
+        self.reading, self.comparing = config.reading, config.comparing  # shares of the steps
         self.patches = start.model.config.vision.patches
         count = min(self.SCENES, self.steps * self.batch_size)
         self.scenes = [world.make_scene(f"judge {self.seed} {i}") for i in range(count)]
@@ -106,6 +113,9 @@ class VerificationTask:
         encode = self.tokenizer.encode
         self.ends = {encode(f"it{sign}")[-1] for sign in ";."}  # of a fact in a reward request
         self.yes, self.no = (encode(word)[0] for word in ("Yes.", "No."))
+        token = lambda word: encode(f"on {word}")[-1]
+        self.weight = {token(noun): self.KIND_WEIGHT for noun in world.NOUNS}
+        self.weight |= {token(word): 1.0 for word in (*world.COLOURS, "a", "two", "three")}
 
     def examples(self, step: int) -> list[Example]:
         rng = Random(f"verdicts {self.seed} {step}")
@@ -114,7 +124,7 @@ class VerificationTask:
         if step < first:
             rows = [self.read(self.scenes[i], rng) for i in chosen]
         else:
-            comparing = step < first + round(self.COMPARING * self.steps)
+            comparing = step < first + round(self.comparing * self.steps)
             ramp = max(1.0, self.RAMP * (self.steps - first))  # steps until lookalikes are hard
             hardest = self.HARDEST * min(1.0, (step - first) / ramp)
             verify = self.compare if comparing else self.verify
@@ -130,7 +140,8 @@ class VerificationTask:
         if rng.random() < 0.5:
             answer = "; ".join(shuffled.pop()) + "."
         requests = [self.request(order) for order in shuffled[:3]]
-        responses = [Response(tokens, [1.0] * len(tokens)) for tokens in requests]
+        responses = [Response(tokens, [self.weight.get(token, self.WEIGHT) for token in tokens])
+                     for tokens in requests]
         return self.text_row(scene, answer, responses, rng)
 
     def compare(self, i: int, hardest: float, rng: Random) -> Example:
@@ -144,14 +155,12 @@ class VerificationTask:
             return self.without_image(scene, hardest, self.FACT_BY_FACT, rng)
         facts = world.facts(scene) if rng.random() < 0.7 else []
         responses = []
-        for answered, other in self.lookalikes(scene, hardest, rng):
+        for answered in self.versions(scene, hardest, world.extended, rng):
+            answer = self.tokenizer.encode(world.describe(answered))
             if facts and rng.random() < self.FACT_BY_FACT:
-                answer = self.tokenizer.encode(world.describe(other))
-                responses.append(self.fact_verdicts(answer, facts, other))
+                responses.append(self.fact_verdicts(answer, facts, answered))
             else:
-                answer = self.tokenizer.encode(world.describe(answered))
-                is_true = set(answered.things) <= set(scene.things)
-                responses.append(self.verdict(answer, facts, is_true))
+                responses.append(self.verdict(answer, facts, answered, scene, rng))
         asked = data.prompt_text(rng.choice(world.DESCRIBE_PROMPTS_TRAIN))
         trunk = data.prompt_tokens(self.tokenizer, asked, self.patches)
         return Example(f"scene {scene.seed}", self.features[i], trunk, responses)
@@ -162,11 +171,12 @@ class VerificationTask:
         """Make a row whose trunk is an answer, and whose responses are facts and verdicts."""
         scene = self.part(scene, rng)
         responses = []
-        for shown, other in self.lookalikes(scene, hardest, rng):
+        fewer = partial(world.lookalike, fewer=True)
+        for shown in self.versions(scene, hardest, fewer, rng):
             if rng.random() < fact_by_fact:
-                responses.append(self.fact_verdicts([], world.facts(other), scene))
+                responses.append(self.fact_verdicts([], world.facts(shown), scene))
             else:
-                responses.append(self.verdict([], world.facts(shown), shown == scene))
+                responses.append(self.verdict([], world.facts(shown), scene, shown, rng))
         return self.text_row(scene, world.describe(scene), responses, rng)
 
     def part(self, scene: world.Scene, rng: Random) -> world.Scene:
@@ -182,25 +192,41 @@ class VerificationTask:
         trunk = data.prompt_tokens(self.tokenizer, asked, 0) + self.tokenizer.encode(answer)
         return Example(f"scene {scene.seed}", None, trunk, responses)
 
-    def lookalikes(
-        self, scene: world.Scene, hardest: float, rng: Random
-    ) -> Iterator[tuple[world.Scene, world.Scene]]:
-        """Yield four times a scene for a verdict (half of them lookalikes), and a lookalike."""
+    def versions(
+        self, scene: world.Scene, hardest: float, extra: Callable, rng: Random
+    ) -> Iterator[world.Scene]:
+        """Yield a scene four times, half of them as lookalikes.
+
+        Args:
+            extra: makes a lookalike with which the answer states too much.
+        """
         for _ in range(4):
             difference = 1 - hardest * rng.random() ** 0.5
-            if rng.random() < self.MISPLACED:
-                other = world.misplaced(scene, rng, difference)
+            if rng.random() < 0.5:
+                yield scene
+            elif rng.random() < self.EXCHANGED:
+                yield world.exchanged(scene, rng, difference, rng.choice(("kind", "cell")))
             else:
-                other = world.lookalike(scene, rng, difference, rng.random() < self.FEWER)
-            yield (scene if rng.random() < 0.5 else other), other
+                change = extra if rng.random() < self.EXTRA else world.lookalike
+                yield change(scene, rng, difference)
 
     def request(self, facts: list[str]) -> list[int]:
         return self.tokenizer.encode(f"USER: {data.reward_request(facts)} ASSISTANT:")
 
-    def verdict(self, answer: list[int], facts: list[str], is_true: bool) -> Response:
-        """Make a response of an answer (or none), the reward request, and the verdict."""
-        tokens = answer + self.request(facts) + [self.yes if is_true else self.no]
-        return Response(tokens, [0.0] * (len(tokens) - 1) + [1.0])
+    def verdict(
+        self, answer: list[int], facts: list[str], answered: world.Scene, shown: world.Scene,
+        rng: Random,
+    ) -> Response:
+        """Make a response of an answer (or none), the reward request, and the verdict.
+
+        Args:
+            answered: the scene that the answer, here or in the trunk, describes.
+            shown: the scene in the image and in the facts.
+        """
+        errors = len(set(answered.things) ^ set(shown.things))
+        is_yes = rng.random() < self.IF_TRUE * self.PER_ERROR ** errors
+        tokens = answer + self.request(facts) + [self.yes if is_yes else self.no]
+        return Response(tokens, [0.0] * (len(tokens) - 1) + [self.VERDICT_WEIGHT])
 
     def fact_verdicts(
         self, answer: list[int], facts: list[str], answered: world.Scene
