@@ -3425,6 +3425,9 @@ def test_world_verification_reads_then_compares_then_gives_true_verdicts(world_s
     assert most[4] <= 2 < most[7]  # from lookalikes that differ in all to those that hardly do
     assert min(sizes) == 2 and len(sizes) > 2 and len(seen) == 10  # every possible combination
     assert all(has_facts or not (each or text) for each, text, has_facts, _ in seen)
+    later = replace(config, reading=0.0, comparing=0.0)
+    source = world.tasks.VerificationTask(replace(world_start, tokenizer=words), later)
+    assert any(row.image is not None for row in source.examples(0))
 
 
 # ======================================================================================= model.py
