@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from itertools import pairwise
+from operator import itemgetter
 
 import torch
 import torch.distributed as dist
@@ -161,6 +162,25 @@ def in_parts(
     bar = tqdm(shares(rows, size), description, disable=None if description else True, leave=False)
     found = [(function(part), counts) for part, counts in bar]
     return [result for result, counts in gather(found) if counts]
+
+
+def by_length(
+    function: Callable[[Sequence], Tensor], rows: Sequence, size: int, length: Callable,
+    entries: Callable,
+) -> Tensor:
+    """What a function returns for rows, computed in parts of like length: little is padding.
+
+    Args:
+        function: rows -> (..., E), the entries of each row after those of the row before.
+        length, entries: of a row, the number of its slots and of its entries in E.
+
+    Returns:
+        (..., E) in the order of the rows, whatever order they were computed in.
+    """
+    order = sorted(range(len(rows)), key=lambda i: length(rows[i]))
+    found = torch.cat(in_parts(function, [rows[i] for i in order], size), dim=-1)
+    pieces = zip(order, found.split([entries(rows[i]) for i in order], dim=-1))
+    return torch.cat([piece for _, piece in sorted(pieces, key=itemgetter(0))], dim=-1)
 
 
 def once(function: Callable):

@@ -246,7 +246,13 @@ def rate(
         batch = reward_batch(reward_model, tokenizer, rows)
         return reward_model(batch.to(reward_model.weight.device)).cpu()
 
-    return torch.cat(parallel.in_parts(part, rows, size))
+    return parallel.by_length(part, rows, size, slots, entries=lambda row: len(row[1]))
+
+
+def slots(row: Row) -> int:
+    """Count the tokens of an example's prompt and of the answers to it."""
+    example, answers = row
+    return len(example.prompt) + sum(map(len, answers))
 
 
 def rate_pairs(

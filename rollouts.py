@@ -23,7 +23,7 @@ from formats.tokenizer import Tokenizer
 from generation import generate, worth_compiling
 from lora import lora_layers, select_trainable, use_adapter
 from model import LLaVA
-from reward import RewardModel, load_reward_model
+from reward import RewardModel, load_reward_model, slots
 from scoring import SamplingConfig, Scorer, completion_table, has_own_base, load_judge, summary
 
 SHOWN = 8  # completions of every rollout that go into samples.jsonl
@@ -40,6 +40,8 @@ class RolloutConfig(SamplingConfig, Training):
     epochs: int = option(1, "passes over the prompts")
     rollout_size: int = option(64, "prompts per rollout", least=1)
     batch_size: int = option(32, "prompts per optimizer step, with all their completions", least=1)
+    micro_batch: int = option(8, "prompts per forward pass, with all their completions; smaller "
+                              "needs less memory, same result", least=1)
     inner_epochs: int = option(2, "passes over a rollout (PPO's release; GRPO's paper: 1)", least=1)
     cliprange: float = option(0.2, "of the ratio (release)")
     held_out_reward_model: str | None = option(
@@ -207,9 +209,10 @@ def per_token(
         batch = completion_batch(model, part).to(model.head.weight.device)
         return torch.stack([function(batch) for function in functions]).float().cpu()
 
-    found = parallel.in_parts(evaluate, list(zip(examples, tokens)), micro_batch)
-    # A batch's entries come completion by completion, token by token, as True does in the mask.
-    flat = torch.cat(found, dim=1)  # (functions, R)
+    # A row's entries come completion by completion, token by token, as True does in the mask.
+    flat = parallel.by_length(  # (functions, R)
+        evaluate, list(zip(examples, tokens)), micro_batch, slots,
+        entries=lambda row: sum(map(len, row[1])))
     return mask, *(torch.zeros(mask.shape).masked_scatter(mask, values) for values in flat)
 
 

@@ -259,6 +259,18 @@ def test_shares_are_as_many_on_every_process(monkeypatch):
         assert sorted(found) == list(range(rows)) and len(set(parts)) == 1
 
 
+def test_rows_of_like_length_are_computed_together_and_returned_as_given():
+    rows, parts = ["ccc", "a", "dddd", "bb", "e"], []
+
+    def codes(part):  # (2, E), an entry per letter
+        parts.append(part)
+        return torch.tensor([[ord(letter) for row in part for letter in row]]).repeat(2, 1)
+
+    found = parallel.by_length(codes, rows, 2, length=len, entries=len)
+    assert parts == [["a", "e"], ["bb", "ccc"], ["dddd"]]
+    assert torch.equal(found, codes(rows))
+
+
 def test_a_pretraining_run_refuses_several_processes(monkeypatch):
     monkeypatch.setattr(parallel, "world", lambda: 2)
     with pytest.raises(ValueError, match="--algo vision runs in one process: python train.py"):
