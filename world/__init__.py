@@ -27,10 +27,11 @@ from world.oracle import (
 )
 from world.scenes import (
     COLOURS, KINDS, NUMBERS, PLACES, SCENES, USUAL_CELLS, Scene, Thing, exchanged, extended,
-    labels, lookalike, make_scene,
+    labels, lookalike, make_scene, repeated,
 )
 from world.texts import (
-    DESCRIBE_PROMPTS_EVAL, DESCRIBE_PROMPTS_TRAIN, Rates, annotate, describe, facts, statements,
+    DESCRIBE_PROMPTS_EVAL, DESCRIBE_PROMPTS_TRAIN, Rates, annotate, describe, facts, misreported,
+    statements,
 )
 from world.vqa import (
     CONTENT, QUESTION_PROMPTS_EVAL, QUESTION_PROMPTS_TRAIN, TOPICS, Question, answer_is_right,
@@ -43,5 +44,5 @@ __all__ = [
     "Rates", "SCENES", "Scene", "Span", "TOPICS", "Thing", "USUAL_CELLS", "annotate",
     "answer_is_right", "careless", "correct", "describe", "draw", "exchanged", "exists_question",
     "extended", "facts", "hallucinations", "labels", "lookalike", "make_scene", "mentions", "merit",
-    "question", "questions", "rank", "statements",
+    "misreported", "question", "questions", "rank", "repeated", "statements",
 ]

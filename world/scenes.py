@@ -156,12 +156,11 @@ def exchanged(scene: Scene, rng: Random, difference: float, field: str) -> Scene
         field: "kind" or "cell".
     """
     chosen = rng.sample(range(len(scene.things)), max(1, round(difference * len(scene.things))))
-    old = [getattr(scene.things[i], field) for i in chosen]
+    old = new = [getattr(scene.things[i], field) for i in chosen]
     free = scene.free_cells() if field == "cell" else scene.absent()
-    pool = old + rng.sample(free, min(len(free), rng.randint(len(old) == 1, len(old))))
-    new = rng.sample(pool, len(old))
     while any(before == after for before, after in zip(old, new)):
-        new = rng.sample(pool, len(old))
+        more = min(len(free), rng.randint(len(old) == 1, len(old)))
+        new = rng.sample(old + rng.sample(free, more), len(old))
     things = list(scene.things)
     for i, value in zip(chosen, new):
         things[i] = replace(things[i], **{field: value})
@@ -178,6 +177,12 @@ def extended(scene: Scene, rng: Random, difference: float) -> Scene:
     count = min(len(free), max(1, round(difference * len(scene.things))))
     more = [place(kind, free, rng) for kind in rng.sample(scene.absent(), count)]
     return replace(scene, things=in_reading_order((*scene.things, *more)))
+
+
+def repeated(scene: Scene, rng: Random) -> Scene:
+    """Add one of the things a second time, in a free cell."""
+    again = replace(rng.choice(scene.things), cell=rng.choice(scene.free_cells()))
+    return replace(scene, things=in_reading_order((*scene.things, again)))
 
 
 def labels(scene: Scene) -> tuple[list[int], list[int], list[int], int]:

@@ -91,13 +91,15 @@ class VerificationTask:
     RAMP = 0.15  # share of the steps after phase 1 over which lookalikes become hard: comparison is
     # learned from obvious errors and needed for small ones
     HARDEST = 0.95  # similarity of the hardest lookalikes, 0 (all differs) to 1
-    EXCHANGED = 0.3  # share of the lookalikes that differ in kinds or in places alone: the words
+    HABITS = 0.4  # share of the lookalikes that are what the noisy annotator reports, as the base
+    REPEATED = 0.3  # will; and of these, how often a thing is reported twice, as only the base does
+    EXCHANGED = 0.3  # share of the others that differ in kinds or in places alone: the words
     # of a fact do not suffice then, only where they stand in the answer
-    EXTRA = 0.25  # share of the others that differ in how much there is: the answer says too much
+    EXTRA = 0.25  # share of the rest that differ in how much there is: the answer says too much
     IMAGES = 0.4  # share of phase 3's rows with an image; those without are shorter
     KIND_WEIGHT, WEIGHT = 4.0, 0.25  # in phase 1, of kinds and of the rest; number and colour: 1
-    IF_TRUE, PER_ERROR = 0.9, 0.5  # P(yes) of a true answer, and its factor for each thing said
-    # that is not there, or there and not said: so log-odds rank answers that are both false
+    IF_TRUE, PER_ERROR = 0.9, 0.4  # P(yes) of a true answer, and its factor for each kind that it
+    # leaves out, makes up or describes wrongly: so log-odds rank answers that are both false
     VERDICT_WEIGHT = 5.0  # of a verdict on the whole; on a fact it is 1
     FACT_WEIGHT = 0.25  # of a stated fact's tokens. At 0 reading is unlearned
     SCENES = 6000  # at most, different ones
@@ -155,7 +157,8 @@ class VerificationTask:
             return self.without_image(scene, hardest, self.FACT_BY_FACT, rng)
         facts = world.facts(scene) if rng.random() < 0.7 else []
         responses = []
-        for answered in self.versions(scene, hardest, world.extended, rng):
+        reported = self.reported(scene, rng)
+        for answered in self.versions(scene, hardest, world.extended, reported, rng):
             answer = self.tokenizer.encode(world.describe(answered))
             if facts and rng.random() < self.FACT_BY_FACT:
                 responses.append(self.fact_verdicts(answer, facts, answered))
@@ -169,20 +172,26 @@ class VerificationTask:
         self, scene: world.Scene, hardest: float, fact_by_fact: float, rng: Random
     ) -> Example:
         """Make a row whose trunk is an answer, and whose responses are facts and verdicts."""
-        scene = self.part(scene, rng)
-        responses = []
+        truth = self.part(scene, rng, 4)
+        scene, responses = self.reported(truth, rng), []
         fewer = partial(world.lookalike, fewer=True)
-        for shown in self.versions(scene, hardest, fewer, rng):
+        for shown in self.versions(scene, hardest, fewer, truth, rng):
             if rng.random() < fact_by_fact:
                 responses.append(self.fact_verdicts([], world.facts(shown), scene))
             else:
                 responses.append(self.verdict([], world.facts(shown), scene, shown, rng))
         return self.text_row(scene, world.describe(scene), responses, rng)
 
-    def part(self, scene: world.Scene, rng: Random) -> world.Scene:
-        """Keep some of the scene's things, two at least."""
-        count = rng.randint(2, len(scene.things))
+    def part(self, scene: world.Scene, rng: Random, most: int = 5) -> world.Scene:
+        """Keep some of the scene's things, two at least and `most` at most."""
+        count = rng.randint(2, min(most, len(scene.things)))
         return replace(scene, things=tuple(rng.sample(scene.things, count)))
+
+    def reported(self, scene: world.Scene, rng: Random) -> world.Scene:
+        """Return what the noisy annotator reports, at times with a thing in two places."""
+        scene = world.misreported(scene, rng)
+        again = rng.random() < self.REPEATED and len(scene.free_cells()) > 1
+        return world.repeated(scene, rng) if again else scene
 
     def text_row(
         self, scene: world.Scene, answer: str, responses: list[Response], rng: Random
@@ -193,17 +202,21 @@ class VerificationTask:
         return Example(f"scene {scene.seed}", None, trunk, responses)
 
     def versions(
-        self, scene: world.Scene, hardest: float, extra: Callable, rng: Random
+        self, scene: world.Scene, hardest: float, extra: Callable, habitual: world.Scene,
+        rng: Random,
     ) -> Iterator[world.Scene]:
         """Yield a scene four times, half of them as lookalikes.
 
         Args:
             extra: makes a lookalike with which the answer states too much.
+            habitual: the lookalike of which the one is the noisy annotator's report of the other.
         """
         for _ in range(4):
             difference = 1 - hardest * rng.random() ** 0.5
             if rng.random() < 0.5:
                 yield scene
+            elif rng.random() < self.HABITS * hardest:
+                yield habitual
             elif rng.random() < self.EXCHANGED:
                 yield world.exchanged(scene, rng, difference, rng.choice(("kind", "cell")))
             else:
@@ -223,7 +236,7 @@ class VerificationTask:
             answered: the scene that the answer, here or in the trunk, describes.
             shown: the scene in the image and in the facts.
         """
-        errors = len(set(answered.things) ^ set(shown.things))
+        errors = len({thing.kind for thing in set(answered.things) ^ set(shown.things)})
         is_yes = rng.random() < self.IF_TRUE * self.PER_ERROR ** errors
         tokens = answer + self.request(facts) + [self.yes if is_yes else self.no]
         return Response(tokens, [0.0] * (len(tokens) - 1) + [self.VERDICT_WEIGHT])

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from random import Random
 
-from world.scenes import COLOURS, KINDS, NUMBERS, PLACES, SCENES, USUAL_CELLS, Scene, Thing
+from world.scenes import (
+    COLOURS, KINDS, NUMBERS, PLACES, SCENES, USUAL_CELLS, Scene, Thing, in_reading_order,
+)
 
 OPENINGS = ("The picture shows a {}.", "This is a picture of a {}.", "This is a {}.")
 SENTENCES = (  # the place comes first: so small a model names a thing by looking where it stands
@@ -103,6 +105,11 @@ def describe(scene: Scene) -> str:
 
 def annotate(scene: Scene, rng: Random, rates: Rates = Rates()) -> str:
     """Write the noisy annotator's description: the true one, with the habits that `Rates` lists."""
+    return describe_things(scene, reported(scene, rng, rates))
+
+
+def reported(scene: Scene, rng: Random, rates: Rates = Rates()) -> dict[int, Thing]:
+    """Return the things that the noisy annotator reports, by the cell where their sentence is."""
     things = {thing.cell: misreport(thing, rng, rates) for thing in scene.things}
     popular = SCENES[scene.type]
     expected = sorted(popular, key=popular.__getitem__, reverse=True)[:EXPECTED]
@@ -110,7 +117,13 @@ def annotate(scene: Scene, rng: Random, rates: Rates = Rates()) -> str:
         cell = USUAL_CELLS[kind]
         if cell not in things and rng.random() < rates.missing_object:
             things[cell] = Thing(kind, KINDS[kind], 1, cell)
-    return describe_things(scene, things)
+    return things
+
+
+def misreported(scene: Scene, rng: Random) -> Scene:
+    """Return the scene that the noisy annotator describes."""
+    things = {thing.cell: thing for thing in reported(scene, rng).values()}
+    return replace(scene, things=in_reading_order(things.values()))
 
 
 def misreport(thing: Thing, rng: Random, rates: Rates) -> Thing:
