@@ -15,8 +15,6 @@ What this file does differently from the paper, and why:
 1. The loss is a mean over all tokens of a batch, as in DAPO (arXiv 2503.14476). The paper averages
    each answer first, so that a token of a long answer counts for less: `--loss_mean answers`.
 2. Rewards are one number per completion ("outcome supervision"); there is no process reward.
-3. The KL weighs 0.3, not 0.04 (`--kl_coef 0.04`): rewards are divided by their spread, on the
-   built-in world about 0.3 too, so that it is as strong as PPO's 0.1.
 Dr. GRPO (arXiv 2503.20783) does not divide by the spread, which weighs prompts on whose completions
 the rewards hardly differ as much as others: `--no-divide_by_std`.
 """
@@ -37,8 +35,7 @@ EPSILON = 1e-4  # added to the spread, as in TRL and verl
 
 @dataclass
 class GRPOConfig(RolloutConfig):
-    kl_coef: float = option(0.3, "beta, weight of the KL in the loss; the paper's 0.04 lets the "
-                            "built-in reward model be hacked (CLAIMS.md)")
+    kl_coef: float = option(0.04, "beta, weight of the KL in the loss (paper)")
     loss_mean: str = option("tokens", "the loss is a mean over all tokens of a batch (DAPO), or "
                             "over answers, each the mean of its tokens (paper)",
                             choices=("tokens", "answers"))

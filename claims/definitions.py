@@ -174,14 +174,12 @@ CLAIMS = {claim.name: claim for claim in (
     Claim("algorithms", "With the same reward model, prompts and completions: which algorithm "
           "makes most of them?", "ours",
           {"PPO": (PPO,), "GRPO": (rewarded("grpo"),),
-           "GRPO, the paper's KL weight": (rewarded("grpo --kl_coef 0.04"),),
            "online DDPO": (rewarded(ONLINE),),
            "offline DDPO": (rewarded(f"{ONLINE} --rounds 1"),),
            "best of 8": (BEST_OF,),
            "DDPO, 4000 corrections": (f"{BEST_DDPO} --corrections 4000",)},
-          (("PPO", "GRPO"), ("GRPO", "GRPO, the paper's KL weight"),
-           ("online DDPO", "offline DDPO"), ("online DDPO", "PPO"), ("PPO", "best of 8"),
-           ("DDPO, 4000 corrections", "PPO")),
+          (("PPO", "GRPO"), ("online DDPO", "offline DDPO"), ("online DDPO", "PPO"),
+           ("PPO", "best of 8"), ("DDPO, 4000 corrections", "PPO")),
           curves=("truth/hallucination", "score/rm"),
           note="All learn from 4,000 annotations: rankings, or corrections in the last arm. Those "
           "on rewards have 2,000 prompts with four completions each, so nearly equal compute; the "
