@@ -34,9 +34,8 @@ What this file does differently, and why:
    `--max_new_tokens` is: relative to a short limit it would over-penalise length.
 7. A completion ends with end-of-sequence alone. The release also cuts it behind "?", after which it
    counts as one without an end: `--cut_at_question`.
-8. Completions are sampled at a temperature of 1.2, and the KL weighs 0.02. At 1, as in the release,
-   the built-in policy soon says what it believes in every completion of a prompt, right or wrong,
-   and nothing is left to compare; at 0.1 it stays where it is.
+8. The KL weighs 0.02, not 0.1, with which the built-in policy stays too near to a base that is
+   nearly always wrong: of its answers 34 % had something false, and 20 % with 0.02 (one seed).
 9. The release starts from a policy of its own: one epoch at 1e-4 of supervised training on 10k
    LLaVA and 5k A-OKVQA conversations. Here: `--algo sft --epochs 1 --learning_rate 1e-4`, whose
    result is `--model` of the reward model and of PPO.

@@ -36,7 +36,7 @@ class SamplingConfig:
     generate_batch: int = option(64, "prompts decoded at a time", least=1)
     max_new_tokens: int = option(128, "completions are cut off here (release: 896)", least=1)
     temperature: float = option(
-        1.2, "of sampling and of all log-probabilities (release: 1)", least=0.01)
+        1.0, "of sampling and of all log-probabilities (release)", least=0.01)
     cut_at_question: bool = option(
         False, "cut completions behind their first '?', so that they do not end (release)")
     reward_model: str | None = option(None, "folder of a run of --algo rm, of any base")

@@ -1115,7 +1115,7 @@ def test_temperature_divides_the_logits(tiny_world, tokenizer):
 def on_policy(model, tokenizer, folder, kind=ppo.PPO, prompt_count=8, score=len, **changes):
     """An algorithm on given rewards; 4 prompts per rollout, 2 completions of each."""
     settings = {"rollout_size": 4, "batch_size": 2, "samples": 2, "micro_batch": 2,
-                "max_new_tokens": 4, "epochs": 4, "temperature": 1.0, **changes}
+                "max_new_tokens": 4, "epochs": 4, **changes}
     model = copy.deepcopy(model)
     scores = lambda rows: {"rm": torch.tensor(
         [float(score(each)) for _, completions in rows for each in completions])}
