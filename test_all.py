@@ -2968,6 +2968,9 @@ def test_world_lookalikes_differ_as_much_as_asked(difference, things, fields):
             assert list(scene.things) == [
                 replace(a, **{field: getattr(b, field)}) for a, b in zip(now, scene.things)]
             assert [t.cell for t in other.things] == sorted(t.cell for t in other.things)
+        full = world.extended(scene, rng, 3.0)
+        moved = set(full.things) ^ set(world.exchanged(full, rng, 0.0, "cell").things)
+        assert not full.free_cells() and len(moved) == 4  # two have changed places
         more = world.extended(scene, rng, difference)
         assert set(more.things) > set(scene.things)
         size = len(scene.things) + (things or min(len(scene.things), len(scene.free_cells())))

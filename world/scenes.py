@@ -152,12 +152,14 @@ def exchanged(scene: Scene, rng: Random, difference: float, field: str) -> Scene
     """Change the kinds or the cells of some things, partly among each other, and nothing else.
 
     Args:
-        difference: 0..1, the share of the things that change; at least one does.
+        difference: 0..1, the share of the things that change; at least one does, or two where no
+            cell is free.
         field: "kind" or "cell".
     """
-    chosen = rng.sample(range(len(scene.things)), max(1, round(difference * len(scene.things))))
-    old = new = [getattr(scene.things[i], field) for i in chosen]
     free = scene.free_cells() if field == "cell" else scene.absent()
+    count = max(1 if free else 2, round(difference * len(scene.things)))
+    chosen = rng.sample(range(len(scene.things)), count)
+    old = new = [getattr(scene.things[i], field) for i in chosen]
     while any(before == after for before, after in zip(old, new)):
         more = min(len(free), rng.randint(len(old) == 1, len(old)))
         new = rng.sample(old + rng.sample(free, more), len(old))
