@@ -151,8 +151,10 @@ CLAIMS = {claim.name: claim for claim in (
           (("with facts", "without facts"),), "agreement", higher=True, margin=0.1,
           note="Agreement with 500 noiseless held-out pairs."),
     Claim("ppo", "PPO lowers hallucination, and more with facts given to the reward model.",
-          "LLaVA-RLHF, Table 3", {"with facts": (PPO,), "without facts": (rewarded("ppo", False),)},
-          (("with facts", "base"), ("without facts", "base"), ("with facts", "without facts")),
+          "LLaVA-RLHF, Table 3", {"with facts": (PPO,), "without facts": (rewarded("ppo", False),),
+                                  "with facts, KL 0.1": (rewarded("ppo --kl_coef 0.1"),)},
+          (("with facts", "base"), ("without facts", "base"), ("with facts", "without facts"),
+           ("with facts", "with facts, KL 0.1")),
           note="An answer that names nothing has nothing false: read coverage beside it."),
     Claim("hacking", "Four times as many steps against the same reward model hallucinate less, not "
           "more: the reward is not hacked.", "LLaVA-RLHF, Section 2.3",
