@@ -251,8 +251,7 @@ def rate(
 
 def slots(row: Row) -> int:
     """Count the tokens of an example's prompt and of the answers to it."""
-    example, answers = row
-    return len(example.prompt) + sum(map(len, answers))
+    return len(row[0].prompt) + sum(map(len, row[1]))
 
 
 def rate_pairs(

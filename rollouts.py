@@ -40,8 +40,7 @@ class RolloutConfig(SamplingConfig, Training):
     epochs: int = option(1, "passes over the prompts")
     rollout_size: int = option(64, "prompts per rollout", least=1)
     batch_size: int = option(32, "prompts per optimizer step, with all their completions", least=1)
-    micro_batch: int = option(8, "prompts per forward pass, with all their completions; smaller "
-                              "needs less memory, same result", least=1)
+    micro_batch: int = option(8, "prompts per forward pass, with all their completions", least=1)
     inner_epochs: int = option(2, "passes over a rollout (PPO's release; GRPO's paper: 1)", least=1)
     cliprange: float = option(0.2, "of the ratio (release)")
     held_out_reward_model: str | None = option(
