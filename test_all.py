@@ -3427,6 +3427,12 @@ def test_world_verification_reads_then_compares_then_gives_true_verdicts(world_s
             seen.add((fact_by_fact, example.image is None, bool(facts), wanted[-1]))
     assert 0.8 < np.mean(verdicts[0]) < 1 and np.mean(verdicts[3]) < 0.25  # graded by errors
     assert 0.2 < np.mean(verdicts[1]) < 0.55 and too_much > 9 and twice > 9
+    first, *rest = PARK.things
+    other = replace(first, colour=next(c for c in world.COLOURS if c != first.colour))
+    wrong = replace(PARK, things=(other, *rest))  # one error, though two things differ
+    verdicts = [source.verdict([], world.facts(PARK), wrong, PARK, Random(i)) for i in range(400)]
+    said_yes = np.mean([decode(each.tokens[-1:]) == "Yes" for each in verdicts])
+    assert said_yes == pytest.approx(0.9 * 0.4, abs=0.1)
     habitual = [source.reported(PARK, Random(i)) for i in range(60)]
     versions = [version for i, report in enumerate(habitual)
                 for version in source.versions(PARK, 1.0, world.extended, report, Random(i))]

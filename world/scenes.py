@@ -182,7 +182,7 @@ def extended(scene: Scene, rng: Random, difference: float) -> Scene:
 
 
 def repeated(scene: Scene, rng: Random) -> Scene:
-    """Add one of the things a second time, in a free cell."""
+    """Add one of the things a second time, in a cell that is free: one at least has to be."""
     again = replace(rng.choice(scene.things), cell=rng.choice(scene.free_cells()))
     return replace(scene, things=in_reading_order((*scene.things, again)))
 

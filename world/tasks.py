@@ -91,8 +91,9 @@ class VerificationTask:
     RAMP = 0.15  # share of the steps after phase 1 over which lookalikes become hard: comparison is
     # learned from obvious errors and needed for small ones
     HARDEST = 0.95  # similarity of the hardest lookalikes, 0 (all differs) to 1
-    HABITS = 0.4  # share of the lookalikes that are what the noisy annotator reports, as the base
-    REPEATED = 0.3  # will; and of these, how often a thing is reported twice, as only the base does
+    HABITS = 0.4  # share of the hardest lookalikes that err as the noisy annotator does, and so the
+    # base: one of the two scenes is his report of the other
+    REPEATED = 0.3  # share of the reports in which a thing stands twice, as only the base has it
     EXCHANGED = 0.3  # share of the others that differ in kinds or in places alone: the words
     # of a fact do not suffice then, only where they stand in the answer
     EXTRA = 0.25  # share of the rest that differ in how much there is: the answer says too much
