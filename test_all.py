@@ -614,6 +614,21 @@ def test_readme_names_every_room_and_the_right_lines():
         assert right == [int(line)], f"{name} is at line {right} of {file}"
 
 
+def test_every_page_is_reached_from_the_readme():
+    rooms = [ROOT, *(path.parent for path in ROOT.glob("*/__init__.py"))]
+    pages, reached = {page for room in rooms for page in room.glob("*.md")}, set()
+    waiting = [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        reached.add(page)
+        for link in re.findall(r"\]\(([^)#:]+)(?:#\w+)?\)", page.read_text()):
+            target = Path(os.path.normpath(page.parent / link))
+            assert target.exists(), f"{page.relative_to(ROOT)} leads to {link}"
+            if target.suffix == ".md" and target not in reached:
+                waiting.append(target)
+    assert reached == pages
+
+
 def simpo_in_the_readme():
     """The code of the README's own algorithm, and its line in the registry."""
     readme = (ROOT / "README.md").read_text()
