@@ -2188,6 +2188,7 @@ def test_claims_verdicts_follow_their_rule(tmp_path):
     assert verdict("worse", "best") == "does not hold: the opposite does"
     assert verdict("best", "near") == "not decided by these seeds"
     assert verdict("silent", "best") == "only at 3.0 points less coverage"
+    assert verdict("best", "silent") == "the other names 3.0 points less: not comparable"
     assert verdict("best", "new") == "not measured yet"
     (value, low, high), seeds = tally.difference(runs, claim, "worse", "best", definitions.ANY)
     half = 4.30 * np.std([0.19, 0.2, 0.22], ddof=1) / 3**0.5

@@ -30,8 +30,8 @@ class Claim:
 
     It holds for a pair (better, worse) of arms if the 95 % interval of the difference in `measure`
     over seeds lies below 0 (above `margin` for a measure of which more is better), at a coverage no
-    more than one point lower; it fails if the interval lies on the other side; otherwise these
-    seeds do not decide.
+    more than one point lower; it fails if the interval lies on the other side, and the other does
+    not owe that to less coverage; otherwise these seeds do not decide.
     """
 
     name: str
@@ -151,10 +151,12 @@ CLAIMS = {claim.name: claim for claim in (
           (("with facts", "without facts"),), "agreement", higher=True, margin=0.1,
           note="Agreement with 500 noiseless held-out pairs."),
     Claim("ppo", "PPO lowers hallucination, and more with facts given to the reward model.",
-          "LLaVA-RLHF, Table 3", {"with facts": (PPO,), "without facts": (rewarded("ppo", False),),
-                                  "with facts, KL 0.1": (rewarded("ppo --kl_coef 0.1"),)},
+          "LLaVA-RLHF, Table 3",
+          {"with facts": (PPO,), "without facts": (rewarded("ppo", False),),
+           "with facts, KL 0.1": (rewarded("ppo --kl_coef 0.1"),),
+           "without facts, KL 0.1": (rewarded("ppo --kl_coef 0.1", False),)},
           (("with facts", "base"), ("without facts", "base"), ("with facts", "without facts"),
-           ("with facts", "with facts, KL 0.1")),
+           ("with facts", "with facts, KL 0.1"), ("with facts, KL 0.1", "without facts, KL 0.1")),
           note="An answer that names nothing has nothing false: read coverage beside it."),
     Claim("hacking", "Four times as many steps against the same reward model hallucinate less, not "
           "more: the reward is not hacked.", "LLaVA-RLHF, Section 2.3",

@@ -151,10 +151,11 @@ def verdict(runs: Runs, claim: Claim, better: str, worse: str) -> str:
     reverse = high < 0 if claim.higher else low > 0
     if claim.higher:
         low, high = claim.margin - high, claim.margin - low
-    (lost, _, _), known = difference(runs, claim, worse, better, "coverage")
+    (lost, _, _), _ = difference(runs, claim, worse, better, "coverage")  # NaN where not measured
     if high < 0:
-        less = known and lost > COVERAGE
-        return f"only at {100 * lost:.1f} points less coverage" if less else "holds"
+        return f"only at {100 * lost:.1f} points less coverage" if lost > COVERAGE else "holds"
+    if low > 0 and -lost > COVERAGE:
+        return f"the other names {-100 * lost:.1f} points less: not comparable"
     if low > 0:
         return "does not hold: the opposite does" if reverse else "does not hold"
     return "not decided by these seeds"
