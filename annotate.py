@@ -141,8 +141,11 @@ def serve(given: Namespace) -> None:
             server.serve_forever()
         except KeyboardInterrupt:
             images = given.images or given.answers.parent
-            print("\nall corrections are saved; next: "
-                  f"python train.py --algo ddpo --data {path} --images {images}")
+            model = "".join(f" --{name} {value}" for name in ("model", "tower")
+                            if (value := getattr(given, name)) and not given.world)
+            following = f"; next: python train.py --algo ddpo --data {path} --images {images}{model}"
+            written = path.exists() and path.stat().st_size
+            print(f"\nall corrections are saved{following if written else ''}")
 
 
 def main(arguments: list[str] | None = None) -> int:

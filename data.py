@@ -236,7 +236,7 @@ def prompt_tokens(tokenizer: Tokenizer, text: str, patches: int) -> list[int]:
     return ids
 
 
-def turn(tokenizer: "Tokenizer", given: str, answer: str, weight: float = 1.0) -> Response:
+def turn(tokenizer: Tokenizer, given: str, answer: str, weight: float = 1.0) -> Response:
     """Return a branch that is given `given` and learns `answer` and end-of-sequence."""
     before, after = tokenizer.encode(given), tokenizer.encode(answer, eos=True)
     return Response(before + after, [0.0] * len(before) + [weight] * len(after))

@@ -142,7 +142,7 @@ class DPOConfig(DDPOConfig):
         None, "peak learning rate [1e-5, with --lora 1e-3; of a model of 1B and more 5e-7, with "
         "--lora 2e-4]")
     rates = Training.rates
-    anchor: float = option(0.0, "weight of the likelihood term on the chosen response", least=0)
+    anchor: float = option(0.0, "weight of the likelihood term on the chosen response")
     beta: float = option(0.1, "strength of the tie to the reference (DPO's own code)")
     gamma: float = option(1.0, "weight of corrected segments; DPO has none")
     normalize: bool = option(False, "scores are sums (Eq. 4)")

@@ -142,26 +142,29 @@ def load(args: Namespace, path: str) -> Loaded:
 def run_world(args: Namespace) -> None:
     """Measure a run's model on the built-in world; rewrite its results.json and report.html.
 
-    With --best_of these stay, and the choice has a results.json of its own.
+    With --best_of or --output these stay, and a results.json of its own is written.
     """
+    if args.temperature and not args.best:
+        raise ValueError("the built-in world is measured greedily; --temperature goes with "
+                         "--best_of here")
     folder = model_folder(args.run)
     is_run = folder.name == "model" and (folder.parent / "config.json").exists()
     path = folder.parent / "results.json"
-    results = evaluation.read_results(path) if is_run and path.exists() else {}
+    results = evaluation.read_scenes(path) if is_run and path.exists() else {}
     before = results.get("before")
     measured = len((before or results["after"])[1]) if results else None
     scenes = args.scenes or measured or SCENES
     if measured not in (None, scenes):
         raise ValueError(f"{path} has measures of {measured} scenes, which do not compare with "
                          f"--scenes {scenes}; leave --scenes out, or move the file away")
-    if args.best:
-        before, path = results.get("after"), output_file(args, "results.json", folder)
+    if args.best or args.output:
+        before, path = results.get("after" if args.best else "before"), output_file(args, "results.json", folder)
         results = {"before": before} if before else {}
     after = evaluation.measure_world(*load(args, args.run), scenes, args.seed, args.best)
     print(evaluation.table(before and before[0], after[0]))
-    if is_run or args.best:
+    if is_run or args.best or args.output:
         evaluation.write_results(path, results | {"after": after})
-        page = "" if args.best else f" and {evaluation.write_report(folder.parent)}"
+        page = "" if args.best or args.output else f" and {evaluation.write_report(folder.parent)}"
         print(f"wrote {path}{page}", file=sys.stderr)
 
 
@@ -216,7 +219,9 @@ def answer(args: Namespace, questions: list[ImageQuestion], path: Path, limit: i
 
 def run_data(args: Namespace) -> None:
     """Answer every row of the files."""
-    for path in find_files(args.data):
+    paths = find_files(args.data)
+    metrics.refuse_twins(path.stem for path in paths)
+    for path in paths:
         questions = read_questions(path, args.images or str(path.parent), args.prompt, args.skipped)
         answer(args, questions, output_file(args, f"{path.stem}.jsonl"),
                args.max_new_tokens or LONG_TOKENS)
@@ -243,6 +248,7 @@ def run_amber(args: Namespace) -> None:
 def score(args: Namespace, chosen: Sequence[Part]) -> list[dict]:
     """Print and write the scores of benchmarks, of --model or of --answers; return all rows."""
     every = []
+    metrics.refuse_twins(part.file for part in chosen)
     for part in chosen:
         tokens = args.max_new_tokens or part.tokens
         if args.answers:
@@ -290,9 +296,10 @@ def run_suite(args: Namespace) -> None:
     models = metrics.model_names(args.models or [args.model])
     whole = Namespace(**vars(args) | {"skipped": None})  # MMHal's prompts need all answers
     chosen, judged = suite.find_parts(source, args.images, args.suffix, args.skipped)
+    metrics.refuse_twins(part.name for part in chosen)
     questions = {part.name: part.ask() for part in chosen}  # fails before a model is loaded
     tokens = {part.name: args.max_new_tokens or part.tokens for part in chosen}
-    scores, terms = {}, {}
+    scores, terms, shown = {}, {}, {}
     for name, path in models.items():
         loaded = load(args, path)
 
@@ -300,6 +307,10 @@ def run_suite(args: Namespace) -> None:
             file = out / name / f"{part.name.replace('/', '_')}.jsonl"
             rows = answer(whole if part.name == "mmhal" else args, questions[part.name], file,
                           tokens[part.name], loaded)
+            these = [(row.get("image"), row["question"]) for row in rows]
+            if shown.setdefault(part.name, these) != these:
+                raise ValueError(f"{part.name}: {name} answered other rows than {next(iter(models))}; "
+                                 "run again when all images can be read")
             return list(map(part.clean, rows))
 
         scores[name], terms[name] = suite.measure(chosen, ask, out / name, judged, args.seed)

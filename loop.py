@@ -127,10 +127,10 @@ class Loop:
         }
 
     def check_weights(self) -> None:
-        """Stop before weights are saved that are none: a step can be finite and they not."""
+        """Stop before saving weights that are not finite, as after a finite loss and gradient."""
         bad = not_finite(self.weights.items())
         if parallel.total([len(bad)])[0]:
-            self.fail(f"weights became infinite ({', '.join(bad[:4])}) by step {self.step}")
+            self.fail(f"weights are no longer finite ({', '.join(bad[:4])}) by step {self.step}")
 
     def fail(self, what: str, batch: Batch | None = None) -> None:
         if batch:
@@ -207,10 +207,13 @@ def verdict(folder: Path, reads: str, start: Start, config: Training) -> str:
     if late < 0.95 * (guess if reads == "rankings" else first):
         return ""
     how = "has risen" if late > 1.05 * first else "has hardly moved"
+    if reads == "rankings":
+        how = f"is not below {guess:.4g}, that of guessing"
     guessing = ", that of guessing" if abs(late - guess) < 0.05 * guess else ""
-    return (f"the loss {how}: {first:.4g} at first, {late:.4g} in the second half{guessing}; try a "
-            f"larger --learning_rate than {config.learning_rate:g}, or a smaller one if "
-            "logps/chosen has fallen far")
+    smaller = ", or a smaller one if logps/chosen has fallen far" if reads == "pairs" else ""
+    return (f"the loss {how}: {first:.4g} at first, {late:.4g} in the second half"
+            f"{guessing * (reads != 'rankings')}; try a larger --learning_rate than "
+            f"{config.learning_rate:g}{smaller}")
 
 
 def remove_checkpoints(folder: Path, but: Path | None = None) -> None:

@@ -16,8 +16,8 @@ reference is the base in all rounds, or the policy at the beginning of the round
 (`--reference last`: each round may move as far from the last one).
 
 A round has as many steps as its prompts would need if all of them gave a pair. Where fewer do, its
-batches are smaller, so that no pair is seen more often than `--epochs` says. A round without any
-new pair learns from the pairs of the one before.
+batches are smaller, so that a pair is seen about `--epochs` times, more often only where there are
+fewer pairs than steps. A round without any new pair learns from those of the one before again.
 """
 
 import math
@@ -56,6 +56,8 @@ class OnlineDDPOConfig(SamplingConfig, LossConfig):
     temperature: float = option(0.5, "of sampling (as for offline corrections)", least=0.01)
 
     def __post_init__(self):
+        if self.feedback == "annotator" and (self.reward_model or self.facts):
+            raise ValueError("--reward_model and --facts go with --feedback reward_model")
         self.samples = self.samples or (1 if self.feedback == "annotator" else 4)
         if self.feedback == "reward_model" and self.samples < 2:
             raise ValueError("--feedback reward_model picks the best and the worst completion of a "

@@ -200,7 +200,8 @@ class PPOConfig(RolloutConfig):
     kl_estimator: str = option("k1_clamped", "of the penalty (release: k1_clamped, or k3)",
                                choices=("k1_clamped", "k1", "k3"))
     target_kl: float = option(0.0, "nats per completion that an adaptive kl_coef aims at; 0: fixed")
-    kl_horizon: int = option(10000, "completions over which the adaptive kl_coef settles")
+    kl_horizon: int = option(10000, "completions over which the adaptive kl_coef settles",
+                             least=1)
     gamma: float = option(1.0, "discount (release)")
     lam: float = option(1.0, "GAE's lambda (release)")
     cliprange_value: float = option(0.2, "of the critic's values (release)")
@@ -291,7 +292,8 @@ class PPO(OnPolicy):
         if self.unexplained == PATIENCE:
             remedy = {"critic": "--baseline group needs no learning; or raise "
                                 "--critic_learning_rate",
-                      "group": "completions of one prompt are rewarded no more alike than others"}
+                      "group": "completions of one prompt are rewarded too differently for so few "
+                               "to predict each other; raise --samples"}
             print(f"warning: val/explained_variance of --baseline {self.config.baseline} has been "
                   f"below {EXPLAINED} for {PATIENCE} rollouts; {remedy[self.config.baseline]}",
                   file=sys.stderr)

@@ -27,7 +27,8 @@ What this file does differently from the released code (llava-rlhf/LLaVA-RLHF), 
 5. The learning rate falls in a cosine; the release's is constant after 3 % of warm-up, and its
    published reward model is that of step 200. AdamW's betas are (0.9, 0.95), not (0.9, 0.999).
 6. The mean of the centring term is that of a forward pass of all processes; the release's, of a
-   device's. So where a step takes several passes, this term alone depends on `--micro_batch`.
+   device's. So where a step takes several passes, this term alone depends on `--micro_batch`
+   and the number of processes.
 """
 
 import ast
@@ -314,6 +315,10 @@ def load_head(
     """
     tensors, found = open_file(folder / HEAD)
     for key, value in provenance.items() if "base" in found else ():
+        if found.get(key) != value and key == "facts":
+            raise ValueError(f"{folder}: a reward model trained {found.get(key)}; "
+                             f"{'leave out' if value == 'with facts' else 'add'} --facts, or train "
+                             "one with python train.py --algo rm")
         if found.get(key) != value:
             raise ValueError(f"{folder}: a reward model for another {key} ({found.get(key)}, not "
                              f"{value}); train one with python train.py --algo rm")

@@ -65,23 +65,25 @@ def world_data(start: Start, config: Training, algorithm: type[Algorithm]) -> Da
             world_rankings(start, "test", config.held_out, 0.0)))
         return Data(*(read(folder, "preferences.json")[1] if folder else []
                       for folder in (train, test)))
-    if config.feedback not in ("corrections", "rankings"):
-        folder = WORLD / f"{config.feedback}-{start.run.seed}-{config.corrections}"
-        parallel.once(lambda: collect(
-            folder, "conversations.json", f"{config.corrections} conversations",
-            lambda: feedback.conversations(start.images, folder, config.corrections,
-                                           start.run.seed, config.feedback)))
-        return Data(read(folder, "conversations.json")[1])
-    if config.feedback == "rankings":
-        folder = parallel.once(
-            lambda: world_rankings(start, "train", config.corrections, config.noise))
-        rows, examples = read(folder, "preferences.json")
-    else:
-        folder = parallel.once(lambda: world_corrections(start, config))
-        rows, examples = read(folder, "corrections.jsonl")
+    path = parallel.once(lambda: world_file(start, config))
+    rows, examples = read(path.parent, path.name)
     if algorithm.reads == "pairs":
         parallel.once(lambda: save_pairs(start.folder, rows, examples, start.tokenizer))
     return Data(examples)
+
+
+def world_file(start: Start, config: Training) -> Path:
+    """The file of what --feedback names, collected if it is not there yet."""
+    if config.feedback == "corrections":
+        return world_corrections(start, config) / "corrections.jsonl"
+    if config.feedback == "rankings":
+        return (world_rankings(start, "train", config.corrections, config.noise)
+                / "preferences.json")
+    folder = WORLD / f"{config.feedback}-{start.run.seed}-{config.corrections}"
+    return collect(
+        folder, "conversations.json", f"{config.corrections} conversations",
+        lambda: feedback.conversations(start.images, folder, config.corrections, start.run.seed,
+                                       config.feedback)) / "conversations.json"
 
 
 def unsharded(start: Start) -> LLaVA:
@@ -166,12 +168,12 @@ def read_examples(
         with skipping(skipped):
             if not encode and row.image is not None:
                 open_image(row.name, row.image)
-            if not keep:
-                refuse(skipped, LISTED)
             image = features[i] if encode else None
             rules = (row.truth, row.length_bonus) if isinstance(row, Prompt) else (None, 1.0)
             examples.append(Example(row.name, image, *made[i], *rules, row.picture, row.image))
             usable.append(row)
+        if not keep:
+            refuse(skipped, LISTED + 1)
     if not keep:
         refuse(skipped)
     if failed:
@@ -184,14 +186,16 @@ def read_examples(
 
 def preview(run: Run, config: Training, algorithm: type[Algorithm]) -> None:
     """Print the rows that a run would train on, and the memory that it would take."""
-    if algorithm.reads not in ("pairs", "conversations"):
+    world = run.on_world()
+    if algorithm.reads not in ("pairs", "conversations", *(() if world else ("rankings",))):
         return
     start = load_start(run, config, algorithm, find_device(run.device), Path(run.out))
     paths, images = run.data, run.images
-    if run.on_world():
-        folder = world_corrections(start, config)
-        paths, images = [folder / "corrections.jsonl"], folder / "images"
-    rows, examples = read_examples(start, config, algorithm, paths, images, None, encode=False)
+    if world:
+        path = world_file(start, config)
+        paths, images = [path], path.parent / "images"
+    rows, examples = read_examples(
+        start, config, algorithm, paths, images, config.captions, encode=False)
     show_rows(examples, start.tokenizer)
     select_weights(start, algorithm)
     named = [(row.name, row.image) for row in rows]

@@ -362,7 +362,7 @@ def test_weights_that_are_no_numbers_are_neither_saved_nor_trained_on(photos, tm
     huge = ("--learning_rate", 1e38, "--warmup", 0, "--save_every", 1)
     for steps in (1, 2):  # the first step is finite, the weights after it are not
         shown = run_train(*own_data(photos, tmp_path / "run", *huge, "--steps", steps), status=1)
-        assert "weights became infinite (" in shown and "those of the start; try a smaller" in shown
+        assert "weights are no longer finite (" in shown and "those of the start; try a smaller" in shown
         assert not {"model", "checkpoint-1"} & {path.name for path in (tmp_path / "run").iterdir()}
     base = Path(shutil.copytree(ROOT / "world" / "base", tmp_path / "base"))
     spoil = lambda weights: weights | {HEAD: torch.full_like(weights[HEAD], math.inf)}
@@ -411,13 +411,21 @@ def test_folders_are_never_lost(photos, tmp_path, run_train):
         (thesis, ["--resume"], "not empty and holds no run of ours"),
         (model, ["--model", model, "--overwrite"], "not empty and holds no run of ours"),
         (done, ["--model", done / "model", "--overwrite"], "model is an input of this run"),
+        (done, ["--model", done, "--overwrite"], "done is an input of this run"),
         (thesis / "chapter.txt", [], "chapter.txt is a file"),
         (done, ["--steps", 2], "other settings (steps differ)"),
+        (done, ["--steps", 2, "--resume"], "other settings (steps differ)"),
         (tmp_path / "new", ["--resume"], "no run to resume"),
     ):
         assert phrase in run_train(*own_data(photos, out, *more), status=1)
     assert (thesis / "chapter.txt").read_text() == "all my work" and not (tmp_path / "new").exists()
     assert same_weights(model, ROOT / "world" / "base") and (done / "model/config.json").exists()
+    written = {path: path.read_bytes() for path in done.rglob("*") if path.is_file()}
+    bad = jsonl_file(tmp_path, GOOD, {**GOOD, "image": "gone.png"})
+    assert "no image 'gone.png'" in run_train(  # fails when the folder is its own already
+        "--data", bad, "--images", photos, "--out", done, "--overwrite", status=1)
+    assert {path: path.read_bytes() for path in done.rglob("*") if path.is_file()} == written
+    (done / "request.txt").write_text("of the reward model that was here")
     with pytest.raises(SystemExit):
         run_train(*own_data(photos, done, "--resume", "--overwrite"))
     other = own_data(photos, done, "--steps", 3, "--overwrite")
@@ -430,6 +438,7 @@ def test_folders_are_never_lost(photos, tmp_path, run_train):
     run_train(*other)
     assert "replacing the finished run" in run_train(*other[:-1])
     assert (done / "answers" / "rows.jsonl").exists() and (done / "model").exists()
+    assert not (done / "request.txt").exists() and not (done / runs.ASIDE).exists()
 
 
 def test_what_a_kill_leaves_is_not_in_the_way(photos, tmp_path, run_train):
@@ -700,6 +709,10 @@ def test_runs_are_planned_from_settings_alone(tmp_path, monkeypatch, run_train):
     (first, settings), _ = plan("--algo ppo --facts --dtype bfloat16")
     assert settings.facts and first.dtype == "bfloat16" and not first.resume
     assert run_train("--algo", "ppo", "--facts", "--dry_run").count("--algo") == 2
+    few = ("--corrections", 3, "--dry_run")
+    assert "rankings-train-3-" in run_train("--algo", "dpo", "--feedback", "rankings", *few)
+    assert "questions-0-3/conv" in run_train("--algo", "sft", "--feedback", "questions", *few)
+    assert not list(Path("runs/world").glob("corrections-*-3"))
     assert not (tmp_path / made / "rm-facts-0").exists()
 
 
@@ -949,7 +962,7 @@ def test_head_is_saved_and_refused_elsewhere(tiny_world, tokenizer, tmp_path):
     assert torch.equal(saved.weight, again.weight)
     for key, wrong, phrase in (
         ("base", "xyz", "another base"), ("tokenizer", "x", "another tokenizer"),
-        ("facts", "without facts", "with facts, not without facts")):
+        ("facts", "without facts", "trained with facts; add --facts")):
         with pytest.raises(ValueError, match=phrase):
             reward.load_head(again, tmp_path, {**origin, key: wrong})
     for change in (lambda w: {"weight": w["weight"][:5]}, lambda w: w | {"x": w["bias"].clone()}):
@@ -1352,7 +1365,8 @@ def test_online_feedback_and_rounds_with_few_pairs(tiny_world, tokenizer, tmp_pa
         make_online(tiny_world, tokenizer, tmp_path, 4, lambda example, text: text,
                     rounds=1).batches(0)
     for changes, phrase in (({"correct": lambda example, text: None}, "nobody is there to correct"),
-                            ({"feedback": "reward_model", "samples": 1}, "at least 2")):
+                            ({"feedback": "reward_model", "samples": 1}, "at least 2"),
+                            ({"facts": True}, "go with --feedback reward_model")):
         with pytest.raises(ValueError, match=phrase):
             make_online(tiny_world, tokenizer, tmp_path, **changes)
     algorithm.config = replace(algorithm.config, feedback="reward_model", samples=4)
@@ -1377,7 +1391,7 @@ def test_unfit_rollouts_are_refused_or_reported_once(tiny_world, tokenizer, tmp_
         algorithm.batches(step)
     shown = capsys.readouterr().err
     assert shown.count("were cut off at --max_new_tokens 1") == 1 and "%" in shown
-    for baseline, remedy in (("group", "no more alike"), ("critic", "--baseline group")):
+    for baseline, remedy in (("group", "too differently"), ("critic", "--baseline group")):
         algorithm = on_policy(tiny_world, tokenizer, tmp_path, baseline=baseline)
         for explained in (0.01, 0.04, 0.06, 0.0, -1.0, 0.04):
             algorithm.watch(explained)
@@ -1589,7 +1603,7 @@ def test_a_reward_model_over_another_base(material, run_on, tmp_path):
         assert row["rm"] == pytest.approx(found.item(), abs=1e-4)
     assert len({row["rm"] for row in rows}) > 1
     for more, phrase in ((("--baseline", "critic"), "use --baseline group"),
-                         (("--no-facts",), "with facts, not without facts")):
+                         (("--no-facts",), "trained with facts; add --facts")):
         assert phrase in run_on("ppo", "bad", *given, *more, status=1)
 
 
@@ -1856,6 +1870,7 @@ def evaluated_runs(tiny_world, tokenizer, tmp_path_factory):
         "captions.jsonl": [{"image": "0.png", "caption": "Two dogs"},
                            {"image_id": "1.png", "answer": "A cat and a dog"}],
         "others.jsonl": [{"id": 9, "image": "9.png", "reply": "", "text": "Dogs"}],
+        "unlabelled.jsonl": [{"image": "0.png", "question": "Is it?"}],
         "few/metrics.jsonl": [{"step": 1}]}.items():
         write_lines(folder / name, *rows)
     return folder
@@ -1892,6 +1907,9 @@ def run_evaluate(evaluated_runs, tmp_path, monkeypatch, capsys):
     ("--mmhal template.json --replies others.jsonl", 1, "prompt 9, but there are only 7"),
     ("--mmhal template.json --replies wrong.jsonl", 1, "row 1: expected"),
     ("--mmhal truth.json --replies replies.jsonl", 1, "row 1: no image_id"),
+    ("--model one --pope unlabelled.jsonl --images images", 1, "every row needs a label, yes or no"),
+    ("--model one --data rows.jsonl ./rows.jsonl --images images", 1, "2 files of questions are"),
+    ("one --temperature 0.5", 1, "measured greedily"),
     ("few", 1, "few: an unfinished run"), ("no/run", 1, "no/run: no such folder"),
     ("--model one --image none.png --prompt ?", 1, "cannot read image none.png .* No such file"),
     ("--pope none.jsonl --answers a.jsonl", 1, "none.jsonl: no such file"),
@@ -2012,6 +2030,15 @@ def test_answer_file_resumes_where_it_was_stopped(run_evaluate):
     assert answers.answer_file(respond, "m", questions, part, 2) == whole
     assert part.read_text() == path.read_text() and seeds == [0, 2, 4, 6] + [4, 6]
     assert answers.answer_file(respond, "m", questions, part, 2) == whole and len(seeds) == 6
+    other, out = Path("images/3.png").read_bytes(), Path("broken.jsonl")
+    Path("images/3.png").write_bytes(b"")
+    for _ in "ab":  # what cannot be read is said each time, and asked when it can be read
+        rows = answers.answer_file(respond, "m", questions, out, 2, skip=(skipped := []))
+        assert "error" in rows[3] and len(skipped) == 1 and "3.png" in skipped[0]
+    with pytest.raises(DataError, match="3.png"):
+        answers.answer_file(respond, "m", questions, out, 2)
+    Path("images/3.png").write_bytes(other)
+    assert answers.answer_file(respond, "m", questions, out, 2) == whole
     for by, asked in (("other", questions), ("m", questions[1:])):
         with pytest.raises(ValueError, match="other questions, or of another model or settings"):
             answers.answer_file(respond, by, asked, part, 2)

@@ -42,8 +42,8 @@ from algorithm import Algorithm, Start
 from evaluation import SHAPES, columns, memory_table, table, write_report, write_results
 from formats import find_device, latest_state, save_adapter, save_llava
 from formats.files import error_message, lock_folder
-from formats.opening import open_model
-from formats.runs import is_finished, open_folder
+from formats.opening import model_folder, open_model
+from formats.runs import open_folder, replacing
 from loop import Interrupted, Loop, TrainingError, event_writer, remove_checkpoints, verdict
 from world import pretraining
 
@@ -81,16 +81,17 @@ def execute(run: Run, config: Training) -> None:
 
 def train_in(folder: Path, start: Start, config: Training, kind: type[Algorithm]) -> None:
     """Train a loaded model and write all outputs."""
-    if parallel.once(lambda: start.run.resume and is_finished(folder)):
-        print(f"{folder}: the run is finished; there is nothing to resume", file=sys.stderr)
-        return
     resume = parallel.once(
         lambda: open_folder(folder, start.run, config, about(kind), kind.reads))
-    data = sources.read_data(start, config, kind)
-    recipes.select_weights(start, kind)
-    algorithm = kind(start, config, data)
-    before = recipes.measure(start, algorithm, trained=False)
-    loop = Loop(algorithm, start, data)
+    if resume is None:
+        print(f"{folder}: the run is finished; there is nothing to resume", file=sys.stderr)
+        return
+    with replacing(folder):
+        data = sources.read_data(start, config, kind)
+        recipes.select_weights(start, kind)
+        algorithm = kind(start, config, data)
+        before = recipes.measure(start, algorithm, trained=False)
+        loop = Loop(algorithm, start, data)
     state = parallel.once(lambda: latest_state(folder) if resume else None)
     if state:
         loop.load(state)
@@ -124,7 +125,7 @@ def save_result(start: Start, algorithm: Algorithm, folder: Path) -> None:
     adapter = "default" if start.run.lora else None
     if adapter:
         base = recipes.model_path(start.run, algorithm.first[0])
-        save_adapter(start.model, adapter, folder / "adapter", base=str(base))
+        save_adapter(start.model, adapter, folder / "adapter", base=str(model_folder(base)))
     # In the precision of the user's model; the built-in ones, which later runs start from, in full.
     dtype = start.model.stored_dtype if start.run.model else None
     save_llava(start.model, start.tokenizer, start.images, folder / "model", adapter=adapter,
@@ -184,12 +185,12 @@ def run_all(run: Run, config: Training) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would write NaN everywhere
     parallel.mute()
     run, config = parse(arguments)
     folder = Path(run.out or f"runs/{run.algo}")
     try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it would write NaN everywhere
         parallel.join(run.device, run.use_bfloat16)
         run_all(run, config)
         parallel.leave()

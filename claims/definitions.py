@@ -136,8 +136,8 @@ CLAIMS = {claim.name: claim for claim in (
     Claim("over_generalisation", "DDPO lowers over-generalisation, the extra mentions of an absent "
           "object in its typical setting.", "RLHF-V, Table 2", at_best(),
           (("DDPO + anchor", "base"), ("DDPO, the paper's loss", "base")), "over_generalisation"),
-    Claim("vqa", "Instruction tuning on human-labelled short questions and answers first makes "
-          "what DDPO leaves less.", "RLHF-V, Section 3.3 and Table 3",
+    Claim("vqa", "With instruction tuning on human-labelled short questions and answers first, "
+          "DDPO leaves fewer hallucinations.", "RLHF-V, Section 3.3 and Table 3",
           {"DDPO": (BEST_DDPO,), "questions, DDPO": (staged("questions"),)},
           (("questions, DDPO", "DDPO"),)),
     Claim("crops", "Random crops of the picture with unchanged text teach to hallucinate.",
@@ -176,7 +176,7 @@ CLAIMS = {claim.name: claim for claim in (
           "critic.", "RLOO, arXiv 2402.14740",
           {"group": (PPO,), "critic": (f"{PPO} --baseline critic",)}, (("group", "critic"),)),
     Claim("algorithms", "With the same reward model, prompts and completions: which algorithm "
-          "makes most of them?", "ours",
+          "makes the most of them?", "ours",
           {"PPO": (PPO,), "GRPO": (rewarded("grpo"),),
            "online DDPO": (rewarded(ONLINE),),
            "offline DDPO": (rewarded(f"{ONLINE} --rounds 1"),),
@@ -187,5 +187,5 @@ CLAIMS = {claim.name: claim for claim in (
           curves=("truth/hallucination", "score/rm"),
           note="All learn from 4,000 annotations: rankings, or corrections in the last arm. Those "
           "on rewards have 2,000 prompts with four completions each, so nearly equal compute; the "
-          "choice among eight answers trains nothing and pays when it answers."),
+          "choice among eight answers trains nothing; its cost comes at answering time."),
 )}

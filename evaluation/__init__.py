@@ -2,7 +2,7 @@
 
 from evaluation.benchmarks import chair, mmhal, pope
 from evaluation.blind import blind_baselines
-from evaluation.builtin import compare_runs, measure_world
+from evaluation.builtin import compare_runs, measure_world, read_scenes
 from evaluation.memory import SHAPES, memory_estimate, memory_table
 from evaluation.metrics import (
     columns, comparison, read_results, table, with_intervals, write_results,
@@ -12,6 +12,6 @@ from evaluation.report import save_pairs, write_report
 
 __all__ = [
     "SHAPES", "blind_baselines", "chair", "columns", "compare_runs", "comparison", "measure_world",
-    "memory_estimate", "memory_table", "mmhal", "pope", "read_results", "save_pairs", "show_rows",
-    "table", "with_intervals", "write_report", "write_results",
+    "memory_estimate", "memory_table", "mmhal", "pope", "read_results", "read_scenes", "save_pairs",
+    "show_rows", "table", "with_intervals", "write_report", "write_results",
 ]

@@ -113,8 +113,9 @@ def answer_file(
         if len(rows) > len(wanted) or not all(fits):
             raise ValueError(f"{path} holds answers to other questions, or of another model or "
                              "settings; delete it or choose another --output")
-        if len(rows) < len(wanted):
-            del rows[len(rows) // batch_size * batch_size :]  # part of a batch is answered again
+        whole = first_to_answer(questions, rows, skip)
+        if whole < len(wanted):
+            del rows[whole // batch_size * batch_size :]  # part of a batch is answered again
         lines = path.read_bytes().splitlines(keepends=True)
         file.truncate(sum(map(len, lines[: len(rows)])))
         bar.update(len(rows))
@@ -126,6 +127,18 @@ def answer_file(
             rows += wanted[batch]
             bar.update(len(wanted[batch]))
     return rows
+
+
+def first_to_answer(
+    questions: Sequence[ImageQuestion], rows: Sequence[dict], skip: list[str] | None
+) -> int:
+    """Return the first row without an answer whose image can be read by now; len(rows) if none."""
+    for i, (question, row) in enumerate(zip(questions, rows)):
+        if "error" in row:
+            with skipping(skip):
+                open_image(question.name, question.image)
+                return i
+    return len(rows)
 
 
 def answer_batch(

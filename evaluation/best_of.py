@@ -35,7 +35,8 @@ class BestOf:
     @property
     def label(self) -> str:
         """What identifies the choice in a file of answers."""
-        return f"best_of={self.samples} reward_model={fingerprint(self.judge.reward_model.model)}"
+        return (f"best_of={self.samples} facts={bool(self.judge.facts)} "
+                f"reward_model={fingerprint(self.judge.reward_model.model)}")
 
     def answers(
         self, asked: Sequence[ImageQuestion], images: Sequence[Image.Image], texts: Sequence[str]

@@ -133,12 +133,16 @@ def false_by_text(
 
 
 def other_picture(records: Sequence[dict]) -> list[dict]:
-    """Return records of the same descriptions, each held against the next scene of its setting."""
+    """Return records of the same descriptions, each held against the next scene of its setting.
+
+    A description of a setting that no other scene has is left out.
+    """
     shown = []
     for i, record in enumerate(records):
-        following = [*records[i + 1 :], *records[: i + 1]]
-        other = next(each for each in following if each["type"] == record["type"])
-        shown.append(scored(record, scene_of(other), record["answer"]))
+        following = [*records[i + 1 :], *records[:i]]
+        other = next((each for each in following if each["type"] == record["type"]), None)
+        if other:
+            shown.append(scored(record, scene_of(other), record["answer"]))
     return shown
 
 
@@ -159,6 +163,7 @@ def blind_baselines(
     if corrections:
         coverage = sum(map(covered, after)) / sum(len(record["truth"]) for record in after)
         found["cut by text alone"] = false_by_text(before, TextClassifier(corrections), coverage)
-    found["other picture"] = other_picture(after)
+    if others := other_picture(after):
+        found["other picture"] = others
     return {name: (with_intervals(description_terms(records)), records)
             for name, records in found.items()}

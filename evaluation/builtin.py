@@ -90,8 +90,9 @@ def compare_runs(runs: Sequence[str], seed: int = 0) -> str:
     for name, run in model_names(runs).items():
         path = Path(run) / "results.json"
         if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file; first run: python evaluate.py {run}")
-        found[name], records = read_results(path)["after"]
+            raise FileNotFoundError(f"{path}: no such file; first run: python evaluate.py "
+                                    f"{run} (of a plain model: --output {run})")
+        found[name], records = read_scenes(path)["after"]
         asked[name] = [(record["scene"], record["question"]) for record in records]
         terms[name] = world_terms(records)
     first, *others = found
@@ -100,6 +101,14 @@ def compare_runs(runs: Sequence[str], seed: int = 0) -> str:
             raise ValueError(f"{name} and {first} were measured on different scenes; "
                              "measure both again with the same --scenes and --seed")
     return comparison(found, {name: paired(terms[first], terms[name], seed) for name in others})
+
+
+def read_scenes(path: Path) -> dict[str, tuple[dict, list[dict]]]:
+    """Return a run's results.json, which has to be about answers to scenes."""
+    results = read_results(path)
+    if not all("scene" in record for _, records in results.values() for record in records):
+        raise ValueError(f"{path}: the results of a reward model, which says nothing about scenes")
+    return results
 
 
 def questionnaire(scenes: Sequence[world.Scene], seed: int = 0) -> list[dict]:

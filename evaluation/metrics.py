@@ -12,7 +12,8 @@ differences, in which the difficulty that both models share cancels out.
 """
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,14 @@ def table(before: dict | None, after: dict) -> str:
         rows[name] = (*format_metric(name, before[name]), *format_metric(name, after[name]),
                       format_value(name, new - old, "+"), relative)
     return aligned(("before", INTERVAL, "after", INTERVAL, "change", "relative"), rows)
+
+
+def refuse_twins(names: Iterable[str]) -> None:
+    """Raise a ValueError if two files of questions share a name, which their answers would get."""
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise ValueError(f"{times} files of questions are called {name}; rename them, or answer "
+                             "each with an --output of its own")
 
 
 def model_names(paths: Sequence[str]) -> dict[str, str]:

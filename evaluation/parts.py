@@ -90,13 +90,17 @@ def pope_part(path: Path, images: str | None, suffix: str | None, skip: list | N
     ending = on_new_line(suffix)
 
     def ask() -> list[ImageQuestion]:
+        found = read_questions(path, images or str(path.parent), skip=skip)
+        check([q.fields for q in found])
         return [replace(q, question=q.question + ending,
-                        fields=q.fields | {"question": q.question + ending})
-                for q in read_questions(path, images or str(path.parent), skip=skip)]
+                        fields=q.fields | {"question": q.question + ending}) for q in found]
 
-    def terms(rows: Rows) -> dict[str, Terms]:
+    def check(rows: Rows) -> None:
         if not all(row.get("label") in ("yes", "no") for row in rows):
             raise DataError(f"{path}: every row needs a label, yes or no")
+
+    def terms(rows: Rows) -> dict[str, Terms]:
+        check(rows)
         return pope_terms([row["answer"] for row in rows], [row["label"] for row in rows],
                           [row.get("image", i) for i, row in enumerate(rows)])
 
@@ -137,19 +141,26 @@ def chair_part(
 
     def ask() -> list[ImageQuestion]:
         if questions:
-            return [each for path in questions
-                    for each in read_questions(path, images or str(path.parent), prompt, skip)]
+            found = [each for path in questions
+                     for each in read_questions(path, images or str(path.parent), prompt, skip)]
+            known([{"name": each.name, **each.fields} for each in found])
+            return found
         text = prompt or DESCRIBE
         folder = images or paths[0].parent
         return [ImageQuestion(f"{paths[0]} image {name}", image_path("--chair", name, folder), text,
                               {"image": name, "question": text}) for name in files.values()]
 
-    def terms(rows: Rows) -> dict[str, Terms]:
+    def known(rows: Rows) -> list[str]:
+        """Return the keys of the rows' images, of all of which the truth has to be there."""
         keys = [coco.image_key(row.get("image", row.get("image_id", ""))) for row in rows]
         for row, key in zip(rows, keys):
             if key not in truth:
                 raise DataError(f"{row.get('name', '--chair')}: nothing is known about image "
                                 f"{key!r}; give annotations that include it")
+        return keys
+
+    def terms(rows: Rows) -> dict[str, Terms]:
+        keys = known(rows)
         answers, objects = [row["answer"] for row in rows], [truth[key] for key in keys]
         if table:
             return synonym_terms(answers, objects, table, keys)

@@ -111,7 +111,8 @@ def summary(config: dict, steps: list[dict]) -> str:
         rows = f" of {settings['batch_size']} {reads or 'rows'}" if "batch_size" in settings else ""
         text += f": {steps[-1]['step']} steps{rows}"
     on_world = settings.get("data") in (None, ["world"]) and settings.get("corrections")
-    if steps and on_world and reads in ("pairs", "conversations"):
+    corrected = on_world and settings.get("feedback", "corrections") == "corrections"
+    if steps and corrected and reads in ("pairs", "conversations"):
         text += f", from {settings['corrections']} corrections of the model's own responses"
     return escape(f"{text}. A hallucination is a statement that the picture does not support.")
 

@@ -8,6 +8,7 @@ from config import path_fault
 from formats.adapters import load_adapter
 from formats.checkpoint import load_llava, read_config
 from formats.files import read_json
+from formats.runs import settings_of_run
 from formats.tokenizer import Tokenizer
 from lora import merge_adapter
 from model import LLaVA
@@ -21,7 +22,7 @@ def model_folder(path: Path | str) -> Path:
     folder = Path(path)
     if (folder / "model" / "config.json").exists():
         return folder / "model"
-    if (folder / "metrics.jsonl").exists():
+    if settings_of_run(folder) is not None or (folder / "metrics.jsonl").exists():
         raise FileNotFoundError(f"{folder}: an unfinished run; it has no model yet")
     return folder
 

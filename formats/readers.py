@@ -181,7 +181,8 @@ def make_pair(name: str, row: dict, images: str | Path) -> Pair:
     if not {"chosen", "rejected", "output_1", "output_2"} & row.keys():
         fields = [str(key) for key, value in row.items() if value is not None]
         if row.get("conversations"):
-            raise DataError(f"{name}: a conversation without two answers to compare (SFT takes it)")
+            raise DataError(f"{name}: a conversation has no two answers to compare; "
+                            "SFT takes those that end with an answer")
         raise DataError(
             f"{name}: no preference among its fields ({brief(', '.join(fields) or 'none')[1:-1]}); "
             "expected image, question, chosen and rejected; or text, which holds them as JSON; or "

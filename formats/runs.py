@@ -3,20 +3,23 @@
 import contextlib
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+import parallel
 from config import TRANSIENT, VERSION, Run, Training
 from formats.files import read_json, remove, remove_leftovers, write_atomic
 from formats.state import latest_state
 
 # What a run writes into its folder, and all that is ever deleted there. config.json proves that the
 # folder is a run's, so it goes last.
-WRITTEN = ("checkpoint-*", "model", "adapter", "tensorboard", "*_head.safetensors", "features.bin",
-           "metrics.jsonl", "samples.jsonl", "pairs.json", "reference.json", "results.json",
+WRITTEN = ("checkpoint-*", "model", "adapter", "tensorboard", "*_head.safetensors", "request.txt",
+           "features.bin", "metrics.jsonl", "samples.jsonl", "pairs.json", "reference.json", "results.json",
            "report.html", "config.json")
+ASIDE = ".replaced"  # folder in it: what a new run will replace as soon as it begins to train
 
 
 def settings_of(run: Run, config: Training) -> dict:
@@ -39,24 +42,58 @@ def is_finished(folder: Path) -> bool:
             and not latest_state(folder))
 
 
-def clear(folder: Path, run: Run, config: Training) -> None:
-    """Delete what a run wrote, nothing else, and nothing that this run reads (a ValueError)."""
-    doomed = [path for pattern in WRITTEN for path in sorted(folder.glob(pattern))]
-    names = ("model", "images", "reward_model", "captions")
+def set_aside(folder: Path, run: Run, config: Training) -> None:
+    """Move what a run wrote into ASIDE, nothing else, and nothing that this run reads.
+
+    Raises:
+        ValueError: an input of this run is among it.
+    """
+    written = [path for pattern in WRITTEN for path in sorted(folder.glob(pattern))]
+    names = ("model", "tower", "images", "reward_model", "held_out_reward_model", "captions",
+             "request")
     read = [*(run.data or ()), *(getattr(run, n, None) or getattr(config, n, None) for n in names)]
-    for path in doomed:
-        for each in filter(None, read):
-            if Path(each).resolve().is_relative_to(path.resolve()):
+    for each in map(Path, filter(None, read)):
+        inside = [each / "model"] if (each / "model").is_dir() else []  # of a run's folder
+        for place in (each, *inside):
+            if any(place.resolve().is_relative_to(path.resolve()) for path in written):
                 raise ValueError(f"{each} is an input of this run and in {folder}, which it would "
                                  "overwrite; choose another --out")
-    for path in doomed:
-        remove(path)
+    (folder / ASIDE).mkdir()
+    for path in written:
+        path.rename(folder / ASIDE / path.name)
 
 
-def open_folder(folder: Path, run: Run, config: Training, about: str, reads: str) -> bool:
-    """Prepare the output folder and write its config.json; True if resuming."""
+def restore(folder: Path) -> None:
+    """Put back what was set aside, over what a run has written that has not begun."""
+    if (aside := folder / ASIDE).exists():
+        for path in sorted(aside.iterdir()):
+            if (new := folder / path.name).exists():
+                remove(new)
+            path.rename(new)
+        aside.rmdir()
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[None]:
+    """Delete what was set aside if all goes well in this block; else put it back."""
+    try:
+        yield
+    except BaseException:
+        if not parallel.rank():
+            restore(folder)
+        raise
+    if not parallel.rank() and (folder / ASIDE).exists():
+        remove(folder / ASIDE)
+
+
+def open_folder(folder: Path, run: Run, config: Training, about: str, reads: str) -> bool | None:
+    """Prepare the output folder and write its config.json; what was there is set aside.
+
+    Returns True if the run resumes, None if it is finished already and there is nothing to do.
+    """
     settings, file = settings_of(run, config), folder / "config.json"
     remove_leftovers(folder)
+    restore(folder)
     old, state = settings_of_run(folder), latest_state(folder)
     if old is None and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run of ours; choose another --out")
@@ -71,11 +108,13 @@ def open_folder(folder: Path, run: Run, config: Training, about: str, reads: str
         if state and not run.resume:
             raise ValueError(
                 f"{folder} holds an unfinished run; --resume continues, --overwrite restarts it")
+    if run.resume and is_finished(folder):
+        return None
     resume = run.resume and state is not None  # else nothing was saved: from the start
     if not resume:
         if is_finished(folder):
             print(f"{folder}: replacing the finished run", file=sys.stderr)
-        clear(folder, run, config)
+        set_aside(folder, run, config)
     versions = {"plumbline": VERSION, "torch": torch.__version__,
                 "python": platform.python_version()}
     write_atomic(file, {
