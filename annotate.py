@@ -143,9 +143,9 @@ def serve(given: Namespace) -> None:
             images = given.images or given.answers.parent
             model = "".join(f" --{name} {value}" for name in ("model", "tower")
                             if (value := getattr(given, name)) and not given.world)
-            following = f"; next: python train.py --algo ddpo --data {path} --images {images}{model}"
+            after = f"; next: python train.py --algo ddpo --data {path} --images {images}{model}"
             written = path.exists() and path.stat().st_size
-            print(f"\nall corrections are saved{following if written else ''}")
+            print(f"\nall corrections are saved{after if written else ''}")
 
 
 def main(arguments: list[str] | None = None) -> int:

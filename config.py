@@ -79,7 +79,7 @@ class Corrected(Training):
                            "answers, or rankings of two", choices=("corrections", "rankings"))
     corrections: int = option(
         1400, "corrections to collect (built-in world); RLHF-V's number", least=1)
-    overlook: float = option(0.0, "share of false spans that the annotator of corrections overlooks")
+    overlook: float = option(0.0, "share of false spans that annotators overlook in corrections")
     noise: float = option(0.0, "share of corrections that also make a true statement false, or of "
                           "rankings that are wrong")
 

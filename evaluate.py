@@ -158,7 +158,8 @@ def run_world(args: Namespace) -> None:
         raise ValueError(f"{path} has measures of {measured} scenes, which do not compare with "
                          f"--scenes {scenes}; leave --scenes out, or move the file away")
     if args.best or args.output:
-        before, path = results.get("after" if args.best else "before"), output_file(args, "results.json", folder)
+        path = output_file(args, "results.json", folder)
+        before = results.get("after" if args.best else "before")
         results = {"before": before} if before else {}
     after = evaluation.measure_world(*load(args, args.run), scenes, args.seed, args.best)
     print(evaluation.table(before and before[0], after[0]))
@@ -309,8 +310,8 @@ def run_suite(args: Namespace) -> None:
                           tokens[part.name], loaded)
             these = [(row.get("image"), row["question"]) for row in rows]
             if shown.setdefault(part.name, these) != these:
-                raise ValueError(f"{part.name}: {name} answered other rows than {next(iter(models))}; "
-                                 "run again when all images can be read")
+                raise ValueError(f"{part.name}: {name} answered other rows than the first model;"
+                                 " run again when all images can be read")
             return list(map(part.clean, rows))
 
         scores[name], terms[name] = suite.measure(chosen, ask, out / name, judged, args.seed)

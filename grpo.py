@@ -15,6 +15,9 @@ What this file does differently from the paper, and why:
 1. The loss is a mean over all tokens of a batch, as in DAPO (arXiv 2503.14476). The paper averages
    each answer first, so that a token of a long answer counts for less: `--loss_mean answers`.
 2. Rewards are one number per completion ("outcome supervision"); there is no process reward.
+
+On samples that are fixed, the gradient of this estimate of the KL is that of KL(ref || pi): it
+resists unlearning what the reference often says. DAPO leaves the term out: `--kl_coef 0`.
 Dr. GRPO (arXiv 2503.20783) does not divide by the spread, which weighs prompts on whose completions
 the rewards hardly differ as much as others: `--no-divide_by_std`.
 """

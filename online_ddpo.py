@@ -92,7 +92,7 @@ class OnlineDDPO(DDPO):
             roles = make_roles(start, config)
             self.policy, self.base, self.reward = roles.policy, roles.reference, roles.reward
         super().__init__(start, config, Data([]), reference={})
-        check_room(start, config, data)
+        check_room(start, config, data, self.reward)
         self.start, self.data, self.seed = start, data, start.run.seed
         size = math.ceil(len(data.train) / config.rounds)  # prompts of a round
         places = list(range(len(data.train)))

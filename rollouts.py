@@ -125,8 +125,10 @@ def prompt_only(row, tokenizer: Tokenizer, patches: int, config) -> tuple[list[i
     return trunk_tokens(tokenizer, (), row.question, patches), []
 
 
-def check_room(start: Start, config: SamplingConfig, data: Data) -> None:
-    """Raise DataError if a prompt leaves no room for a completion in the model's context."""
+def check_room(start: Start, config: SamplingConfig, data: Data, reward=None) -> None:
+    """Raise DataError if a prompt leaves no room for a completion, and the request to rate it."""
+    if isinstance(reward, Scorer):
+        reward.check_room(data.train)
     longest = max(len(example.prompt) for example in data.train)
     context = start.model.config.text.max_position_embeddings
     if longest + config.max_new_tokens > context:
@@ -256,9 +258,9 @@ class OnPolicy(Algorithm):
     tokens = staticmethod(prompt_only)
 
     def __init__(self, start: Start, config: RolloutConfig, data: Data, roles: Roles | None = None):
-        check_room(start, config, data)
         self.start, self.config, self.seed, self.data = start, config, start.run.seed, data
         self.roles = roles or make_roles(start, config)
+        check_room(start, config, data, self.roles.reward)
         self.modules = nn.ModuleDict({"policy": self.roles.policy.model})
         per_rollout = replace(config, batch_size=config.rollout_size, steps=0)
         places = list(range(len(data.train)))

@@ -20,10 +20,10 @@ from config import option
 from data import Example, trunk_tokens
 from formats.checkpoint import load_llava
 from formats.files import open_file
-from formats.rows import open_image
+from formats.rows import DataError, open_image
 from formats.tokenizer import Tokenizer
 from generation import image_features
-from reward import FACTS_LABELS, HEAD, RewardModel, Row, load_head, rate, require_head
+from reward import FACTS_LABELS, HEAD, RewardModel, Row, load_head, rate, require_head, with_request
 from vision import ImageSettings
 
 
@@ -165,6 +165,23 @@ class Scorer:
         rules = [self.rules(example, each) for example, completions in rows for each in completions]
         symbolic, length, no_end = torch.tensor(rules).T
         return {"rm": scores, "symbolic": symbolic, "length": length, "no_end": no_end}
+
+    def check_room(self, examples: Sequence[Example]) -> None:
+        """Raise DataError if a prompt, a completion and the request to rate it do not fit."""
+        judge = isinstance(self.reward_model, Judge)
+        model = self.reward_model.reward_model if judge else self.reward_model
+        tokenizer = self.reward_model.tokenizer if judge else self.tokenizer
+        shape = model.model.config
+        longest = max(
+            len(trunk_tokens(tokenizer, (), each.question, shape.vision.patches) if judge
+                else each.prompt)
+            + len(with_request(tokenizer, [], each.facts, model.request).tokens)
+            for each in examples)
+        context, wanted = shape.text.max_position_embeddings, self.config.max_new_tokens
+        if longest + wanted > context:
+            raise DataError(f"the longest prompt and the request to rate an answer have {longest} "
+                            f"tokens and completions may have {wanted}, but the reward model's "
+                            f"context holds {context}; use a smaller --max_new_tokens")
 
     def rules(self, example: Example, completion: Sequence[int]) -> tuple[float, float, float]:
         """Return the symbolic bonus, the length penalty and that for a missing end-of-sequence."""

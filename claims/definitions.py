@@ -152,10 +152,12 @@ CLAIMS = {claim.name: claim for claim in (
           note="Agreement with 500 noiseless held-out pairs."),
     Claim("ppo", "PPO lowers hallucination, and more with facts given to the reward model.",
           "LLaVA-RLHF, Table 3",
-          {"with facts": (PPO,), "without facts": (rewarded("ppo", False),),
+          {"with facts": (PPO,), "with facts, twice as long": (f"{PPO} --epochs 2",),
+           "without facts": (rewarded("ppo", False),),
            "with facts, KL 0.1": (rewarded("ppo --kl_coef 0.1"),),
            "without facts, KL 0.1": (rewarded("ppo --kl_coef 0.1", False),)},
-          (("with facts", "base"), ("without facts", "base"), ("with facts", "without facts"),
+          (("with facts", "base"), ("with facts, twice as long", "with facts"),
+           ("without facts", "base"), ("with facts", "without facts"),
            ("with facts", "with facts, KL 0.1"), ("with facts, KL 0.1", "without facts, KL 0.1")),
           note="An answer that names nothing has nothing false: read coverage beside it."),
     Claim("hacking", "Four times as many steps against the same reward model hallucinate less, not "
@@ -178,12 +180,13 @@ CLAIMS = {claim.name: claim for claim in (
     Claim("algorithms", "With the same reward model, prompts and completions: which algorithm "
           "makes the most of them?", "ours",
           {"PPO": (PPO,), "GRPO": (rewarded("grpo"),),
+           "GRPO, no KL": (rewarded("grpo --kl_coef 0"),),
            "online DDPO": (rewarded(ONLINE),),
            "offline DDPO": (rewarded(f"{ONLINE} --rounds 1"),),
            "best of 8": (BEST_OF,),
            "DDPO, 4000 corrections": (f"{BEST_DDPO} --corrections 4000",)},
-          (("PPO", "GRPO"), ("online DDPO", "offline DDPO"), ("online DDPO", "PPO"),
-           ("PPO", "best of 8"), ("DDPO, 4000 corrections", "PPO")),
+          (("PPO", "GRPO"), ("GRPO, no KL", "GRPO"), ("online DDPO", "offline DDPO"),
+           ("online DDPO", "PPO"), ("PPO", "best of 8"), ("DDPO, 4000 corrections", "PPO")),
           curves=("truth/hallucination", "score/rm"),
           note="All learn from 4,000 annotations: rankings, or corrections in the last arm. Those "
           "on rewards have 2,000 prompts with four completions each, so nearly equal compute; the "

@@ -125,8 +125,8 @@ def refuse_twins(names: Iterable[str]) -> None:
     """Raise a ValueError if two files of questions share a name, which their answers would get."""
     for name, times in Counter(names).items():
         if times > 1:
-            raise ValueError(f"{times} files of questions are called {name}; rename them, or answer "
-                             "each with an --output of its own")
+            raise ValueError(f"{times} files of questions are called {name}; rename them, or answer"
+                             " each with an --output of its own")
 
 
 def model_names(paths: Sequence[str]) -> dict[str, str]:

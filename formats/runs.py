@@ -17,8 +17,8 @@ from formats.state import latest_state
 # What a run writes into its folder, and all that is ever deleted there. config.json proves that the
 # folder is a run's, so it goes last.
 WRITTEN = ("checkpoint-*", "model", "adapter", "tensorboard", "*_head.safetensors", "request.txt",
-           "features.bin", "metrics.jsonl", "samples.jsonl", "pairs.json", "reference.json", "results.json",
-           "report.html", "config.json")
+           "features.bin", "metrics.jsonl", "samples.jsonl", "pairs.json", "reference.json",
+           "results.json", "report.html", "config.json")
 ASIDE = ".replaced"  # folder in it: what a new run will replace as soon as it begins to train
 
 
