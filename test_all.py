@@ -436,6 +436,9 @@ def test_folders_are_never_lost(photos, tmp_path, run_train):
     (done / "answers").mkdir()
     jsonl_file(done / "answers", GOOD)
     run_train(*other)
+    (done / runs.ASIDE).mkdir()
+    for name in ("config.json", "model", "report.html"):  # killed before it began to train
+        (done / name).rename(done / runs.ASIDE / name)
     assert "replacing the finished run" in run_train(*other[:-1])
     assert (done / "answers" / "rows.jsonl").exists() and (done / "model").exists()
     assert not (done / "request.txt").exists() and not (done / runs.ASIDE).exists()
