@@ -143,20 +143,23 @@ def curves(claim: Claim, runs: Runs) -> str:
     arms = [(label, results["trace"]) for label in measured(claim, runs)
             if (results := runs.get((best(runs, claim.arms[label], claim.measure), 0), {}))
             and results.get("trace", {}).get("objective/kl")]
+    colours = dict(zip((label for label, _ in arms), LINES))
     for metric in claim.curves:
-        series = {label: sorted(zip(trace["objective/kl"], trace[metric]))
+        series = {label: sorted({*zip(trace["objective/kl"], trace[metric])})
                   for label, trace in arms if metric in trace}
         if series:
             panels.append(f'<g transform="translate(0 {height * len(panels)})">'
-                          f"{panel(metric, series, height)}</g>")
+                          f"{panel(metric, series, colours, height)}</g>")
     return panels and (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height * len(panels)}" '
         'font-family="sans-serif" font-size="12" fill="#888" stroke-width="1.5">'
         f'{"".join(panels)}</svg>\n') or ""
 
 
-def panel(metric: str, series: dict[str, list[tuple[float, float]]], height: int) -> str:
-    """Draw lines over the KL, with their names at the right."""
+def panel(
+    metric: str, series: dict[str, list[tuple[float, float]]], colours: dict[str, str], height: int
+) -> str:
+    """Draw lines over the KL, a dot where only one point is known; the names are at the right."""
     xs, ys = zip(*(point for points in series.values() for point in points))
     across, up = ticks(0, max(xs)), ticks(min(ys), max(ys))
     x = lambda kl: 60 + (WIDTH - 260) * kl / across[-1]
@@ -169,6 +172,11 @@ def panel(metric: str, series: dict[str, list[tuple[float, float]]], height: int
               'stroke="#8884"/>' for value in up]
     for i, (label, points) in enumerate(series.items()):
         path = "L".join(f"{x(kl):.1f} {y(value):.1f}" for kl, value in points)
-        parts.append(f'<path d="M{path}" fill="none" stroke="{LINES[i]}"/><text x="{WIDTH - 190}" '
-                     f'y="{24 + 16 * i}" fill="{LINES[i]}">{escape(label)}</text>')
+        parts.append(f'<path d="M{path}" fill="none" stroke="{colours[label]}"/>'
+                     f'<text x="{WIDTH - 190}" y="{24 + 16 * i}" fill="{colours[label]}">'
+                     f"{escape(label)}</text>")
+        if len(points) == 1:
+            kl, value = points[0]
+            parts.append(f'<circle cx="{x(kl):.1f}" cy="{y(value):.1f}" r="3" '
+                         f'fill="{colours[label]}"/>')
     return "".join(parts)
