@@ -35,8 +35,8 @@ What this file does differently, and why:
 7. A completion ends with end-of-sequence alone. The release also cuts it behind "?", after which it
    counts as one without an end: `--cut_at_question`.
 8. The KL weighs 0.02, not 0.1, with which the built-in policy stays too near to a base that is
-   nearly always wrong: see CLAIMS.md (ppo). There `--epochs 2` takes twice as
-   long and leaves about half as many false answers.
+   nearly always wrong: see CLAIMS.md (ppo). There `--epochs 2` takes twice as long and leaves about
+   half as many false answers.
 9. The release starts from a policy of its own: one epoch at 1e-4 of supervised training on 10k
    LLaVA and 5k A-OKVQA conversations. Here: `--algo sft --epochs 1 --learning_rate 1e-4`, whose
    result is `--model` of the reward model and of PPO.
