@@ -206,14 +206,13 @@ def verdict(folder: Path, reads: str, start: Start, config: Training) -> str:
     # The scalar head starts as the model's own verdict, so rankings may begin below guessing.
     if late < 0.95 * (guess if reads == "rankings" else first):
         return ""
-    how = "has risen" if late > 1.05 * first else "has hardly moved"
-    if reads == "rankings":
-        how = f"is not below {guess:.4g}, that of guessing"
-    guessing = ", that of guessing" if abs(late - guess) < 0.05 * guess else ""
-    smaller = ", or a smaller one if logps/chosen has fallen far" if reads == "pairs" else ""
+    how = "has hardly moved" if reads != "rankings" else f"is not well below guessing ({guess:.4g})"
+    how = "has risen" if late > 1.05 * first else how
+    guessing = abs(late - guess) < 0.05 * guess and reads != "rankings"
     return (f"the loss {how}: {first:.4g} at first, {late:.4g} in the second half"
-            f"{guessing * (reads != 'rankings')}; try a larger --learning_rate than "
-            f"{config.learning_rate:g}{smaller}")
+            f"{', that of guessing' * guessing}; try a larger --learning_rate than "
+            f"{config.learning_rate:g}"
+            + ", or a smaller one if logps/chosen has fallen far" * (reads == "pairs"))
 
 
 def remove_checkpoints(folder: Path, but: Path | None = None) -> None:

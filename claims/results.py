@@ -155,7 +155,7 @@ def verdict(runs: Runs, claim: Claim, better: str, worse: str) -> str:
     if high < 0:
         return f"only at {100 * lost:.1f} points less coverage" if lost > COVERAGE else "holds"
     if low > 0 and -lost > COVERAGE:
-        return f"the other names {-100 * lost:.1f} points less: not comparable"
+        return f"the opposite, but only at {-100 * lost:.1f} points less coverage"
     if low > 0:
         return "does not hold: the opposite does" if reverse else "does not hold"
     return "not decided by these seeds"
