@@ -425,6 +425,9 @@ def test_folders_are_never_lost(photos, tmp_path, run_train):
     assert "no image 'gone.png'" in run_train(  # fails when the folder is its own already
         "--data", bad, "--images", photos, "--out", done, "--overwrite", status=1)
     assert {path: path.read_bytes() for path in done.rglob("*") if path.is_file()} == written
+    for name in ("reward_model", "held_out_reward_model"):
+        with pytest.raises(ValueError, match="done is an input of this run"):
+            runs.set_aside(done, config.Run(), grpo.GRPOConfig(**{name: str(done)}))
     (done / "request.txt").write_text("of the reward model that was here")
     with pytest.raises(SystemExit):
         run_train(*own_data(photos, done, "--resume", "--overwrite"))
@@ -3218,6 +3221,7 @@ def test_blind_edits_and_the_control():
     assert 0.9 <= sum(map(builtin.covered, less)) / things < 1
     assert list(evaluation.blind_baselines(before, after, [])) == [
         "last sentence cut", "other picture"]
+    assert not blind.other_picture(after[:1])  # a scene alone is not held against itself
 
 
 def test_world_corrections_of_garbage_are_free_of_hallucinations():
