@@ -2,10 +2,10 @@
 
 A *scene* is a setting (street, kitchen, ...) and three to five *things*, each a kind, a colour, a
 number and one cell of a 3x3 grid. From a scene the world makes the picture, a true description, and
-the description that a *noisy annotator* would write from habit: a thing that such a setting usually
-has, in its usual place although nothing stands there; an unusual colour reported as the usual one;
-three counted as two. Habits need a world with regularities, so settings have typical kinds, and
-kinds have usual colours and places, with exceptions.
+the description that a *noisy annotator* writes from habit: they add a thing that the setting
+usually has in its usual place, report an unusual colour as the usual one, and count three as two.
+Habits need a world with regularities, so settings have typical kinds, and kinds have usual colours
+and places, with exceptions.
 
 A model trained on the annotator's texts learns to see, and it learns the habits too: which object
 to expect in a kitchen is far easier to learn than whether it is there. LLaVA came to hallucinate in
@@ -14,11 +14,11 @@ measure of RLHF-V (arXiv 2312.00849, Table 2) detects it in large models.
 
     scenes        what exists, and scenes of it        oracle     false spans, corrections, rankings
     texts         descriptions, captions, annotator    vqa        questions and their answers
-    drawing       pictures                             feedback   the papers' data sets, played
-    pretraining   the world's own models               tasks      what these are trained on
+    drawing       pictures                             feedback   the papers' data sets, simulated
+    pretraining   the world's own models               tasks      their training examples
 
-The names below are the world itself, without models. Each is a function of its arguments: random
-choices come from the scene's seed or from the `random.Random` that is passed in.
+The names below are the world itself, without models. Functions depend on their arguments alone:
+random choices come from the scene's seed or from the `random.Random` that is passed in.
 """
 
 from world.drawing import draw

@@ -104,7 +104,7 @@ LAYOUT = {  # number: (sprite's side, centres), in cells
     2: (0.5, ((0.24, 0.5), (0.76, 0.5))),
     3: (0.46, ((0.5, 0.26), (0.24, 0.74), (0.76, 0.74))),
 }
-JITTER = 2  # pixels at 72, either way
+JITTER = 2  # pixels in either direction, in a picture of 72
 
 
 def paint(image: Image.Image, drawing: str, paints: Mapping[str, tuple[int, ...]]) -> None:
@@ -132,14 +132,14 @@ def paint(image: Image.Image, drawing: str, paints: Mapping[str, tuple[int, ...]
 
 @lru_cache(maxsize=None)  # 24 kinds x 6 colours x 3 sizes
 def sprite(kind: str, colour: str, side: int) -> Image.Image:
-    """Draw one thing as RGBA, `side` pixels wide and a margin for its rim."""
+    """Draw one thing as RGBA, `side` pixels wide plus a margin for its rim."""
     main = COLOURS[colour]
     paints = PAINT | {"main": main, "dark": tuple(int(0.62 * c) for c in main),
                       "light": tuple((c + 255) // 2 for c in main)}
     scale = max(4, 96 // side)  # supersampling, so that edges are smooth
     inner = Image.new("RGBA", (side * scale,) * 2)
     paint(inner, DRAWINGS[kind], {name: (*rgb, 255) for name, rgb in paints.items()})
-    # A dark rim sets a thing off from any background: the silhouette, grown, goes underneath.
+    # A dark rim sets a thing off from any background: its dilated silhouette goes underneath.
     rim, margin = round(0.035 * side * scale), 1 + side // 30
     whole = Image.new("RGBA", ((side + 2 * margin) * scale,) * 2)
     whole.paste(inner, (margin * scale,) * 2)

@@ -1,8 +1,8 @@
 """Feedback on a model's own completions in the built-in world, written as a user's files would be.
 
 The oracle plays the annotators of the papers. Their work is written in the plain formats that
-`formats/readers.py` reads from anybody: a JSON or JSONL file and a folder of images beside it. So
-built-in data takes the same path as real data, and any tool can show and edit it.
+`formats/readers.py` reads: a JSON or JSONL file and a folder of images beside it. So built-in data
+takes the same path as real data, and any tool can show and edit it.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from model import LLaVA
 from vision import ImageSettings
 
 TEMPERATURE = 0.5  # of the completions to correct: typical of the model, with some variety
-CHUNK = 200  # scenes per round, at most; how many of their completions are usable shows afterwards
+CHUNK = 200  # scenes per round, at most; only some of their completions are usable
 CROP = 0.5  # least share of a picture's area that a crop keeps (RandomResizedCrop(scale=(0.5, 1)))
 OPEN, NO, YES = 1, 6, 7  # LLaVA-RLHF's caption_type: the kind of question and its right answer
 
@@ -50,16 +50,16 @@ def corrections(
     Args:
         folder: gets `corrections.jsonl` and `images/`.
         count: corrections wanted; completions in which the annotator finds nothing to correct are
-            passed over.
+            skipped.
         seed: decides scenes, wordings and sampling.
-        overlook, noise: how careless the annotator is (`world.careless`); 0 for an exact one.
+        overlook, noise: rates of the annotator's mistakes (`world.careless`); 0: none.
 
     Returns:
         The path of the JSONL file. Its rows are those of the RLHF-V data: image, question, chosen
         (the corrected completion) and rejected (the original).
 
     Raises:
-        ValueError: the model hardly hallucinates; there is nothing to correct.
+        ValueError: a rate is out of range, or the model hardly hallucinates.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     if not 0 <= overlook < 1 or not 0 <= noise <= 1:
@@ -91,15 +91,15 @@ def rankings(
     model: LLaVA, tokenizer: Tokenizer, settings: ImageSettings, folder: Path,
     count: int, seed: int, noise: float = 0.1, split: str = "train",
 ) -> Path:
-    """Sample two descriptions per scene, rank them and write all (LLaVA-RLHF, section 2.2).
+    """Sample two descriptions per scene, rank them and write them (LLaVA-RLHF, section 2.2).
 
     Args:
         folder: gets `preferences.json` in LLaVA-Human-Preference-10K's format,
             `image_to_caption.json` and `images/`.
-        count: ranked pairs wanted; equally good pairs, which annotators could not tell apart
-            either, and pairs with an empty completion are passed over.
+        count: ranked pairs wanted; pairs of equal merit, between which people could not decide
+            either, and pairs with an empty completion are skipped.
         seed: decides scenes, wordings and sampling.
-        noise: how often the worse completion is preferred; 0 for an exact measure.
+        noise: how often the worse completion is preferred; 0: never.
         split: of the scenes, "train" or "test".
 
     Returns:
@@ -153,10 +153,10 @@ def conversations(
 
     Args:
         folder: gets `conversations.json` and `images/`.
-        count: conversations, each about a picture of its own.
+        count: conversations, one per picture.
         about: "questions": four, with true short answers; "descriptions": what the noisy annotator
-            writes; "cropped": the same about a random part of the picture, CROP of its area at
-            least, enlarged to its size, as if the text still spoke of all that it shows.
+            writes; "cropped": the same text beside a random crop of the picture, at least CROP of
+            its area, enlarged to the full size.
 
     Returns:
         The path of `conversations.json`.
@@ -185,7 +185,7 @@ def conversations(
 
 
 def prompts(settings: ImageSettings, folder: Path, count: int, seed: int) -> Path:
-    """Write the prompts of PPO's rollouts: three descriptions to one yes/no question.
+    """Write the prompts of PPO's rollouts: three ask for a description, one a yes/no question.
 
     Args:
         folder: gets `prompts.json` in LLaVA-RLHF's format, `image_to_caption.json`, `images/`, and
@@ -216,10 +216,10 @@ def prompts(settings: ImageSettings, folder: Path, count: int, seed: int) -> Pat
 
 
 class Oracle:
-    """What is true of an answer to one of the built-in world's prompts."""
+    """Find and correct what is false in completions of the built-in world's prompts."""
 
     def __init__(self, folder: Path):
-        """`folder` as `prompts` wrote it."""
+        """Read the scenes' seeds from a folder that `prompts` wrote."""
         self.seeds = read_json(folder / "image_to_scene.json")
         self.scene = lru_cache(maxsize=None)(lambda picture: world.make_scene(self.seeds[picture]))
 
@@ -230,5 +230,5 @@ class Oracle:
         return [text[span.start : span.end] for span in spans]
 
     def correct(self, example: Example, text: str) -> str | None:
-        """The text made true; None for short questions, whose answers annotators do not correct."""
+        """Return the text made true; None for short questions, which annotators do not correct."""
         return None if example.truth else world.correct(self.scene(example.picture), text)

@@ -1,6 +1,6 @@
 """The oracle: what is false in a free-form text about a scene, its correction, and its rank.
 
-It plays the people of the papers exactly. `hallucinations` marks the false spans, `correct` edits
+It plays the papers' annotators without error. `hallucinations` marks false spans, `correct` edits
 them as RLHF-V's annotators did (arXiv 2312.00849, section 3.1), and `rank` prefers one of two texts
 as LLaVA-RLHF's annotators did (arXiv 2309.14525, section 2.2). Text outside the world's language
 asserts nothing, so it is never false.
@@ -31,8 +31,8 @@ COLOUR = re.compile(rf"\b(?:{any_of(COLOURS)})\b", re.I)
 PLACE = re.compile(rf"\b(?:{any_of(PLACES)})\b", re.I)
 SETTING = re.compile(rf"\b(?:{any_of(SCENES)})\b", re.I)
 DENIAL = re.compile(r"\b(?:not|without|no\s+\w)|\?\s*$", re.I)  # asserts that nothing is there
-# `\s*,?\s+and\s+|\s*,\s+`, but every run of white space is entered at its beginning only: trying
-# each of its characters, and each way to share it between \s* and \s+, takes cubic time.
+# `\s*,?\s+and\s+|\s*,\s+`, but matching enters a run of white space only at its beginning: trying
+# each of its characters, and each way to split it between \s* and \s+, takes cubic time.
 LINK = re.compile(r"(?<!\s)\s+and\s+|(?:(?<!\s)\s+)?,\s+(?:and\s+)?", re.I)
 
 
@@ -100,10 +100,10 @@ def agreement(mention: re.Match, **words: str) -> Iterator[Span]:
 def deletion(
     i: int, clauses: list[Clause], things: list[Thing | None], end: int
 ) -> tuple[int, int]:
-    """Return the span to delete for clause `i`, so that the rest still reads.
+    """Return the span to delete for clause `i`; the rest stays a sentence.
 
     Args:
-        things: the thing that each clause mentions, None where the clause is to go.
+        things: the thing that each clause mentions, None where the clause is deleted.
         end: of the sentence.
     """
     left, right, mention = clauses[i]
@@ -178,13 +178,13 @@ def hallucinations(scene: Scene, text: str) -> list[Span]:
 
 
 def correct(scene: Scene, text: str) -> str:
-    """Make the text true by minimal edits; all else stays as it is, byte for byte.
+    """Make the text true by minimal edits; the rest stays byte for byte.
 
-    Wrong words are replaced, and is/are and the noun follow a changed number. What is said of an
-    absent kind, or of a thing in a second place, becomes what stands there if the text mentions it
-    nowhere; else the sentence goes, with the white space before it (after, for the first).
+    Wrong words are replaced, and is/are and the noun follow a changed number. The mention of an
+    absent kind, or of a thing in a second place, becomes that of what stands there, if the text has
+    none; else the sentence goes, with the white space before it (after, for the first).
     """
-    while found := edits(scene, text):  # a second round only where a clause lost its neighbour
+    while found := edits(scene, text):  # a second round only if a clause lost its neighbour
         for edit in reversed(found):
             before, after = text[:edit.start], text[edit.end:]
             if not edit.replacement:
@@ -197,15 +197,14 @@ def correct(scene: Scene, text: str) -> str:
 def careless(
     scene: Scene, text: str, rng: Random, overlook: float = 0.0, noise: float = 0.0
 ) -> Scene:
-    """Return what an annotator who makes mistakes takes for the truth about a text's picture.
+    """Return the scene that an annotator who makes mistakes on a text believes to be true.
 
     `correct` with this scene in place of the true one gives their correction.
 
     Args:
-        overlook: probability of each false object, colour, number and place to be taken for true
-            (where a thing is said twice, of those said first).
-        noise: probability that one true statement of the text is taken for false: its colour,
-            number or place is thought to be another.
+        overlook: probability that each false object, colour, number or place is taken for true (of
+            a thing mentioned twice, those of the first mention).
+        noise: probability that one true colour, number or place in the text is taken for false.
     """
     things, true, said_before = {thing.kind: thing for thing in scene.things}, [], set()
     for kind, said in statements_of(text):
@@ -228,7 +227,7 @@ def careless(
 
 
 def statements_of(text: str) -> Iterator[tuple[str, dict[str, str | int]]]:
-    """Yield (kind, what is said of it) for every clause: its colour, number and cell, if said."""
+    """Yield (kind, {its colour, number and cell, those that are stated}) for every clause."""
     for _, clauses in clauses_of(text):
         for start, end, mention in clauses:
             said = {}
@@ -256,7 +255,7 @@ def merit(scene: Scene, text: str) -> tuple[int, int]:
 def rank(scene: Scene, first: str, second: str, rng: Random, noise: float = 0.1) -> int:
     """Return 0 if the first text is better, 1 if the second; wrong with probability `noise`.
 
-    Better is: fewer false spans, then more of the kinds mentioned, then either.
+    Fewer false spans are better, then more kinds rightly mentioned; ties are broken at random.
     """
     scores = [merit(scene, text) for text in (first, second)]
     better = rng.randrange(2) if scores[0] == scores[1] else int(scores[1] > scores[0])

@@ -1,11 +1,11 @@
-"""Pretraining of the built-in world's own models, three algorithms in this order.
+"""Pretraining of the built-in world's own models: three algorithms, in this order.
 
     vision    dense labels of every patch, from random weights. Real LLaVA takes CLIP's tower
               ready-made; captions alone would need far more text than a laptop can process.
     base      conversations about drawn scenes, after vision
     rm_init   verification of answers against facts, after base
 
-`tasks.py` makes the examples; README.md tells how the shipped models were made.
+`tasks.py` makes the examples; README.md says how the shipped models were made.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,11 +32,10 @@ WORLD_IMAGES = ImageSettings(size=72, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.2
 
 
 def world_model(tokenizer: Tokenizer) -> LLaVAConfig:
-    """Return the shape of the world's model: 0.8 M parameters in the tower, 2 M in the decoder.
+    """Return the world's configuration: 0.8 M parameters in the tower, 2 M in the decoder.
 
-    A decoder position has to find a patch by its content, from any distance. Rotary positions
-    disturb that in all dimensions but the slow ones, so theta is large (as in LLaMA 3) and the
-    heads are as wide as in the large models (64).
+    A decoder position has to find a patch by its content, at any distance. Rotary positions disturb
+    that in all but the slow dimensions, so theta is large (as in LLaMA 3) and heads are wide (64).
     """
     return LLaVAConfig(
         vision=VisionConfig(128, 512, 4, 4, image_size=72, patch_size=12),
@@ -66,7 +65,7 @@ def fresh_model(path: Path, seed: int) -> tuple[LLaVA, Tokenizer, ImageSettings]
     """Return the world's model with random weights, its tokenizer and its image settings.
 
     Args:
-        path: of the tokenizer's file, trained and written if it is not there yet.
+        path: of the tokenizer, which is trained and written if the file is missing.
         seed: of the weights.
     """
     if not path.exists():
@@ -149,7 +148,7 @@ class Tower(Algorithm):
         losses.append(F.cross_entropy(logits[4].mean(1), batch.labels[4]))
         thing = batch.labels[0] > 0
         right = (logits[0].argmax(-1) == batch.labels[0])[thing].float().mean()
-        # Unit-sized features: the projector's input, as after CLIP's own training.
+        # Keep the features, which the projector reads, at unit size, as CLIP's training does.
         size = features.square().mean()
         return sum(losses) + 0.01 * size, {"accuracy/kind": right.item(), "features": size.item()}
 
@@ -162,11 +161,11 @@ class Tower(Algorithm):
 
 @dataclass
 class DecoderConfig(Training):
-    """Hyperparameters of the base and of what follows: the decoder starts from random weights."""
+    """Hyperparameters of the base and of the initialisation that follows it."""
 
     learning_rate: float = option(3e-3, "peak learning rate of AdamW (embeddings, head, norms)")
     muon_rate: float = option(0.02, "peak learning rate of Muon, for the blocks' matrices")
-    optimizer: str = option("muon", "muon learns look-ups several times sooner", ("muon", "adamw"))
+    optimizer: str = option("muon", "Muon learns look-ups several times faster", ("muon", "adamw"))
     warmup: float = option(0.05, "share of the steps over which the learning rate rises linearly")
 
 
@@ -175,7 +174,7 @@ class BaseConfig(DecoderConfig):
     """Hyperparameters of the base."""
 
     steps: int = option(1100, "optimizer steps", least=1)
-    questions: int = option(10, "questions per image, each in a branch of its own", least=0)
+    questions: int = option(10, "questions per image, each in its own branch", least=0)
 
 
 @dataclass
@@ -191,17 +190,17 @@ class RMInitConfig(DecoderConfig):
                          "than description")
     soften: float = option(0.5, "factor on the base's queries and keys; 1 for a later part of the "
                                 "curriculum")
-    reading: float = option(0.32, "share of the steps that teach reading, which comes first; 1 or "
-                            "0 for a run of one part of the curriculum")
-    comparing: float = option(0.3, "share of the steps after these that compare fact by fact, which "
-                              "verdicts on whole answers need")
+    reading: float = option(0.32, "share of the steps, the first ones, that teach reading; 1 or 0 "
+                            "for a run of one part of the curriculum")
+    comparing: float = option(0.3, "share of the steps, the next ones, that compare fact by fact, "
+                              "to prepare verdicts on whole answers")
 
 
 def soften(model: LLaVA, factor: float) -> None:
     """Scale the decoder's queries and keys by a factor, and so its attention scores by its square.
 
-    The base attends to single tokens with a weight near 1, and where softmax is saturated, no
-    gradient says which other token would be of use.
+    The base attends to single tokens with a weight near 1. Where softmax is saturated, no gradient
+    shows which other token would help.
     """
     with torch.no_grad():
         for block in model.decoder.layers:
@@ -232,4 +231,4 @@ class RMInit(sft.SFT):
         super().__init__(start, config, source=VerificationTask(start, config))
 
     def measure(self, *measures: Callable) -> None:
-        """Measure nothing; the reward model that starts here is measured by its agreement."""
+        """Measure nothing; the reward model that starts from this one is measured."""

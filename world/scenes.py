@@ -1,7 +1,7 @@
 """Scenes: a setting with three to five things in it, each of a kind, colour, number and place.
 
-Settings have typical kinds and kinds have usual colours, and both have exceptions: an annotator can
-mistake these regularities for the truth, and so can a model trained on their texts.
+Settings have typical kinds, and kinds have usual colours and cells, with exceptions. An annotator
+can mistake these regularities for the truth, and so can a model trained on their texts.
 """
 
 import zlib
@@ -86,7 +86,7 @@ def weighted_choice(rng: Random, weights: Mapping[Key, float]) -> Key:
 
 
 def place(kind: str, free: list[int], rng: Random) -> Thing:
-    """Draw a thing of this kind, mostly in its usual colour and cell, and take that from `free`."""
+    """Draw a thing of this kind, mostly in its usual colour and cell; take its cell from `free`."""
     usual = USUAL_CELLS[kind] in free and rng.random() < USUAL_CELL
     cell = USUAL_CELLS[kind] if usual else rng.choice(free)
     free.remove(cell)
@@ -149,11 +149,11 @@ def lookalike(scene: Scene, rng: Random, difference: float, fewer: bool = False)
 
 
 def exchanged(scene: Scene, rng: Random, difference: float, field: str) -> Scene:
-    """Change the kinds or the cells of some things, partly among each other, and nothing else.
+    """Change only the kinds, or only the cells, of some things, partly by exchanging them.
 
     Args:
-        difference: 0..1, the share of the things that change; at least one does, or two where no
-            cell is free.
+        difference: 0..1, the share of the things that change; at least one, or two if no cell is
+            free.
         field: "kind" or "cell".
     """
     free = scene.free_cells() if field == "cell" else scene.absent()
@@ -170,10 +170,10 @@ def exchanged(scene: Scene, rng: Random, difference: float, field: str) -> Scene
 
 
 def extended(scene: Scene, rng: Random, difference: float) -> Scene:
-    """Add things of other kinds, each in its usual colour and cell most often.
+    """Add things of other kinds, mostly in their usual colours and cells.
 
     Args:
-        difference: 0..1, how many for each that is there; one at least.
+        difference: 0..1, added things per thing in the scene; at least one is added.
     """
     free = scene.free_cells()
     count = min(len(free), max(1, round(difference * len(scene.things))))
@@ -182,7 +182,7 @@ def extended(scene: Scene, rng: Random, difference: float) -> Scene:
 
 
 def repeated(scene: Scene, rng: Random) -> Scene:
-    """Add one of the things a second time, in a cell that is free: one at least has to be."""
+    """Add one of the things a second time, in a free cell; the scene must have one."""
     again = replace(rng.choice(scene.things), cell=rng.choice(scene.free_cells()))
     return replace(scene, things=in_reading_order((*scene.things, again)))
 

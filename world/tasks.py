@@ -1,8 +1,8 @@
-"""Training examples of the world's own models: conversations, and verification against facts.
+"""Training examples for the world's own models: conversations, and verification against facts.
 
 A task is a source of examples for `sft.SFT`: it has `steps`, and `examples(step)` gives the rows of
-an optimizer step. Its seeds spell out names that the shipped models were made with; a new spelling
-would draw other scenes.
+an optimizer step. The shipped models were made with the seed strings below; other strings would
+draw other scenes.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,8 +36,8 @@ class ConversationTask:
     So the image is processed once for all of them, and no answer can be copied from another.
     """
 
-    SCENES = 12000  # at most, different ones: their features take 0.2 GB
-    STATEMENTS = 2  # per image, to verify, half of them with facts: a reward model's work
+    SCENES = 12000  # distinct scenes, at most; their features take 0.2 GB
+    STATEMENTS = 2  # to verify per image, half of them with facts, as a reward model does
 
     def __init__(self, start: Start, config: Training):
         self.tokenizer, self.seed = start.tokenizer, start.run.seed
@@ -70,40 +70,40 @@ class ConversationTask:
 
 
 class VerificationTask:
-    """Answers to be verified by captions or by the image, as a reward model will meet them.
+    """Verification of answers against captions or the image, as a reward model does it.
 
     An answer is true if it names what is there, as it is, and nothing else. To compare, the model
-    first has to find in the answer what a caption speaks of. So the curriculum has three phases:
+    must first find the part of the answer that a caption is about. Hence three phases:
 
-    1. reading: write the facts of a description of a few things, or of many. Kinds weigh most:
-       they are the last to be read where they stand;
+    1. reading: write the facts of a description of a few things, or of many. Kinds weigh most,
+       because the model learns last to read them where they stand;
     2. comparing: after each fact of a reward request, say whether the answer states it. A verdict
        on each fact teaches in minutes what one verdict on all of them does not;
-    3. verifying: give a verdict on the whole answer, the less likely "yes" the more is false in
-       it, while some facts are still compared.
+    3. verifying: give a verdict on the whole answer, "yes" less often the more of it is false,
+       while some responses still compare fact by fact.
 
-    False answers describe lookalikes of the scene. These begin as different from it as can be and
-    come to differ in one word, easy ones staying among them. Most rows have no image: the trunk is
-    an answer, and its branches bring the facts of the scene or of a lookalike.
+    False answers describe lookalikes of the scene, at first as different from it as possible, later
+    down to one word, with easy ones still among them. Most rows have no image: the trunk is an
+    answer, and its branches give the facts of the scene or of a lookalike.
     """
 
-    FACT_BY_FACT = 0.3  # share of phase 3's responses that go on comparing each fact, as practice
+    FACT_BY_FACT = 0.3  # share of phase 3's responses that still compare fact by fact
     RAMP = 0.15  # share of the steps after phase 1 over which lookalikes become hard: comparison is
     # learned from obvious errors and needed for small ones
-    HARDEST = 0.95  # similarity of the hardest lookalikes, 0 (all differs) to 1
-    HABITS = 0.4  # share of the hardest lookalikes that err as the noisy annotator does, and so the
-    # base: one of the two scenes is his report of the other
-    REPEATED = 0.3  # share of the reports in which a thing stands twice, as only the base has it
+    HARDEST = 0.95  # similarity of the hardest lookalikes, 0 (everything differs) to 1
+    HABITS = 0.4  # share of the hardest lookalikes that err as the noisy annotator, and so the
+    # base, does: one of the two scenes is the annotator's report of the other
+    REPEATED = 0.3  # share of the reports in which a thing stands twice, which only the base does
     EXCHANGED = 0.3  # share of the others that differ in kinds or in places alone: the words
     # of a fact do not suffice then, only where they stand in the answer
-    EXTRA = 0.25  # share of the rest that differ in how much there is: the answer says too much
+    EXTRA = 0.25  # share of the rest in which the answer states too much
     IMAGES = 0.4  # share of phase 3's rows with an image; those without are shorter
     KIND_WEIGHT, WEIGHT = 4.0, 0.25  # in phase 1, of kinds and of the rest; number and colour: 1
     IF_TRUE, PER_ERROR = 0.9, 0.4  # P(yes) of a true answer, and its factor for each kind that it
-    # leaves out, makes up or describes wrongly: so log-odds rank answers that are both false
-    VERDICT_WEIGHT = 5.0  # of a verdict on the whole; on a fact it is 1
-    FACT_WEIGHT = 0.25  # of a stated fact's tokens. At 0 reading is unlearned
-    SCENES = 6000  # at most, different ones
+    # leaves out, makes up or describes wrongly; so log-odds also rank two false answers
+    VERDICT_WEIGHT = 5.0  # of a verdict on the whole answer; 1 on a fact
+    FACT_WEIGHT = 0.25  # of a stated fact's tokens; at 0 the model unlearns reading
+    SCENES = 6000  # distinct scenes, at most
 
     def __init__(self, start: Start, config: Training):
         self.tokenizer, self.seed = start.tokenizer, start.run.seed
@@ -114,7 +114,7 @@ class VerificationTask:
         self.scenes = [world.make_scene(f"judge {self.seed} {i}") for i in range(count)]
         self.features = encode_scenes(start.model, self.scenes, start.images)
         encode = self.tokenizer.encode
-        self.ends = {encode(f"it{sign}")[-1] for sign in ";."}  # of a fact in a reward request
+        self.ends = {encode(f"it{sign}")[-1] for sign in ";."}  # of the facts in a reward request
         self.yes, self.no = (encode(word)[0] for word in ("Yes.", "No."))
         token = lambda word: encode(f"on {word}")[-1]
         self.weight = {token(noun): self.KIND_WEIGHT for noun in world.NOUNS}
@@ -148,7 +148,7 @@ class VerificationTask:
         return self.text_row(scene, answer, responses, rng)
 
     def compare(self, i: int, hardest: float, rng: Random) -> Example:
-        """Phase 2: an answer, and four times facts to compare with it one by one."""
+        """Phase 2: an answer, and four lists of facts to compare with it one by one."""
         return self.without_image(self.scenes[i], hardest, 1.0, rng)
 
     def verify(self, i: int, hardest: float, rng: Random) -> Example:
@@ -184,12 +184,12 @@ class VerificationTask:
         return self.text_row(scene, world.describe(scene), responses, rng)
 
     def part(self, scene: world.Scene, rng: Random, most: int = 5) -> world.Scene:
-        """Keep some of the scene's things, two at least and `most` at most."""
+        """Keep a random two to `most` of the scene's things."""
         count = rng.randint(2, min(most, len(scene.things)))
         return replace(scene, things=tuple(rng.sample(scene.things, count)))
 
     def reported(self, scene: world.Scene, rng: Random) -> world.Scene:
-        """Return what the noisy annotator reports, at times with a thing in two places."""
+        """Return what the noisy annotator reports, sometimes with a thing in two places."""
         scene = world.misreported(scene, rng)
         again = rng.random() < self.REPEATED and len(scene.free_cells()) > 1
         return world.repeated(scene, rng) if again else scene
@@ -206,11 +206,11 @@ class VerificationTask:
         self, scene: world.Scene, hardest: float, extra: Callable, habitual: world.Scene,
         rng: Random,
     ) -> Iterator[world.Scene]:
-        """Yield a scene four times, half of them as lookalikes.
+        """Yield four scenes, each the scene itself or, half of the time, a lookalike.
 
         Args:
-            extra: makes a lookalike with which the answer states too much.
-            habitual: the lookalike of which the one is the noisy annotator's report of the other.
+            extra: makes lookalikes with which the answer states too much.
+            habitual: the noisy annotator's report of the scene, or what the scene is a report of.
         """
         for _ in range(4):
             difference = 1 - hardest * rng.random() ** 0.5

@@ -1,9 +1,9 @@
 """Texts about a scene: true descriptions and captions, and what a noisy annotator writes.
 
 The wording follows from the scene's seed, so two texts about one scene differ only in what they
-state. The annotator describes the scene from habit: a thing that such a setting usually has is
-reported in its usual place even where nothing stands, an unusual colour as the usual one, and three
-as two. False sentences are worded and ordered like true ones, so no text gives them away.
+state. The annotator writes from habit: they report a thing that the setting usually has in its
+usual place, even if nothing stands there, an unusual colour as the usual one, and three as two.
+False sentences are worded and ordered like true ones, so no text gives them away.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from world.scenes import (
 )
 
 OPENINGS = ("The picture shows a {}.", "This is a picture of a {}.", "This is a {}.")
-SENTENCES = (  # the place comes first: so small a model names a thing by looking where it stands
+SENTENCES = (  # place first: a model this small names a thing by looking at where it stands
     "{place} there {be} {thing}.", "{place} you can see {thing}.", "{place} you see {thing}.",
 )
 DESCRIBE_PROMPTS_TRAIN = (
@@ -33,7 +33,7 @@ DESCRIBE_PROMPTS_EVAL = (  # other wordings, but no word that the training promp
     "Give a description of everything you see.", "Describe what you see in the picture.",
     "Please look at this picture. What is in it?", "Tell me about everything in this picture.",
 )
-EXPECTED = 4  # the annotator expects this many of a setting's most popular kinds to be there
+EXPECTED = 4  # of a setting's most popular kinds; the annotator expects to see these
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def describe_things(scene: Scene, things: Mapping[int, Thing]) -> str:
     """Write the scene's opening and a sentence for each of `things`, in reading order.
 
     Args:
-        things: by the cell that decides the order and wording of the sentence.
+        things: by the cell that decides the order and wording of their sentences.
     """
     rng = Random(f"words {scene.seed}")
     sentences = [rng.choice(OPENINGS).format(scene.type)]
@@ -109,7 +109,7 @@ def annotate(scene: Scene, rng: Random, rates: Rates = Rates()) -> str:
 
 
 def reported(scene: Scene, rng: Random, rates: Rates = Rates()) -> dict[int, Thing]:
-    """Return the things that the noisy annotator reports, by the cell where their sentence is."""
+    """Return the things that the noisy annotator reports, by the cell that places the sentence."""
     things = {thing.cell: misreport(thing, rng, rates) for thing in scene.things}
     popular = SCENES[scene.type]
     expected = sorted(popular, key=popular.__getitem__, reverse=True)[:EXPECTED]
@@ -142,7 +142,7 @@ def misreport(thing: Thing, rng: Random, rates: Rates) -> Thing:
 def facts(scene: Scene) -> list[str]:
     """Write short true captions, sorted: one for the setting and one for each thing.
 
-    The place comes first, so that a reader knows where to look before learning what is there.
+    The place comes first: a reader knows where to look before reading what is there.
     """
     captions = [f"{PLACES[thing.cell]}: {phrase(thing)}" for thing in scene.things]
     return sorted([f"a picture of a {scene.type}", *captions])

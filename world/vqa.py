@@ -81,8 +81,8 @@ def exists_question(scene: Scene, kind: str, rng: Random, held_out: bool = False
 def question(scene: Scene, topic: str, rng: Random, held_out: bool = False) -> Question:
     """Ask about `topic`, a key of TOPICS; `held_out` takes the wordings that training never uses.
 
-    Yes and no are equally likely to be right. Half of the absent kinds that are asked about are
-    drawn from all kinds, half from the setting's typical ones, where habit says yes.
+    Yes and no are equally likely to be right. Absent kinds come half from all kinds, half from the
+    setting's typical ones, where habit says yes.
     """
     prompts = QUESTION_PROMPTS_EVAL if held_out else QUESTION_PROMPTS_TRAIN
     thing = rng.choice(scene.things)
@@ -107,7 +107,7 @@ def question(scene: Scene, topic: str, rng: Random, held_out: bool = False) -> Q
 
 
 def comparison_question(scene: Scene, rng: Random, prompts: Prompts) -> Question:
-    """Compare two things in place or number; for each relation yes is right as often as no."""
+    """Compare two things in place or number; yes and no are equally likely for each relation."""
     pairs = [(a, b) for a in scene.things for b in scene.things if a != b]
     relation = rng.choice([name for name, holds in RELATIONS.items()
                            if any(holds(a, b) for a, b in pairs)])  # then (b, a) is a no
@@ -120,7 +120,7 @@ def comparison_question(scene: Scene, rng: Random, prompts: Prompts) -> Question
 
 
 def questions(scene: Scene, rng: Random, count: int, held_out: bool = False) -> list[Question]:
-    """Ask `count` different questions (about 30 make sense), topics mixed as TOPICS says."""
+    """Ask `count` different questions (about 30 make sense), topics in TOPICS' proportions."""
     asked: dict[str, Question] = {}
     while len(asked) < count:
         new = question(scene, weighted_choice(rng, TOPICS), rng, held_out)
