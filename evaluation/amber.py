@@ -3,25 +3,25 @@
 Its repository (junyangwang0410/AMBER) is read as it is. Ids 1 to 1004 ask for a description of an
 image, all others are yes/no questions. The rules are those of its inference.py.
 
-Generative. The nouns of a description count if they are in the vocabulary of relation.json. In
-turn, a noun of safe_words.txt is passed over; one that is an object of the image or its associate
-covers that object; any other is false, unless it is similar to an object of the image, which it
-then covers. One that is or resembles an object that models often imagine hits that one.
+Generative. The nouns of a description count if they are in the vocabulary of relation.json. Nouns
+of safe_words.txt are skipped. A noun that is an object of the image or its associate covers that
+object. Any other is false, unless it is similar to an object of the image, which it then covers; it
+hits an object that models often imagine if it is that object or similar to it.
 
     chair   false nouns among the nouns              cover  objects covered among the objects
     hal     descriptions with a false noun           cog    imagined objects hit among all listed
 
 Discriminative. The positive class of precision and recall is "No"; a response that is not exactly
 "Yes" or "No" is wrong. A model that always says "No" has an accuracy of 66.3 % and an F1 of 79.7 %
-on all questions, more than most models, so that every score stands beside that baseline.
+on all questions, more than most models, so every score stands beside that baseline.
 
 What differs from inference.py:
 
 1. `exact` mode needs nltk and spaCy with their data (tagger, WordNet, en_core_web_lg). Without them
    the mode is `lexical`: words of the vocabulary count whatever their part of speech, except
-   NOT_NOUNS, and similarity is equality. All its measures are named lexical/..., because they do
-   not compare with published ones.
-2. An answer that starts with "Yes" or "No" and goes on counts as that (`yes_or_no`). Responses from
+   NOT_NOUNS, and similarity is equality. All its measures are named lexical/..., because they are
+   not comparable with published ones.
+2. A model's answer that begins with "Yes" or "No" counts as that word (`yes_or_no`). Responses from
    a file count as they are.
 3. A measure that divides by zero is left out; inference.py prints 0.
 """
@@ -42,7 +42,7 @@ from formats.files import read_json
 from formats.rows import DataError, image_path, skipping, whole_rows
 
 SIMILAR = 0.8  # spaCy's similarity above which two words mean one thing
-NOT_NOUNS = ("can", "drink", "hot", "leave", "watch")  # mostly no nouns, where nothing tags words
+NOT_NOUNS = ("can", "drink", "hot", "leave", "watch")  # mostly other parts of speech
 TYPES = {  # name of a group: the types of its questions; "discriminative" has all
     "existence": ("discriminative-hallucination",),
     "attribute": ("discriminative-attribute-state", "discriminative-attribute-number",
@@ -71,7 +71,7 @@ class Amber:
 
 
 def read_amber(folder: Path) -> Amber:
-    """Read the benchmark from a copy of its repository, or of its folder `data`.
+    """Read the benchmark from a copy of its repository, or of the folder `data` there.
 
     Raises:
         FileNotFoundError, DataError: a file is missing or is not the benchmark's.
@@ -119,7 +119,7 @@ def amber_questions(
 
 
 def yes_or_no(text: str) -> str:
-    """Return "Yes" or "No" of an answer that begins so, in any case; any other as it is."""
+    """Return "Yes" or "No" if an answer begins with it, in any case; else the answer unchanged."""
     word = re.match(r"\W*(yes|no)\b", text, re.I)
     return word[1].capitalize() if word else text
 
@@ -128,7 +128,7 @@ def read_responses(amber: Amber, path: Path) -> list[dict]:
     """Read responses in AMBER's format as rows with id, image and answer.
 
     Raises:
-        DataError: a row has another format, or its id is unknown or not the first of its kind.
+        DataError: a row has another format, or its id is unknown or repeated.
     """
     images, rows = {row["id"]: row["image"] for row in amber.queries}, {}
     for name, row in whole_rows(path):
@@ -163,7 +163,7 @@ def lexical_words(vocabulary: Collection[str]) -> Words:
 
 
 def exact_words() -> Words:
-    """Return inference.py's own way, by nltk's tagger and spaCy's vectors.
+    """Return inference.py's own mode, by nltk's tagger and spaCy's vectors.
 
     Raises:
         ImportError, LookupError, OSError: a package or its data is not installed.
@@ -179,13 +179,13 @@ def exact_words() -> Words:
         tagged = nltk.pos_tag(nltk.word_tokenize(text))
         return [lemmatizer.lemmatize(word) for word, tag in tagged if tag.startswith("NN")]
 
-    nouns("A dog sits.")  # asks for the data
+    nouns("A dog sits.")  # raises now if the data is missing
     similar = lru_cache(maxsize=None)(lambda a, b: parse(a).similarity(parse(b)) > SIMILAR)
     return Words("exact", nouns, similar)
 
 
 def best_words(amber: Amber) -> Words:
-    """Return the exact mode where its packages and their data are installed, else the lexical."""
+    """Return the exact mode if its packages and their data are installed, else the lexical one."""
     try:
         return exact_words()
     except (ImportError, LookupError, OSError):
@@ -238,7 +238,7 @@ def yes_no_terms(amber: Amber, rows: list[dict]) -> dict[str, Terms]:
     """Return accuracy, precision, recall and F1 of "No", over all and by type of question.
 
     Args:
-        rows: with id, image and answer, which is exactly "Yes" or "No" unless it is wrong.
+        rows: with id, image and answer; one that is not exactly "Yes" or "No" is wrong.
     """
     types = [amber.annotations[row["id"]]["type"] for row in rows]
     no = np.array([amber.annotations[row["id"]]["truth"] == "no" for row in rows], dtype=float)

@@ -34,7 +34,7 @@ Respond = Callable[[list[Image.Image], list[ImageQuestion], int], list[str]]  # 
 def read_questions(
     path: Path, images: str | None, prompt: str | None = None, skip: list[str] | None = None
 ) -> list[ImageQuestion]:
-    """Read rows with an image and a question (or prompt, or text, as POPE's files call it).
+    """Read rows with an image and a question (also called prompt or, in POPE's files, text).
 
     Args:
         images: folder that the image names are relative to; a name must not lead outside it.
@@ -59,9 +59,9 @@ def make_question(name: str, row: dict, images: str, prompt: str | None) -> Imag
 
 
 def read_answers(path: Path) -> list[dict]:
-    """Read answers that were made elsewhere: rows with "answer", the text, and "name", the row.
+    """Read answers that were made elsewhere: rows with "answer", and "name" for error messages.
 
-    The text may also be called caption or text; a row without is a DataError.
+    The answer may also be called caption or text; a row without any is a DataError.
     """
     rows = []
     for name, row in whole_rows(path):
@@ -76,7 +76,7 @@ def read_answers(path: Path) -> list[dict]:
 
 
 def whole_lines(path: Path) -> list[dict]:
-    """Return the rows of a JSONL file, if there is one, without half a line of a killed process."""
+    """Return the rows of a JSONL file, if it exists, without a killed process's unfinished line."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
         return [dict(parse_json(line)) for line in lines]
@@ -99,7 +99,7 @@ def answer_file(
         seed: of the first batch. A resumed file has the same rows as an uninterrupted one.
         skip: collects messages about unreadable images; None: the first one is raised.
 
-    Returns all rows. ValueError if the file answers other questions, or another model made it.
+    Returns all rows. ValueError if the file answers other questions or is another model's.
     """
     wanted = [{**each.fields, "by": by} for each in questions]
     with path.open("ab") as file, progress_bar(len(wanted), path.stem) as bar:
@@ -132,7 +132,7 @@ def answer_file(
 def first_to_answer(
     questions: Sequence[ImageQuestion], rows: Sequence[dict], skip: list[str] | None
 ) -> int:
-    """Return the first row without an answer whose image can be read by now; len(rows) if none."""
+    """Return the first row without an answer whose image can be read now; len(rows) if none."""
     for i, (question, row) in enumerate(zip(questions, rows)):
         if "error" in row:
             with skipping(skip):

@@ -2,7 +2,7 @@
 
 POPE's parser of yes/no answers (`pope_answer`) and MMHal's parser of ratings (`rating`) are those
 of the public scripts, to the letter. How the questions are asked and who judges is up to the
-caller, and a score compares with published ones only if that is the same too:
+caller; a score is comparable with published ones only if these agree, too:
 
 1. POPE: evaluate.py asks as LLaVA-RLHF does (--suffix, 64 new tokens) unless told otherwise.
 2. CHAIR: the words for objects are those of `coco.py`, which lack 148 of the 403 official synonyms;
@@ -54,7 +54,7 @@ def pope(answers: Sequence[str], labels: Sequence[str], images: Sequence | None 
     """Score free-form answers to yes/no questions as POPE (Li et al. 2023, arXiv 2305.10355).
 
     Args:
-        labels: "yes" or "no", one per answer, or it is a ValueError.
+        labels: "yes" or "no", one per answer; else a ValueError.
         images: one per answer; answers about one image are resampled together, since their errors
             are not independent.
 
@@ -111,7 +111,7 @@ MMHAL_FIELDS = ("image_id", "image_src", "image_content", "question", "gt_answer
 def rating(reply: str) -> int | None:
     """Return the rating in a judge's reply, or None unless it names exactly one of 0..6.
 
-    As in the public script: "rating: n" anywhere, in any case; the same one twice counts.
+    As in the public script: "rating: n" anywhere, in any case; the same one may come twice.
     """
     found = [n for n in range(7) if f"rating: {n}" in reply.lower()]
     return found[0] if len(found) == 1 else None
@@ -153,7 +153,7 @@ def read_mmhal(path: Path) -> list[dict]:
 def mmhal_questions(
     path: Path, rows: Sequence[dict], images: str | Path | None
 ) -> list[ImageQuestion]:
-    """Return the rows' questions; images are named as in their address or by their id."""
+    """Return the rows' questions; image files are named as in their address or by their id."""
     questions = []
     for number, row in enumerate(rows, 1):
         names = [str(row["image_src"]).rpartition("/")[2]]

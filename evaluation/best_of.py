@@ -1,8 +1,8 @@
-"""Best of n: of several sampled answers the one that a reward model scores highest.
+"""Best of n: choose the one of several sampled answers that a reward model scores highest.
 
-What a reward model is worth before any training on it: the policy stays as it is, and only the
-choice among its own samples changes. With a reward model that was trained with facts, the captions
-of the images that are asked about go into the choice.
+This measures what a reward model is worth before any training on it: the policy stays unchanged,
+and only the choice among its own samples differs. A reward model that was trained with facts gets
+the captions of the images.
 """
 
 from argparse import Namespace
@@ -34,14 +34,14 @@ class BestOf:
 
     @property
     def label(self) -> str:
-        """What identifies the choice in a file of answers."""
+        """The text that identifies the choice in an answers file."""
         return (f"best_of={self.samples} facts={bool(self.judge.facts)} "
                 f"reward_model={fingerprint(self.judge.reward_model.model)}")
 
     def answers(
         self, asked: Sequence[ImageQuestion], images: Sequence[Image.Image], texts: Sequence[str]
     ) -> list[str]:
-        """Choose for questions of a file; DataError if an image's captions are missing."""
+        """Choose answers to questions of a file; DataError if an image's captions are missing."""
         facts = [captions_of(each.name, each.image, self.captions) if self.judge.facts else ()
                  for each in asked]
         return self.choose([each.question for each in asked], images, texts, facts)
@@ -51,7 +51,7 @@ class BestOf:
         self, questions: Sequence[str], images: Sequence[Image.Image] | Tensor,
         texts: Sequence[str], facts: Sequence[Sequence[str]],
     ) -> list[str]:
-        """Return one text per question, of its `samples` that stand side by side in `texts`.
+        """Return one text per question, out of its `samples` consecutive ones in `texts`.
 
         Args:
             images: one per question; or the judge's own features of them (see `Judge.features`).
@@ -65,7 +65,7 @@ class BestOf:
 
 
 def misuse(args: Namespace) -> str:
-    """Say what is wrong with the options of a choice; "": nothing."""
+    """Return what is wrong with the options of best of n, or ""."""
     if bool(args.best_of) != bool(args.reward_model):
         return "--best_of N and --reward_model DIR belong together"
     if args.best_of and (args.best_of < 2 or args.temperature == 0):
@@ -79,14 +79,14 @@ def load(args: Namespace) -> BestOf:
     """Load the reward model that the command line names, and the captions if it needs them.
 
     Raises:
-        ValueError: it needs captions, and there is no file of them.
+        ValueError: it needs captions, and no file of them is given.
     """
     judge, known = load_judge(Path(args.reward_model), find_device(args.device)), {}
     if judge.facts is None:  # a published one
         judge.facts = bool(args.captions)
-    if judge.facts and not args.run:  # the built-in world knows its own
+    if judge.facts and not args.run:  # the built-in world has its own
         if not args.captions:
-            raise ValueError(f"{args.reward_model}: a reward model that was trained with facts; "
+            raise ValueError(f"{args.reward_model}: the reward model was trained with facts; "
                              "give the images' captions with --captions image_to_caption.json")
         known = read_captions(args.captions)
     return BestOf(judge, args.best_of, args.temperature, known)

@@ -1,15 +1,15 @@
 """Blind baselines: what the base's answers gain from edits that never look at the picture.
 
 Alignment shows that a model learned to look only if it beats what text alone can do. Two edits of
-the base's descriptions stand for that:
+the base's descriptions measure that:
 
-    last sentence   the last sentence of every description is cut
-    text alone      the sentences are cut that a logistic regression, trained on the corrections,
-                    calls false: by their words, by these with the setting, and by their place in
-                    the text; as many as leave the coverage at that of the aligned model
+    last sentence   cuts the last sentence of every description
+    text alone      cuts the sentences that a logistic regression, trained on the corrections, calls
+                    false from their words, these with the setting, and their place in the text, as
+                    many as the aligned model's coverage allows
 
-And one control: the aligned model's descriptions are held against another picture of the same
-setting. A model that described the setting and not the picture would do as well there.
+A control scores the aligned model's descriptions against another picture of the same setting. A
+model that described the setting and not the picture would do just as well there.
 """
 
 import re
@@ -32,7 +32,7 @@ def sentences(text: str) -> list[str]:
 
 
 def features(text: str) -> list[set[str]]:
-    """Return what the classifier sees of each sentence of a text."""
+    """Return the classifier's features of each sentence of a text."""
     parts = sentences(text)
     setting = " ".join(re.findall(r"[a-z]+", parts[0].lower())[-1:]) if parts else ""
     found = []
@@ -49,7 +49,7 @@ def features(text: str) -> list[set[str]]:
 
 
 class TextClassifier:
-    """A logistic regression on the features of a sentence: does it speak of an absent object?
+    """A logistic regression on the features of a sentence: does it mention an absent object?
 
     A training sentence of an original text is false if it mentions a kind that the corrected text
     does not mention.
@@ -93,7 +93,7 @@ def regression(matrix: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def scored(record: dict, scene: world.Scene, answer: str) -> dict:
-    """Return a record of this answer, held against this scene."""
+    """Return a record of this answer, scored against this scene."""
     return {"scene": scene.seed, "type": scene.type, "truth": [t.kind for t in scene.things],
             "question": record["question"], "answer": answer, "mentions": world.mentions(answer),
             "spans": [vars(span) for span in world.hallucinations(scene, answer)]}
@@ -111,8 +111,8 @@ def false_by_text(
     """Return records of the same descriptions without what the classifier calls false.
 
     Args:
-        coverage: 0..1. The sentences with the highest scores go, one after another, as long as
-            what remains covers at least this share of the pictures' objects.
+        coverage: 0..1. Sentences are cut, the highest score first, as long as the rest covers at
+            least this share of the pictures' objects.
     """
     parts = [sentences(record["answer"]) for record in records]
     order = sorted((-score, i, j) for i, record in enumerate(records)
@@ -133,9 +133,9 @@ def false_by_text(
 
 
 def other_picture(records: Sequence[dict]) -> list[dict]:
-    """Return records of the same descriptions, each held against the next scene of its setting.
+    """Return records of the same descriptions, each scored against the next scene of its setting.
 
-    A description of a setting that no other scene has is left out.
+    A description whose setting no other scene has is left out.
     """
     shown = []
     for i, record in enumerate(records):
@@ -157,7 +157,7 @@ def blind_baselines(
 
     Args:
         before, after: records of the base and of the aligned model, the same scenes.
-        corrections: that the aligned model learned from; without any, the classifier is left out.
+        corrections: those that the aligned model learned from; without any, no text classifier.
     """
     found = {"last sentence cut": last_sentence_cut(before)}
     if corrections:

@@ -1,4 +1,4 @@
-"""Measures on the built-in world: what the papers have people or GPT-4 judge is counted exactly.
+"""Measures on the built-in world: exact counts of what people or GPT-4 judge in the papers.
 
 `questionnaire` makes one record per held-out scene with a request to describe it and ten short
 questions, `score_record` adds the model's answers and what is false in them, and `world_terms`
@@ -49,7 +49,7 @@ def measure_world(
     Args:
         scenes: how many; scene i is `world.make_scene(i, "test")`.
         seed: of the choice of questions, of sampling and of the bootstrap.
-        best: samples several answers to everything and chooses; None decodes greedily.
+        best: chooses among several sampled answers to everything; None: decode greedily.
 
     Returns:
         metrics, {name: {"value", "low", "high"}} (see `world_terms`); and a record per scene with
@@ -104,10 +104,10 @@ def compare_runs(runs: Sequence[str], seed: int = 0) -> str:
 
 
 def read_scenes(path: Path) -> dict[str, tuple[dict, list[dict]]]:
-    """Return a run's results.json, which has to be about answers to scenes."""
+    """Read a run's results.json; ValueError if it is not about scenes."""
     results = read_results(path)
     if not all("scene" in record for _, records in results.values() for record in records):
-        raise ValueError(f"{path}: the results of a reward model, which says nothing about scenes")
+        raise ValueError(f"{path}: the results of a reward model, not of answers about scenes")
     return results
 
 
@@ -234,10 +234,10 @@ def mmhal_world_terms(records: Sequence[dict]) -> dict[str, Terms]:
 
 
 def world_ratings(record: dict) -> list[int]:
-    """Return ratings of 0..6 for MMHal's eight kinds of question, by the truth and its scale.
+    """Return a rating of 0..6 for each of MMHal's eight kinds of question, computed from the truth.
 
-    A right answer to a short question is 6, a wrong one 0, one beside the point 3. A description is
-    3 to 6 without a false span and 0 to 2 with one, by the share of objects that it mentions.
+    A right answer to a short question gets 6, a wrong one 0, or 3 if it names nothing of its topic.
+    A description gets 3 to 6 without a false span and 0 to 2 with one, by its share of the objects.
     """
     ratings = []
     for kind in MMHAL_KINDS:

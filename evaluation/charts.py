@@ -12,7 +12,7 @@ CURVES = (  # title, unit of the y axis, metrics drawn together
     ("Response scores", "log-probability", "logps/chosen logps/rejected"),
     ("Hallucinating completions", "share of the rollout", "truth/hallucination"),
     ("Reward", "per completion", "objective/scores objective/rlhf_reward"),
-    ("Reward model, and one only watched", "per completion", "score/rm score/held_out"),
+    ("Reward model, and a held-out one", "per completion", "score/rm score/held_out"),
     ("KL to the reference", "nats per completion", "objective/kl"),
     ("Length of completions", "tokens", "response/length"),
     ("Entropy", "nats per token", "objective/entropy"),

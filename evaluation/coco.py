@@ -2,8 +2,8 @@
 
 CHAIR (Rohrbach et al. 2018, arXiv 1809.02156) compares the objects that a text mentions with those
 in the image. A mention is the longest phrase of `WORDS` at word boundaries: a hot dog is not a dog,
-a teddy bear is not a bear. Phrases in `NON_OBJECT_PHRASES` match in the same way and mention
-nothing, because a train station need not have a train.
+a teddy bear is not a bear. Phrases in `NON_OBJECT_PHRASES` match in the same way but mention
+nothing: a train station need not have a train.
 
 The table is this repository's own; it lacks 148 of the 403 synonyms of the official file. Words
 that often mean something outside the 80 kinds (glass, glove, computer, plant, seat, chicken,
@@ -23,7 +23,7 @@ from formats.rows import DataError
 
 
 def listed(text: str) -> list[str]:
-    """Split a list of phrases with commas that spans several lines."""
+    """Split a comma-separated list of phrases that spans several lines."""
     return [" ".join(phrase.split()) for phrase in text.split(",") if phrase.strip()]
 
 
@@ -162,7 +162,7 @@ def pattern() -> re.Pattern:
 
 
 def mentions(text: str) -> list[str]:
-    """Return the kinds of COCO that a text mentions, in order and as often as it mentions them."""
+    """Return the kinds of COCO that a text mentions, in order, with repetitions."""
     text = text.replace("\u2019", "'")
     found = [(m.start(), forms()[" ".join(m[0].lower().split())]) for m in pattern().finditer(text)]
     found += [(m.start(), "orange") for m in FRUIT.finditer(text)]
@@ -195,16 +195,15 @@ def read_objects(
 
     Args:
         paths: COCO instance annotations (instances_*.json); COCO captions (captions_*.json), whose
-            mentions count as objects too, as in CHAIR; or plain files, {image: [objects]}. Objects
-            of several files add up. Plain files may use any word of the table; other objects are
-            ignored.
+            mentions count as objects too, as in CHAIR; or plain files, {image: [objects]}, in any
+            words of the table; other objects are ignored. Objects of several files add up.
         kinds_of: text -> kinds; default: by the words of this file.
 
     Returns:
         {image key: kinds}, and {image key: file name} for opening the image.
 
     Raises:
-        FileNotFoundError, DataError: a file is missing, or is none of these.
+        FileNotFoundError, DataError: a file is missing, or has another format.
     """
     objects: dict[str, set[str]] = defaultdict(set)
     files: dict[str, str] = {}

@@ -2,7 +2,7 @@
 
 The official prompt, with five worked examples, belongs to the benchmark's release. It is read from
 the user's copy of eval_gpt4.py, which is parsed and never run. The published scores also depend on
-the judge, gpt-4-0314; those of another judge compare with each other only. `short` is this
+the judge, gpt-4-0314; scores of another judge are comparable only with each other. `short` is this
 project's own prompt without examples, which no published score uses.
 """
 
@@ -40,9 +40,9 @@ Explain your judgement briefly. Then end with one line "Rating: n", where n is
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """A way to ask the judge."""
+    """A prompt for the judge."""
 
-    label: str  # "official" or "short"; every output has it
+    label: str  # "official" or "short"; every output names it
     template: str
 
     def fill(self, row: dict) -> str:
@@ -56,7 +56,7 @@ def read_judge_prompt(name: str) -> JudgePrompt:
     """Return the prompt of a copy of the release's eval_gpt4.py, or the one named "short".
 
     Raises:
-        DataError: the file has no text with four places to fill.
+        DataError: the file does not have exactly one text with four places to fill.
     """
     if name == "short":
         return JudgePrompt("short", SHORT)
@@ -72,7 +72,6 @@ def read_judge_prompt(name: str) -> JudgePrompt:
     if len(texts) != 1:
         raise DataError(f"--judge_prompt {name}: has no template with {FIELDS} places {{}}; give "
                         "MMHal-Bench's eval_gpt4.py")
-
     return JudgePrompt("official", texts[0])
 
 
@@ -81,7 +80,7 @@ def write_prompts(
 ) -> tuple[Path, Path]:
     """Write MMHal's filled template and the prompts for the judge; return their paths.
 
-    The names of the files and the field "judge_prompt" of all rows say which prompt it is.
+    The file names and the field "judge_prompt" of every row say which prompt it is.
     """
     filled = [{**row, "model_answer": text, "judge_prompt": prompt.label}
               for row, text in zip(rows, answers, strict=True)]
@@ -95,7 +94,7 @@ def write_prompts(
 
 
 def judge_note(label: str | None) -> str:
-    """Return what the prompt of a judge means for its scores."""
+    """Return a note on what the judge's prompt means for its scores."""
     return {
         "official": "judge's prompt: official; published scores are those of gpt-4-0314",
         "short": "judge's prompt: short, this project's own; no published score uses it",

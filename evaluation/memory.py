@@ -1,4 +1,4 @@
-"""What `--dry_run` prints of the memory: that of a run, and with `--gpus N` that of each GPU."""
+"""Memory estimates that `--dry_run` prints: of a run, and with `--gpus N` of each GPU."""
 
 from collections.abc import Iterable, Sequence
 from math import ceil
@@ -28,7 +28,7 @@ def memory_estimate(
     """Return the memory that a run takes, one item per line.
 
     Args:
-        model: with the parameters selected that will be trained.
+        model: its trainable parameters are already selected.
         named: names and images of the rows, for the features.
         itemsize: bytes of a number in computation.
     """
@@ -48,7 +48,7 @@ weights      {readable(size(weights))}
 gradients    {readable(size(trained))}
 optimizer    {readable(2 * size(trained))} (AdamW: two averages of every gradient)
 activations  {readable(row)} for the longest row of {longest} tokens, {readable(row * rows)} for a \
-micro-batch of {rows} such (estimated: what the decoder keeps{", checkpointed" * checkpointing})
+micro-batch of {rows} of them (estimated: what the decoder keeps{", checkpointed" * checkpointing})
 features     {readable(stored)} for {images} images, {where}"""
 
 
@@ -64,7 +64,7 @@ def activation_bytes(
 
     Args:
         float32_norms: half-precision products over float32 weights (autocast): the norms' inputs
-            are float32, and each of the five products of their outputs keeps a copy for itself.
+            are float32, and each of the five products of their outputs keeps its own copy.
     """
     width, inner = config.hidden_size, config.intermediate_size
     state = width * (4 if float32_norms else itemsize)  # bytes of a block's input
@@ -123,7 +123,7 @@ def memory_table(models: dict[str, LLaVAConfig], gpus: int, rank: int, config: T
 def per_gpu(
     config: LLaVAConfig, gpus: int, lora: int, rows: int, recompute: bool
 ) -> dict[str, float]:
-    """Return bytes by what they hold, and their sum."""
+    """Return the bytes on each GPU, by purpose, and their sum."""
     with torch.device("meta"):
         model = LLaVA(config).to(torch.bfloat16 if lora else torch.float32)
     if lora:
@@ -142,11 +142,11 @@ def per_gpu(
 
 
 def whole_bytes(model: LLaVA, gpus: int, trains_base: bool) -> int:
-    """Return the bytes of copies of whole weights, at most.
+    """Return an upper bound on the bytes of copies of whole weights.
 
-    Several GPUs gather sharding.py's groups: the root as it is stored, and of the others two at a
-    time in bfloat16. The largest one's gradient is in bfloat16, and in float32 while it is summed.
-    One GPU keeps bfloat16 copies of all float32 matrices (autocast's).
+    Several GPUs gather sharding.py's groups: the root as it is stored, the others two at a time in
+    bfloat16. The largest one's gradient is in bfloat16, and in float32 while it is summed. One GPU
+    keeps autocast's bfloat16 copies of all float32 matrices.
     """
     parts = [part for block in model.decoder.layers for part in (block.self_attn, block.mlp)]
     parts.append(model.head)

@@ -49,8 +49,8 @@ def grouped(measures: dict[str, Terms], groups: Sequence | None) -> dict[str, Te
 def with_intervals(measures: dict[str, Terms], seed: int = 0) -> dict:
     """Return {name: {"value", "low", "high"}} with 95 % percentile intervals.
 
-    A measure that divides by zero, such as the precision of a model that never answers yes, is
-    left out; resamples in which one does are not counted. ValueError if there are no items.
+    A measure that divides by zero, such as the precision of a model that never answers yes, is left
+    out, and so are resamples in which it does. ValueError if there are no items.
     """
     items = len(next(iter(measures.values()))[0][1])
     if items == 0:
@@ -122,11 +122,11 @@ def table(before: dict | None, after: dict) -> str:
 
 
 def refuse_twins(names: Iterable[str]) -> None:
-    """Raise a ValueError if two files of questions share a name, which their answers would get."""
+    """Raise a ValueError if two files of questions, and so their answers files, share a name."""
     for name, times in Counter(names).items():
         if times > 1:
-            raise ValueError(f"{times} files of questions are called {name}; rename them, or answer"
-                             " each with an --output of its own")
+            raise ValueError(f"{times} files of questions are called {name}; rename them, or give "
+                             "each its own --output")
 
 
 def model_names(paths: Sequence[str]) -> dict[str, str]:
@@ -169,7 +169,7 @@ def comparison(scores: dict[str, dict], differences: dict[str, dict] | None = No
 
 
 def colour(measure: str, change: dict | None) -> str:
-    """Return "good" or "bad" where a difference is more than chance, else nothing."""
+    """Return "good" or "bad" if a difference is more than chance, else ""."""
     *_, last = parts = measure.split("/")
     if not change or last in NEITHER or change["low"] <= 0 <= change["high"]:
         return ""
@@ -186,7 +186,7 @@ def columns(metrics: dict[str, dict]) -> str:
 
 
 def shared(first: dict, *others: dict) -> list[str]:
-    """Return the measures to print that all have."""
+    """Return the measures that all have, without those that are not printed."""
     return [name for name in first
             if all(name in other for other in others) and not name.startswith(PER_KIND)]
 

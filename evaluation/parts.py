@@ -1,4 +1,4 @@
-"""Each benchmark as one `Part`: its questions, its measures, and what a reader must be told."""
+"""Each benchmark as one `Part`: its questions, its measures, and notes on how they are made."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from evaluation.synonyms import Synonyms, synonym_terms
 from formats.files import understood
 from formats.rows import DataError, image_path, whole_rows
 
-DESCRIBE = "Please describe this image in detail."  # where a benchmark has no question of its own
+DESCRIBE = "Please describe this image in detail."  # if a benchmark has no questions
 SUFFIX = "Answer the question using a single word or phrase."  # LLaVA-RLHF's, on a line of its own
 SHORT_TOKENS = 64  # limit of a short answer, as in LLaVA-RLHF's evaluation of POPE
 LONG_TOKENS = 512  # limit of an answer to an open question
@@ -32,7 +32,7 @@ class Part:
     name: str  # such as "pope/coco_pope_random": begins the names of measures in a suite
     file: str  # stem of the answers file of a single benchmark
     ask: Callable[[], list[ImageQuestion]]  # opens the images, so only if a model answers
-    given: Callable[[Path], Rows]  # rows to score, of answers that were made elsewhere
+    given: Callable[[Path], Rows]  # rows to score, from a file of answers made elsewhere
     terms: Callable[[Rows], dict[str, Terms]]  # measures of rows with "answer"; an item per image
     tokens: int  # limit of an answer
     asked: str  # how a model is asked; all scores of its answers say so
@@ -40,17 +40,17 @@ class Part:
     clean: Callable[[dict], dict] = lambda row: row  # of a row that a model answered
     printed: Callable[[dict[str, Terms]], dict[str, float]] = lambda measures: {}
     baseline: Callable[[Rows], dict[str, float]] = lambda rows: {}
-    mode: str = ""  # part of the names of the files with scores, where there are several modes
+    mode: str = ""  # part of the names of the files with scores, if there are several modes
 
     def note(self, tokens: int | None) -> str:
-        """Return how the scored answers came about, for a model's limit or, of a file, None."""
+        """Return how the answers were made and scored; `tokens`: a model's limit, None: a file."""
         how = f"{self.asked}, at most {tokens} new tokens" if tokens else "answers from a file"
         return f"{how}; {self.scored}"
 
     def measure(self, rows: Rows, seed: int = 0) -> tuple[dict[str, dict], dict[str, Terms]]:
         """Return {measure: {"value", "low", "high"}} and the terms of the same measures.
 
-        Values are those that the public script prints, where it rounds on the way. A measure with a
+        If the public script rounds on the way, values are those that it prints. A measure with a
         trivial baseline has that as "always_no".
         """
         measures, trivial = self.terms(rows), self.baseline(rows)
@@ -64,7 +64,7 @@ class Part:
 
 
 def on_new_line(suffix: str | None, default: str = SUFFIX) -> str:
-    """Return what follows a question: the user's suffix, even none, or else the default."""
+    """Return what follows a question: the user's suffix, even an empty one, or the default."""
     text = default if suffix is None else suffix
     return f"\n{text}" if text else ""
 
@@ -74,7 +74,7 @@ def how_asked(suffix: str) -> str:
 
 
 def same_number(path: Path, answers: Path) -> list[tuple[str, dict, str]]:
-    """Return (name, row, answer) of each question of a file and an answer at the same place."""
+    """Return (name, row, answer) of each question of a file and the answer at the same place."""
     rows, given = list(whole_rows(path)), read_answers(answers)
     if len(rows) != len(given):
         raise DataError(f"{answers}: {len(given)} answers to {len(rows)} questions")
@@ -86,7 +86,7 @@ def same_number(path: Path, answers: Path) -> list[tuple[str, dict, str]]:
 
 
 def pope_part(path: Path, images: str | None, suffix: str | None, skip: list | None) -> Part:
-    """Return POPE's questions of a file with image, text and label."""
+    """Return POPE on a file of rows with image, text and label."""
     ending = on_new_line(suffix)
 
     def ask() -> list[ImageQuestion]:
@@ -110,7 +110,7 @@ def pope_part(path: Path, images: str | None, suffix: str | None, skip: list | N
 
 
 def vqa_part(path: Path, images: str | None, suffix: str | None, skip: list | None) -> Part:
-    """Return the questions of a file with image, question and answers."""
+    """Return VQA on a file of rows with image, question and answers."""
     ending = on_new_line(suffix)
 
     def given(answers: Path) -> Rows:
@@ -129,7 +129,7 @@ def chair_part(
     paths: Sequence[Path], images: str | None, questions: Sequence[Path] = (),
     prompt: str | None = None, synonyms: str | None = None, skip: list | None = None,
 ) -> Part:
-    """Return requests to describe the images of annotation files, or files of questions about them.
+    """Return CHAIR: requests to describe the images of annotation files, or questions about them.
 
     Args:
         paths: files of `coco.read_objects`.
@@ -151,7 +151,7 @@ def chair_part(
                               {"image": name, "question": text}) for name in files.values()]
 
     def known(rows: Rows) -> list[str]:
-        """Return the keys of the rows' images, of all of which the truth has to be there."""
+        """Return the keys of the rows' images; DataError if the truth about one is unknown."""
         keys = [coco.image_key(row.get("image", row.get("image_id", ""))) for row in rows]
         for row, key in zip(rows, keys):
             if key not in truth:
@@ -179,7 +179,7 @@ def chair_part(
 def amber_parts(
     folder: Path, images: str | None, suffix: str | None, skip: list | None
 ) -> list[Part]:
-    """Return AMBER's descriptions and its yes/no questions, those that query_all.json has."""
+    """Return AMBER's descriptions and yes/no questions, as far as query_all.json has them."""
     with understood(folder):
         bench = amber_.read_amber(folder)
         words, ending = amber_.best_words(bench), on_new_line(suffix, "")
@@ -192,8 +192,8 @@ def amber_parts(
     clean = lambda row: {**row, "answer": amber_.yes_or_no(row["answer"])}
     ask = lambda generative: partial(
         amber_.amber_questions, bench, generative, where, ending, skip)
-    lexical = ("lexical mode, because nltk, spaCy or their data are not installed: compares with "
-               "no published score")
+    lexical = ("lexical mode, because nltk, spaCy or their data are not installed: not comparable "
+               "with published scores")
     parts = [
         Part("amber/generative", "amber_generative", ask(True), partial(given, True),
              partial(amber_.description_terms, bench, words), LONG_TOKENS, how_asked(""),
@@ -216,7 +216,7 @@ def amber_responses(rows: Iterable[dict]) -> Rows:
 
 
 def mmhal_part(path: Path, images: str | None, label: str | None) -> Part:
-    """Return MMHal's questions; their rows are scored by a judge's "reply", not by "answer".
+    """Return MMHal; its rows are scored by a judge's "reply", not by "answer".
 
     Args:
         path: response_template.json.

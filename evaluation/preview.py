@@ -1,4 +1,4 @@
-"""What `--dry_run` prints of the data: rows as they would be trained on."""
+"""The rows that `--dry_run` prints, as training would use them."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from formats.tokenizer import Tokenizer
 
 
 def show_rows(examples: Sequence[Example], tokenizer: Tokenizer) -> None:
-    """Print every response, corrected segments in [brackets] and given text in {braces}."""
+    """Print every response, corrected segments in [brackets] and untrained text in {braces}."""
     for example in examples:
         print(printable(example.name))
         labels = ("chosen", "rejected") if len(example.responses) == 2 else ("response",)
@@ -19,7 +19,7 @@ def show_rows(examples: Sequence[Example], tokenizer: Tokenizer) -> None:
 
 
 def marked(response: Response, tokenizer: Tokenizer) -> str:
-    """Return the response's text with its segments in the brackets of their weight."""
+    """Return the response's text with brackets or braces around segments, by their weight."""
     return "".join(
         f"[{text}]" if weight > 1 else text if weight > 0 else f"{{{text}}}"
         for text, weight in segments(response, tokenizer))

@@ -1,6 +1,6 @@
 """report.html: a run on one page, in one file without scripts or network access.
 
-The page comes from the files in the run's folder alone: config.json (what was run, settings),
+The page is made from the files in the run's folder alone: config.json (what was run, settings),
 metrics.jsonl (curves), results.json (measures and answers before and after), pairs.json (some
 training pairs, see `save_pairs`) and samples.jsonl (some sampled completions). Sections without a
 file are left out. All text from data is escaped.
@@ -59,7 +59,7 @@ TILES = {
     "pope/adversarial/accuracy": "right on “is there a …?” about typical objects",
 }
 SAMPLED = {  # what is shown of a sampled completion, as far as its row has it
-    "score": "{}", "rm": "of it {} from the reward model", "kl": "KL {}", "tokens": "{} tokens"}
+    "score": "{}", "rm": "{} of it from the reward model", "kl": "KL {}", "tokens": "{} tokens"}
 PAGE = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
 
 
@@ -104,7 +104,7 @@ def report_page(folder: Path) -> str:
 
 
 def summary(config: dict, steps: list[dict]) -> str:
-    """Say in a sentence what was run; config.json of older runs lacks "about" and "reads"."""
+    """Describe the run in a sentence; config.json of older runs lacks "about" and "reads"."""
     settings, reads = config.get("settings", {}), config.get("reads")
     text = str(config.get("about") or f"A run of {settings.get('algo')}").rstrip(".")
     if steps:
@@ -126,13 +126,13 @@ def setting_table(config: dict) -> str:
 
 
 def grid(above: str, cards: Iterable[str]) -> str:
-    """Return cards side by side below other HTML, or nothing if there are no cards."""
+    """Return cards side by side below other HTML, or "" if there are no cards."""
     html = "".join(cards)
     return html and f'{above}<div class="grid">{html}</div>'
 
 
 def card(top: str, texts: dict[str, str]) -> str:
-    """Return a card of a picture or nothing, and HTML by title."""
+    """Return a card with HTML by title, below a picture or ""."""
     body = "".join(f"<h3>{title}</h3>{text}" for title, text in texts.items())
     return f'<figure class="card">{top}{body}</figure>'
 
@@ -144,7 +144,7 @@ def data_uri(image: Image.Image) -> str:
 
 
 def picture(uri: str | None, name: str) -> str:
-    """Return a picture, or a note that the one of this name is missing."""
+    """Return a picture, or a note that it is missing."""
     if not uri:
         return f'<div class="missing">no picture: {escape(name)}</div>'
     return f'<img src="{escape(uri)}" alt="{escape(name)}"/>'
@@ -203,8 +203,8 @@ def blind_table(measured: dict[str, tuple[dict, list[dict]]]) -> str:
     return (
         "<p>What the descriptions before training gain from edits that never look at the picture: "
         "without their last sentence, and without the sentences that a classifier of text calls "
-        "false, as many as leave the coverage that training leaves. Last, the descriptions after "
-        f"training held against another picture of the same setting. {text}</p>"
+        "false, as many as the coverage after training allows. Last, the descriptions after "
+        f"training, scored against another picture of the same setting. {text}</p>"
         f'<table class="values"><tr>{rows}</tr></table>')
 
 
@@ -284,7 +284,7 @@ def save_pairs(
 ) -> None:
     """Write pairs.json into a run's folder: PAIRS evenly spaced training pairs with segments.
 
-    A pair and its example stand at the same index.
+    A pair and its example have the same index.
     """
     rows = []
     for pair, example in [*zip(pairs, examples)][:: max(1, len(examples) // PAIRS)][:PAIRS]:
@@ -307,7 +307,7 @@ def training_pairs(rows: list[dict]) -> str:
         chosen, rejected = row["responses"]
         if any(weight > 1 for _, weight in chosen + rejected):
             explained = ("Corrected segments are marked; × is the weight of their tokens in the "
-                         "score of a response (γ of Eq. 5), that of all others is 1.")
+                         "score of a response (γ of Eq. 5); all others weigh 1.")
         cards.append(card(picture(row["image"], row["file"]), {
             "question": escape(row["question"]),
             "the model's own (rejected)": diff("del", rejected),
@@ -316,7 +316,7 @@ def training_pairs(rows: list[dict]) -> str:
 
 
 def diff(tag: str, parts: Iterable[tuple[str, float]]) -> str:
-    """Return (text, weight) segments as HTML; the space before a corrected one stays unmarked."""
+    """Return (text, weight) segments as HTML; the space before a corrected one is not marked."""
     html = ""
     for text, weight in parts:
         words = text.lstrip()

@@ -1,7 +1,7 @@
 """What alignment costs: all benchmarks of a folder, on several models, in one table.
 
-A model that says less hallucinates less, so helpfulness is measured beside hallucination (coverage,
-cover, recall, VQA). The folder may have any of:
+A model that says less hallucinates less, so the table also measures helpfulness (coverage, cover,
+recall, VQA). The folder may have any of:
 
     pope/*.json[l]                POPE's questions: image, text, label
     chair/*.json                  COCO instances and captions, or {"image.jpg": ["object"]}
@@ -11,10 +11,10 @@ cover, recall, VQA). The folder may have any of:
     mmhal/response_template.json  MMHal's questions
     mmhal/eval_gpt4.py            the release's prompt for the judge; else the project's short one
     vqa/*.json[l]                 image, question, answers: short ones, scored as in VQAv2
-    images/                       of all; or of one: pope/images/, amber/images/ ...
+    images/                       for all; or for one: pope/images/, amber/images/ ...
 
-Every model has a folder in the output with its answers, which the same command resumes. MMHal waits
-there for a judge: its replies to mmhal_*_prompts.jsonl go to mmhal_replies.jsonl. suite.json and
+Every model has a folder in the output with its answers, which the same command resumes. MMHal needs
+a judge: put its replies to mmhal_*_prompts.jsonl into mmhal_replies.jsonl there. suite.json and
 suite.html beside the folders have the table with intervals and paired differences to the first
 model; both say how each benchmark was asked and scored.
 """
@@ -43,7 +43,7 @@ small{display:block;color:#888}th[colspan]{padding-top:1.5em}
 def find_parts(
     folder: Path, images: str | None, suffix: str | None = None, skip: list | None = None
 ) -> tuple[list[Part], Callable[[Rows, Path], Rows] | None]:
-    """Return the benchmarks of a folder, and `judged` for its MMHal if that is one of them.
+    """Return the benchmarks of a folder, and `judged` for its MMHal if it has that.
 
     Raises:
         DataError, FileNotFoundError: there is none, or one lacks a file.
@@ -140,7 +140,7 @@ def compare(terms: dict[str, dict[str, dict[str, Terms]]], seed: int = 0) -> dic
 
 
 def page(title: str, notes: dict[str, str], scores: dict[str, dict], differences: dict) -> str:
-    """Return the same table as HTML, a section for each part with its note."""
+    """Return the table as HTML, a section for each part with its note."""
     first, *others = scores
 
     def cell(name: str, metric: dict | None, sign: str = "", style: str = "") -> str:

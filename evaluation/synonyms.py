@@ -2,18 +2,18 @@
 
 The file (LisaAnne/Hallucination, data/synonyms.txt) has a line for each of COCO's 80 kinds: its
 name and the words for it, separated by ", ". CHAIR (Rohrbach et al. 2018) counts every mention, by
-utils/chair.py's rules: words in the singular; pairs of words in a fixed list are one word; an
-animal after "baby" or "adult" and a vehicle after "passenger" is only that; "seat" is no chair if
-there is a toilet. Object HalBench (RLHF-V, eval_gpt_obj_halbench.py) knows all pairs in the file,
+utils/chair.py's rules: words in the singular; pairs of words in a fixed list are one word; "baby"
+or "adult" before an animal and "passenger" before a vehicle are no persons; "seat" is no chair if
+there is a toilet. Object HalBench (RLHF-V, eval_gpt_obj_halbench.py) uses all pairs in the file,
 counts each word once per answer and finds no objects in answers of at most three words.
 
-What differs from the public scripts, so that scores are near theirs but not the same:
+What differs from the public scripts (scores are near theirs but not the same):
 
 1. The scripts split words and find the singular with NLTK and pattern.en; here, a regular
    expression and `singular` do.
 2. Object HalBench's published scores come from objects that ChatGPT extracts from the answers.
    Here they are the words of the answer, as in the script's mode without ChatGPT.
-3. Captions that tell which objects are in an image are read by CHAIR's list of pairs in both modes.
+3. Captions that define the objects in an image are read by CHAIR's list of pairs in both modes.
 """
 
 import re
@@ -48,14 +48,14 @@ class Synonyms:
     """The kinds of objects and the words for them, from the official file.
 
     Raises:
-        DataError: the file has not two words on any line.
+        DataError: no line of the file has two words.
     """
 
     def __init__(self, path: Path):
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError):
-            raise DataError(f"{path}: no such file of text; give data/synonyms.txt of "
+            raise DataError(f"{path}: no such text file; give data/synonyms.txt of "
                             "LisaAnne/Hallucination") from None
         rows = [[word.strip() for word in line.split(", ")] for line in lines if line.strip()]
         if not any(len(row) > 1 for row in rows):

@@ -5,7 +5,7 @@ A row has image, question and `answers`, the ten people's short answers (texts, 
 (GT-Vision-Lab/VQA, vqaEval.py): both sides are normalised (`normal_form`); an answer scores
 min(matches / 3, 1), averaged over all subsets that leave one person out.
 
-1. The script compares with unanimous people as they wrote it. Here all answers are normalised.
+1. The script leaves unanimous people's answers as written. Here all answers are normalised.
 2. A row with a single answer has no subsets: it scores 1 if the answers match, else 0.
 """
 
@@ -42,8 +42,8 @@ CONTRACTIONS = {  # the word with one apostrophe missing: the word
 def normal_form(answer: str) -> str:
     """Return an answer as the public script compares it.
 
-    Punctuation goes, or becomes a space where no space is beside it; so do periods outside
-    numbers, articles and capitals; number words become digits, contractions get their apostrophe.
+    Punctuation is removed, or becomes a space if no space is beside it. Periods outside numbers and
+    articles are removed. Text becomes lower case, number words digits; contractions get apostrophes.
     """
     text = whole = answer.replace("\n", " ").replace("\t", " ").strip()
     for mark in PUNCTUATION:
@@ -81,7 +81,7 @@ def people_answers(name: str, row: object) -> list[str]:
 def vqa_questions(
     path: Path, images: str | Path, suffix: str, skip: list[str] | None = None
 ) -> list[ImageQuestion]:
-    """Read the questions; "answers" of their fields are the people's.
+    """Read the questions; their field "answers" holds the people's.
 
     Args:
         images: folder that the image names are relative to.
@@ -93,7 +93,7 @@ def vqa_questions(
         with skipping(skip):
             fields = each.fields | {"question": each.question + suffix,
                                     "answers": people_answers(each.name, rows[each.name])}
-            fields.pop("answer", None)  # of a person; the answers file has the model's there
+            fields.pop("answer", None)  # a person's; the answers file puts the model's there
             questions.append(replace(each, question=fields["question"], fields=fields))
     return questions
 
