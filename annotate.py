@@ -6,8 +6,8 @@
     python annotate.py answers.jsonl --images photos/ --adjudicate
     python annotate.py --agreement answers.corrections.jsonl
 
-Corrections go into answers.corrections.jsonl, which `train.py --algo ddpo --data` reads. Where
-several people work, each adds ?annotator=NAME to the address and gets an order of their own.
+Corrections go into answers.corrections.jsonl, which `train.py --algo ddpo --data` reads. If several
+people annotate, each adds ?annotator=NAME to the address and gets the answers in another order.
 """
 
 import signal
@@ -28,12 +28,12 @@ def parser() -> ArgumentParser:
     add("answers", nargs="?", type=Path, help="rows of image, question and answer")
     add("--images", metavar="DIR", help="folder that image names are relative to")
     add("--model", metavar="DIR", help="run or model folder whose tokens decide what was changed")
-    add("--tower", metavar="DIR", help="folder of the CLIP of an original LLaVA --model without it")
+    add("--tower", metavar="DIR", help="CLIP of an original LLaVA --model that does not include it")
     add("--out", type=Path, metavar="FILE", help="default: beside the answers, *.corrections.jsonl")
     add("--world", action="store_true", help="answers of the built-in base about drawn pictures")
     add("--overlap", type=float, default=0.0, metavar="SHARE",
-        help="share of the answers that two annotators get, unknown to each other [0]")
-    add("--adjudicate", action="store_true", help="decide on answers whose annotators differ")
+        help="share of the answers that two annotators correct, independently [0]")
+    add("--adjudicate", action="store_true", help="decide on answers with different corrections")
     add("--agreement", type=Path, metavar="FILE", help="print how far the annotators agree")
     add("--host", default="127.0.0.1", help="other machines need the token in the address")
     add("--port", type=int, default=8000, metavar="N", help="0: any free one [8000]")
@@ -41,7 +41,7 @@ def parser() -> ArgumentParser:
 
 
 def parse(arguments: list[str] | None) -> Namespace:
-    """Parse the command line; exit if its options do not go together."""
+    """Parse the command line; exit if its options are not compatible."""
     cli = parser()
     given = cli.parse_args(arguments)
     if sum(map(bool, (given.answers, given.world, given.agreement))) != 1:
@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None) -> Namespace:
     if not 0 <= given.overlap <= 1 or not 0 <= given.port < 2**16:
         cli.error("--overlap is a share from 0 to 1, --port a number below 65536")
     if given.tower and not given.model:
-        cli.error("--tower completes a --model; give that too")
+        cli.error("--tower needs --model")
     return given
 
 
@@ -75,11 +75,11 @@ from generation import answers
 WORLD = Path("runs/annotate")  # where --world works
 BASE = Path(__file__).parent / "world" / "base"
 SCENES = 20
-SIDE = 288  # pixels; the base sees every picture at a quarter of it
+SIDE = 288  # pixels; the base sees every picture at a quarter of this
 
 
 def make_world() -> Path:
-    """Draw scenes and have the shipped base describe them, unless that was done before.
+    """Draw scenes and have the shipped base describe them, unless the files exist.
 
     Returns:
         answers.jsonl, as evaluate.py writes it; the pictures are in `images` beside it.
@@ -107,7 +107,7 @@ def read_units(model: str | Path | None, tower: str | None) -> Units:
 
 
 def open_server(given: Namespace) -> Server:
-    """Read the answers, lock the file of corrections, bind the port."""
+    """Read the answers, lock the file of corrections, and bind the port."""
     if given.world:
         given.answers, given.images = make_world(), WORLD / "images"
         given.model = given.model or BASE

@@ -510,7 +510,7 @@ def test_a_start_that_failed_leaves_nothing_in_the_way(photos, tmp_path, monkeyp
     ("annotate.py README.md --images none", "none: no such folder"),
     ("annotate.py --world --model us/none", "us/none: no such folder; .*: hf download us/none"),
     ("annotate.py --world --model world --tower none", "none: no such folder"),
-    ("annotate.py --world --tower world", "--tower completes a --model"),
+    ("annotate.py --world --tower world", "--tower needs --model"),
     ("annotate.py --world --port 65536", "--port a number below 65536"),
 ])
 def test_wrong_arguments_and_paths_fail_before_torch_is_imported(command, sentence):

@@ -1,9 +1,9 @@
 """How far annotators agree, and how fast they are: what `annotate.py --agreement FILE` prints.
 
 Two annotators agree on a token of an answer if both corrections leave it or both change it. Cohen's
-kappa takes away what chance explains: (p - e) / (1 - e), where e is the share on which two would
-agree who mark as many tokens as these, but at random. The row "all" counts every pair of annotators
-both ways round, which makes it Scott's pi.
+kappa, (p - e) / (1 - e), corrects the share p of such tokens for chance: e is the share if both
+marked as many tokens, but at random. The row "all" counts every pair of annotators in both orders,
+which makes it Scott's pi.
 """
 
 import math
@@ -22,8 +22,8 @@ def kappa(marks: Sequence[tuple[bool, bool]]) -> tuple[float, float]:
     """Return the share of tokens that two annotators agree on, and Cohen's kappa.
 
     Args:
-        marks: of each token, whether the one and whether the other marks it. Kappa is nan where
-            both mark none, or both all.
+        marks: for each token, whether the first and whether the second annotator marks it. Kappa is
+            nan if both mark none, or both all.
     """
     share = sum(a == b for a, b in marks) / len(marks)
     first, second = (sum(column) / len(marks) for column in zip(*marks))
@@ -32,7 +32,7 @@ def kappa(marks: Sequence[tuple[bool, bool]]) -> tuple[float, float]:
 
 
 def false_units(units: Units, line: dict) -> list[bool]:
-    """Return for every token of the original answer whether it was changed; nothing if skipped."""
+    """Return for every token of the original answer whether it was changed; [] if skipped."""
     if line["status"] == "skipped":
         return []
     return segment_mask(units.ids(line["chosen"]), units.ids(line["rejected"]))[1].tolist()[:-1]
@@ -47,7 +47,7 @@ def table(rows: Sequence[Sequence]) -> str:
 
 
 def people(lines: Sequence[dict], units: Units) -> str:
-    """Return one row per annotator: how much, how fast, and how much of it they change."""
+    """Return a table, one row per annotator: how many answers, what was done to them, how fast."""
     statuses = ("corrected", "accepted", "skipped")
     rows = [("annotator", "answers", *statuses, f"{units.name} changed", "median s")]
     for name in sorted({line["annotator"] for line in lines}):
@@ -61,7 +61,7 @@ def people(lines: Sequence[dict], units: Units) -> str:
 
 
 def agreement(path: Path, units: Units) -> str:
-    """Return the report on a file of corrections; DataError names a line that is wrong."""
+    """Return the report on a file of corrections; a DataError names a bad line."""
     answers = by_answer(read_lines(path, path.read_bytes()))
     report = people([line for each in answers.values() for line in each.values()], units)
     pairs, listed = defaultdict(list), []

@@ -1,7 +1,7 @@
-"""The difference of two answers as training weighs it, placed in their texts.
+"""The difference of two answers as training weighs it, located in their texts.
 
-`segments.segment_mask` compares token ids; an annotator reads characters. Here every corrected
-segment gets the stretch of text that it covers on either side.
+`segments.segment_mask` compares token ids, an annotator reads characters: here every corrected
+segment is mapped to the text that it covers on either side.
 """
 
 import os
@@ -17,13 +17,13 @@ END = -1  # end-of-sequence, where words stand for tokens
 
 
 class Units:
-    """What texts are compared by: a model's tokens, or words where no model is at hand."""
+    """The units in which texts are compared: a model's tokens, or words if there is no model."""
 
     def __init__(self, tokenizer: Tokenizer | None = None):
         self.tokenizer, self.name = tokenizer, "tokens" if tokenizer else "words"
 
     def ids(self, text: str) -> list[int]:
-        """Return the ids of all units and of the end, which training weighs, too."""
+        """Return the ids of all units and of the end, which training also weighs."""
         if self.tokenizer:
             return self.tokenizer.encode(text, eos=True)
         return [zlib.crc32(word.encode()) for word in WORD.findall(text)] + [END]
@@ -31,7 +31,7 @@ class Units:
     def cut(self, text: str, ids: Sequence[int], place: int) -> tuple[int, int]:
         """Return where unit `place` begins in the text, rounded down and up to whole characters.
 
-        The two differ where the place lies inside a character of several tokens.
+        The two differ if a character has several tokens and the unit begins inside it.
         """
         if place >= len(ids) - 1:
             return len(text), len(text)
@@ -53,7 +53,7 @@ def compare(units: Units, rejected: str, chosen: str) -> dict:
         kept: share of the answer's units that the correction keeps.
     """
     old, new = units.ids(rejected), units.ids(chosen)
-    if units.tokenizer:  # some tokenizers normalise: show the text that the model is given
+    if units.tokenizer:  # some tokenizers normalise: show the text as the model reads it
         rejected, chosen = units.tokenizer.decode(old), units.tokenizer.decode(new)
     new_mask, old_mask = (mask.tolist() for mask in segment_mask(new, old))
     parts, i, j, shown = [], 0, 0, 0

@@ -3,27 +3,27 @@
 
 const $ = (id) => document.getElementById(id)
 const [editor, stage] = [$('editor'), $('stage')]
-const [IDLE, RETRY] = [60_000, 1000] // ms: until the clock stops; between calls of a lost server
+const [IDLE, RETRY] = [60_000, 1000] // ms: until the clock stops; until a failed call is repeated
 const annotator = new URLSearchParams(location.search).get('annotator') || 'anonymous'
-const OUTBOX = `outbox ${annotator}` // in localStorage: what was submitted and is not yet saved
+const OUTBOX = `outbox ${annotator}` // in localStorage: the submission that is not yet saved
 const draftOf = (id) => `draft ${annotator} ${id}`
 
 const state = {
   answer: null, // {id, image, question, text}
   before: null, after: null, // ids of the annotator's neighbouring answers
-  versions: [], version: -1, // what annotators made of it, to adjudicate
-  parts: [], active: -1, // the corrected segments, from the server; which one is meant
+  versions: [], version: -1, // its corrections, to adjudicate; the one in use
+  parts: [], active: -1, // the corrected segments, from the server; the selected one
   typed: [], // {rejected: [start, end], type} of each
   past: [], future: [], // for undo and redo: {text, caret, typed}
   seconds: 0, busy: true,
 }
 
 // -------------------------------------------------------------------------------------- the server
-function banner(text) { // is read aloud whenever it is set
+function banner(text) { // screen readers read it aloud whenever it is set
   if ($('banner').textContent !== text) $('banner').textContent = text
 }
 
-// Asks the server until it answers. Only a refusal ends this otherwise: it throws.
+// Calls the server until it answers; a refusal throws.
 async function api(path, body) {
   const headers = { 'Content-Type': 'application/json' }
   const options = body && { method: 'POST', headers, body: JSON.stringify(body) }
@@ -56,7 +56,7 @@ async function send(entry) {
     localStorage.removeItem(draftOf(entry.id))
     show(next)
     $('saved').textContent = `Saved: ${entry.status}.`
-  } catch (error) { // refused: waiting would not help; the draft stays
+  } catch (error) { // refused, so a retry would not help; the draft stays
     if (state.answer) busy(false)
     else await load()
     banner(error.message)
@@ -65,7 +65,7 @@ async function send(entry) {
 }
 
 let asking = null
-// Fetches the diff of the text as it is; one request at a time, then one for what came meanwhile.
+// Fetches the diff of the current text; one request at a time, then one for edits made meanwhile.
 function refresh() {
   const now = () => ({ id: state.answer?.id, chosen: editor.value })
   const ask = async () => {
@@ -113,7 +113,7 @@ function showAnswer({ answer, line, ahead, units }) {
   $('file').textContent = answer.image
   Object.assign($('image'), { alt: `Image ${answer.image}`, src: `image/${answer.id}` })
   $('diff').dataset.units = units
-  for (const id of ahead) new Image().src = `image/${id}` // so that the next one is there at once
+  for (const id of ahead) new Image().src = `image/${id}` // preload the next one
   zoom(0)
   $('versions').hidden = !state.versions.length
   $('versions').replaceChildren(...state.versions.flatMap(({ parts, segments }, i) => [
@@ -151,7 +151,7 @@ function showDiff({ parts, kept }) {
   draw()
 }
 
-// The diff as nodes. White space at the edges of a segment stays outside of its mark.
+// Makes the nodes of a diff. White space at the edges of a segment stays outside its mark.
 function diffNodes(parts, typed, live = false) {
   let n = 0
   return parts.flatMap((part) => {
@@ -161,7 +161,7 @@ function diffNodes(parts, typed, live = false) {
     const node = make('span', '', { className: 'segment' })
     if (part.old) node.append(make('del', part.old.trim() || '␣'))
     if (part.new) node.append(make('ins', part.new.trim() || '␣'))
-    if (part.end) node.append(make('small', '⏎', { title: 'the end of the answer counts, too' }))
+    if (part.end) node.append(make('small', '⏎', { title: 'includes the end of the answer' }))
     if (type) node.append(make('small', type))
     const select = () => index !== state.active && placeCaret(state.parts[index].span[0])
     if (live) {
@@ -174,8 +174,8 @@ function diffNodes(parts, typed, live = false) {
   })
 }
 
-// Draws what follows from the caret: the sentence, marked in a mirror that lies behind the text,
-// and the segment nearest to the sentence, then to the caret, whose type the keys 1 to 6 give.
+// Draws what depends on the caret: the sentence, marked in a mirror behind the text, and the segment
+// nearest to the sentence, then to the caret, whose type the keys 1 to 6 set.
 function draw() {
   const { span: [start, end] } = sentence()
   const text = editor.value
@@ -222,7 +222,7 @@ function deleteSentence() {
 }
 
 async function setType(type) {
-  await asking // the segment that was just made
+  await asking // for the segment that was just made
   const now = state.typed[state.active]
   const given = { ...now, type: now?.type === type ? '' : type }
   if (now) change({ typed: state.typed.with(state.active, given) })
@@ -258,7 +258,7 @@ function keepDraft() {
   if (!state.busy) localStorage.setItem(draftOf(state.answer.id), JSON.stringify(draft))
 }
 
-let last = { kind: '', time: 0 } // a run of typing or of deleting is one step of undo
+let last = { kind: '', time: 0 } // consecutive typing or deleting is one step of undo
 editor.addEventListener('beforeinput', (event) => {
   const [kind, time] = [event.inputType, Date.now()]
   if (kind.startsWith('history')) return event.preventDefault()
@@ -278,7 +278,7 @@ function decide(status, reason = '') {
 
 const skip = (reason) => { $('skipping').close(); reason.trim() && decide('skipped', reason) }
 
-const always = { // also while nothing is to be done
+const always = { // also if nothing is left to do
   '?': () => $('help').showModal(), '+': () => zoom(1.4), '-': () => zoom(0.7), 0: () => zoom(0),
   b: () => state.before && load(state.before), f: () => state.after && load(state.after),
 }
@@ -291,7 +291,7 @@ const commands = {
   submit: () => $('submit').disabled || decide('corrected'), ...always,
 }
 for (const { dataset: { key, type } } of $('types').children) commands[key] = () => setType(type)
-const run = (key) => { // and tell whether the key means anything
+const run = (key) => { // returns whether the key has a command
   const command = (state.busy || !state.answer ? always : commands)[key]
   return command && [command()]
 }

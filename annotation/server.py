@@ -1,14 +1,14 @@
 """The page's server: the standard library's, made safe for a browser that has other pages open.
 
     GET  /                          index.html, and the files beside it that it names
-    GET  /item?annotator=A[&id=ID]  what A is to do next, or what A did before
+    GET  /item?annotator=A[&id=ID]  A's next answer, or one that A has done
     GET  /image/ID                  the image of an answer, as it is
     POST /segments                  {id, chosen} -> how training would weigh this correction
     POST /submit                    {id, annotator, status, chosen, ...} -> saved; the next item
 
-Images are asked for by the id of an answer, never by a path. Only the page itself may post, and a
-strict Content-Security-Policy holds. Requests must be addressed to the loopback interface by name
-(else a foreign domain could resolve to it); elsewhere every path lies below /TOKEN/.
+Images are requested by the id of an answer, never by a path. Only the page itself may post, under a
+strict Content-Security-Policy. Requests must name the loopback interface as their host (a foreign
+domain could resolve to it); on any other interface every path lies below /TOKEN/.
 """
 
 import hmac
@@ -40,7 +40,7 @@ HEADERS = {
 
 
 class Refused(Exception):
-    """A request that is not answered: HTTP status, and a sentence for the page."""
+    """A refused request: HTTP status, and a sentence for the page."""
 
 
 def require(holds, status: int, message: str) -> None:
@@ -52,7 +52,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, host: str, port: int, store: Store, units: Units, token: str = ""):
-        """Bind; port 0 takes a free one. Every path must begin with the token, if there is one."""
+        """Bind; port 0 takes a free one. If there is a token, every path must begin with it."""
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.store, self.units, self.token = store, units, token
         super().__init__((host, port), Handler)
@@ -85,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Refuse a request, whose rest is not read; `http.server` itself calls this, too."""
+        """Refuse a request without reading the rest of it; `http.server` itself calls this, too."""
         self.close_connection = True
         self.reply({"error": message or explain or str(code)}, code)
 
@@ -101,10 +101,10 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    # --------------------------------------------------------------------------- who asks for what
+    # ------------------------------------------------------------------------------------ requests
 
     def checked(self) -> tuple[str, dict]:
-        """Return path (below the token) and query, or body, of a request that may be answered."""
+        """Check a request; return its path below the token, and its query or body."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         require(self.server.is_addressed(host), 403, "this host name is not served here")
         require(origin is None or urlsplit(origin).netloc == host, 403, "another page may not ask")
@@ -113,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.token:
             token, _, path = path.partition("/")
         require(hmac.compare_digest(token.encode(), self.server.token.encode()), 403,
-                "the address lacks its token; copy the whole of it")
+                "the address lacks its token; copy all of it")
         site = self.headers.get("Sec-Fetch-Site", "none")
         require(not path or site in ("none", "same-origin"), 403, "another page may not ask")
         if self.command == "GET":
@@ -125,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
         """Return the JSON object that was posted."""
         require(self.headers.get_content_type() == "application/json", 415, "only JSON is taken")
         length = self.headers.get("Content-Length", "")
-        require(re.fullmatch("[0-9]{1,6}", length), 413, "at most 999,999 bytes, and say how many")
+        require(re.fullmatch("[0-9]{1,6}", length), 413, "give a length of at most 999,999 bytes")
         try:
             values = json.loads(self.rfile.read(int(length)))
             json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair fails here
@@ -145,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
         require(found, 404, "no such answer here; was the server started with another file?")
         return found
 
-    # ------------------------------------------------------------------------------ what is served
+    # ------------------------------------------------------------------------------------- replies
 
     def get(self, path: str, query: dict[str, str]) -> None:
         if path in STATIC:
@@ -174,7 +174,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(self.item(annotator))
 
     def item(self, annotator: str, key: str | None = None) -> dict:
-        """Return an answer as the page shows it, and how far the annotator is."""
+        """Return an answer as the page shows it, and the annotator's progress."""
         store, units = self.server.store, self.server.units
         own, (done, upcoming) = store.own(annotator), store.upcoming(annotator)
         around = [None, *own, *upcoming, None]
@@ -197,19 +197,19 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def submission(units: Units, answer: Answer, values: dict) -> dict:
-    """Return what a line of the file takes from the page, checked."""
+    """Check a submission; return the fields of the file's line that come from the page."""
     status, seconds, types = (values.get(key) for key in ("status", "seconds", "types"))
-    require(isinstance(seconds, int | float) and 0 <= seconds < 1e6, 400, "seconds is no number")
+    require(isinstance(seconds, int | float) and 0 <= seconds < 1e6, 400, "bad number of seconds")
     given = {"status": status, "segments": [], "seconds": round(seconds, 1)}
     if status == "skipped":
         return {"chosen": None, **given, "reason": str(values.get("reason", ""))[:500]}
     if status == "accepted":
         return {"chosen": answer.text, **given}
     chosen = chosen_text(values)
-    require(status == "corrected", 400, "status is corrected, accepted or skipped")
-    require(chosen, 400, "an empty answer teaches nothing; skip this one instead")
+    require(status == "corrected", 400, "status must be corrected, accepted or skipped")
+    require(chosen, 400, "the correction is empty; skip the answer instead")
     require(chosen != answer.text, 400, "nothing was changed; accept the answer instead")
-    require(isinstance(types, dict) and set(map(str, types.values())) <= TYPES, 400, "a wrong type")
+    require(isinstance(types, dict) and set(map(str, types.values())) <= TYPES, 400, "unknown type")
     given["segments"] = [
         {"rejected": part["rejected"], "chosen": part["chosen"],
          "type": types.get(str(part["rejected"][0]), "")}
@@ -218,9 +218,9 @@ def submission(units: Units, answer: Answer, values: dict) -> dict:
 
 
 def chosen_text(values: dict) -> str:
-    """Return the text of a correction, as training reads it: without white space around it."""
+    """Return the text of a correction as training reads it, without white space around it."""
     text = values.get("chosen")
     require(isinstance(text, str) and len(text) <= LONGEST, 400,
             f"a correction is a text of at most {LONGEST} characters")
-    require(IMAGE not in text, 400, f"{IMAGE} stands for the image and cannot be in an answer")
+    require(IMAGE not in text, 400, f"{IMAGE} stands for the image; an answer cannot have it")
     return text.strip()

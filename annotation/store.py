@@ -1,13 +1,13 @@
 """Answers to correct, and the file of their corrections.
 
-A submission is one line, forced onto the disk before the annotator reads "saved":
+Every submission is one line, forced onto the disk before the page says "saved":
 
     {"id", "image", "question", "chosen", "rejected", "status", "segments", "annotator", "seconds",
      "time", "model"}
 
 status is "corrected", "accepted" (chosen and rejected are equal), or "skipped" (chosen is null, and
 "reason" says why). The last line of an id counts; `formats.readers` reads the file as it is. The id
-is a hash of image, question and answer: rows may change places, and new ones may come.
+is a hash of image, question and answer, so rows of the answers may be moved or added.
 """
 
 import errno
@@ -30,7 +30,7 @@ from formats.rows import DataError, whole_rows
 
 FIELDS = {"id", "image", "chosen", "rejected", "status", "segments", "annotator", "seconds"}
 TEXTS = ("id", "image", "rejected", "status", "annotator")
-ANONYMOUS = "anonymous"  # the one annotator who gets the answers in the file's order
+ANONYMOUS = "anonymous"  # the only annotator who gets the answers in the file's order
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ def digest(*words: str) -> str:
 
 
 def read_answers(path: Path, images: str | Path | None) -> tuple[list[Answer], int]:
-    """Read rows of image, question and answer, each of them once; DataError names a wrong one.
+    """Read rows of image, question and answer, without duplicates; a DataError names a bad row.
 
     Returns:
-        the answers, and the number of rows that have none (a model's empty answer, or an image that
+        the answers, and the number of rows without one (a model's empty answer, or an image that
         evaluate.py could not open).
     """
     found, empty = {}, 0
@@ -82,13 +82,13 @@ def read_lines(path: Path, content: bytes) -> list[dict]:
                 raise ValueError
             lines.append(line)
         except (ValueError, AttributeError):
-            raise DataError(f"{path} row {number}: not a line of annotate.py; mend it, or move the "
-                            "file away") from None
+            raise DataError(f"{path} row {number}: not a line of annotate.py; repair it, or move "
+                            "the file away") from None
     return lines
 
 
 def by_answer(lines: Iterable[dict]) -> dict[str, dict[str, dict]]:
-    """Return {id: {annotator: their last line}}, without what was adjudicated."""
+    """Return {id: {annotator: their last line}}, without adjudications."""
     found = defaultdict(dict)
     for line in lines:
         if "adjudicated" not in line:
@@ -97,18 +97,18 @@ def by_answer(lines: Iterable[dict]) -> dict[str, dict[str, dict]]:
 
 
 def differ(versions: dict[str, dict]) -> bool:
-    """Return whether the annotators of one answer came to different texts."""
+    """Return whether the annotators of an answer disagree about its text."""
     return len({line["chosen"] for line in versions.values()}) > 1
 
 
 class Store:
-    """The answers, who gets which next, and the file of corrections; safe for several threads.
+    """The answers, who gets which next, and the file of corrections; thread-safe.
 
     Args:
-        path: the file of corrections, made if need be. The system's lock on it, which ends with the
-            process, keeps a second server out.
-        overlap: share of the answers that two annotators get, neither knowing of the other.
-        adjudicate: serve the answers whose annotators differ, and keep what is decided on them.
+        path: the file of corrections, created if missing. The system's lock on it, which ends with
+            the process, keeps a second server out.
+        overlap: share of the answers that two annotators correct, independently.
+        adjudicate: serve the answers with different corrections, and save the decisions on them.
 
     Raises:
         ValueError, OSError: another process writes the file, or it cannot be used.
@@ -126,24 +126,24 @@ class Store:
         sync(path.parent)
         lines = read_lines(path, self.mended())
         self.mark = {"adjudicated": True} if adjudicate else {}
-        self.versions = by_answer(lines) if adjudicate else {}  # what is to be decided on
+        self.versions = by_answer(lines) if adjudicate else {}  # the corrections to decide between
         self.answers = {answer.id: answer for answer in answers
                         if not adjudicate or differ(self.versions[answer.id])}
         self.lines = {(line["id"], line["annotator"]): line for line in lines
                       if line["id"] in self.answers and ("adjudicated" in line) == adjudicate}
         shared = lambda i: not adjudicate and int(digest("overlap", i), 16) < overlap * 16**12
-        self.wanted = {i: 2 if shared(i) else 1 for i in self.answers}  # annotators of each
-        self.open: dict[str, str] = {}  # what each annotator has on the page
+        self.wanted = {i: 2 if shared(i) else 1 for i in self.answers}  # number of annotators
+        self.open: dict[str, str] = {}  # the id that each annotator has on the page
         self.order = lru_cache(maxsize=64)(self._order)
 
     def mended(self) -> bytes:
-        """Return the file's content. Half a line at its end, of a killed process, is removed."""
+        """Return the file's content; remove half a line at its end, which a killed process left."""
         self.file.seek(0)
         content = self.file.read()
         size = content.rfind(b"\n") + 1
         try:
             json.loads(content[size:] or "half a line")
-            self.file.write(b"\n")  # an editor left it out
+            self.file.write(b"\n")  # an editor omitted it
         except ValueError:
             self.file.truncate(size)
             content = content[:size]
@@ -160,9 +160,9 @@ class Store:
             return {i: line for (i, name), line in self.lines.items() if name == annotator}
 
     def upcoming(self, annotator: str) -> tuple[int, list[str]]:
-        """Return how many answers are finished, and up to two ids that the annotator is to do next.
+        """Return how many answers are finished, and up to two ids that the annotator does next.
 
-        The first is open from now on. What is open on another annotator's page comes last.
+        The first is marked as open. An answer that another annotator has open comes last.
         """
         with self.lock:
             done = Counter(i for i, _ in self.lines)

@@ -1,4 +1,4 @@
-"""python -m claims run NAME... [--seeds N]: do what is missing; python -m claims page: write it."""
+"""python -m claims run NAME...: do the missing runs; python -m claims page: write CLAIMS.md."""
 
 import argparse
 import re
@@ -21,13 +21,13 @@ def missing(claim: Claim, seeds: int) -> list[tuple[str, int]]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m claims", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="do the runs of claims that are missing")
+    run = commands.add_parser("run", help="do the missing runs of claims")
     run.add_argument("names", nargs="+", choices=[*CLAIMS, "all"], metavar="NAME",
                      help=f"{', '.join(CLAIMS)}, or all")
     run.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1 [5]")
-    run.add_argument("--only", default="", help="regular expression of the command lines to run")
+    run.add_argument("--only", default="", help="regular expression for the command lines to run")
     run.add_argument("--dry_run", action="store_true", help="list the runs and stop")
-    commands.add_parser("page", help="write CLAIMS.md from the numbers that are there")
+    commands.add_parser("page", help="write CLAIMS.md from results.jsonl")
     found = parser.parse_args(arguments)
     if found.command == "page":
         write_page()

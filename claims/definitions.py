@@ -1,8 +1,8 @@
 """The claims: what a paper states, the runs that test it, and the rule by which it holds.
 
-A run is a command line of train.py without its seed and folder, or of evaluate.py; several of them
-that need each other are joined by "then" (`results.make`). Every claim compares *arms*; an arm with
-several learning rates is represented by the best of them (`results.best`).
+A run is a command line of train.py without its seed and folder, or of evaluate.py; "then" joins
+those that depend on each other (`results.make`). Every claim compares *arms*; the best command line
+of an arm, such as that of the best learning rate, represents it (`results.best`).
 """
 
 from dataclasses import dataclass
@@ -29,20 +29,20 @@ class Claim:
     """A statement and its test.
 
     It holds for a pair (better, worse) of arms if the 95 % interval of the difference in `measure`
-    over seeds lies below 0 (above `margin` for a measure of which more is better), at a coverage no
-    more than one point lower; it fails if the interval lies on the other side, and the other does
-    not owe that to less coverage; otherwise these seeds do not decide.
+    over seeds lies below 0 (above `margin` if `higher`) and the better arm's coverage is at most
+    one point lower. It fails if the interval lies on the other side, unless the worse arm loses
+    more than a point of coverage. Otherwise these seeds do not decide.
     """
 
     name: str
     statement: str
     source: str
-    arms: dict[str, tuple[str, ...]]  # label: command lines, of which the best counts
+    arms: dict[str, tuple[str, ...]]  # label: command lines; the best one counts
     pairs: tuple[tuple[str, str], ...]  # (better, worse), by label
     measure: str = ANY
     note: str = ""
     higher: bool = False  # more of the measure is better
-    margin: float = 0.0  # by which it has to be
+    margin: float = 0.0  # the least difference, if `higher`
     curves: tuple[str, ...] = ()  # logged metrics to draw against the KL to the reference
 
 
@@ -73,13 +73,13 @@ RANKINGS = {f"{count} rankings": (f"--algo dpo --feedback rankings --corrections
 
 
 def staged(stage: str) -> str:
-    """Return DDPO on a base that some supervised training comes first to."""
+    """Return DDPO on the base after a supervised stage."""
     return (f"--algo sft --feedback {stage} --learning_rate 1e-4 then "
             f"{BEST_DDPO} --model {{here}}/model")
 
 
 def rewarded(algo: str, facts: bool = True) -> str:
-    """Return an algorithm on rewards, after the reward model's training."""
+    """Return an algorithm on rewards, after training the reward model."""
     given = " --facts" if facts else ""
     return f"--algo rm{given} then --algo {algo}{given} --reward_model {{here}}"
 
@@ -89,8 +89,8 @@ BEST_OF = "--algo rm --facts then evaluate.py world/base --best_of 8 --reward_mo
 ONLINE = "online_ddpo --feedback reward_model"
 
 CLAIMS = {claim.name: claim for claim in (
-    Claim("methods", "DDPO beats DPO on the same corrections, and more so than plain imitation of "
-          "the corrected answers.", "RLHF-V, Table 3", with_rates(), PAIRS,
+    Claim("methods", "DDPO beats DPO on the same corrections, and plain imitation of the corrected "
+          "answers, too.", "RLHF-V, Table 3", with_rates(), PAIRS,
           note="Each method at the best of three learning rates, 1,400 complete corrections."),
     Claim("overlooked", "The same, where the annotator overlooks 30 % of the false spans.",
           "RLHF-V, Section 3.1 (corrections by people)",
@@ -101,10 +101,10 @@ CLAIMS = {claim.name: claim for claim in (
           "RLHF-V, Section 3.1 (corrections by people)", at_best(" --noise 0.1"), PAIRS),
     Claim("few", "The same, with 200 corrections.", "RLHF-V, Figure 2",
           at_best(" --corrections 200"), PAIRS),
-    Claim("anchor", "The likelihood term needs a large weight: with little of it, or with "
-          "deletions weighing gamma, more wrong places and less coverage are left. (The preference "
-          "term lowers every token of a deleted sentence, also those that are right after its "
-          "beginning; that this is why is a guess.)", "ours",
+    Claim("anchor", "The likelihood term needs a large weight: a small one, or deletions that "
+          "weigh gamma, leave more wrong places and less coverage. (A guess at the reason: the "
+          "preference term lowers every token of a deleted sentence, even those that are right "
+          "given its beginning.)", "ours",
           {f"anchor {weight}": (f"--algo ddpo --anchor {weight} --learning_rate 1e-4",)
            for weight in (0, 1, 4, 16)}
           | {"anchor 4, replacements only":
@@ -115,7 +115,7 @@ CLAIMS = {claim.name: claim for claim in (
           "RLHF-V, Figure 2", SCALING | RANKINGS,
           (("200 corrections", "2200 rankings"), ("1400 corrections", "200 corrections"),
            ("5000 corrections", "1400 corrections")),
-          note="The rankings are of two sampled answers of the same base, learned by DPO."),
+          note="The rankings compare two sampled answers of the same base; DPO learns from them."),
     Claim("gamma", "Corrected segments should weigh more: gamma 5 beats gamma 1.",
           "RLHF-V, Section 3.2", arms({f"gamma {g}": f"--gamma {g}" * (g != 5)
                                          for g in (1, 2, 5, 10)}),
@@ -127,7 +127,7 @@ CLAIMS = {claim.name: claim for claim in (
                 "mean, beta 0.5, replacements only": "--replacements_only"}),
           (("mean, beta 0.5", "sum, beta 0.1"),
            ("mean, beta 0.5", "mean, beta 0.5, replacements only"))),
-    Claim("lora", "LoRA, at a learning rate of its own, does what training all weights does.",
+    Claim("lora", "LoRA, at its own learning rate, does as well as training all weights.",
           "ours", {"all weights": (BEST_DDPO,),
                    "LoRA": ("--algo ddpo --lora 16 --learning_rate 1e-3",
                             WITH_LORA["DDPO + anchor"]),
@@ -136,11 +136,11 @@ CLAIMS = {claim.name: claim for claim in (
     Claim("over_generalisation", "DDPO lowers over-generalisation, the extra mentions of an absent "
           "object in its typical setting.", "RLHF-V, Table 2", at_best(),
           (("DDPO + anchor", "base"), ("DDPO, the paper's loss", "base")), "over_generalisation"),
-    Claim("vqa", "With instruction tuning on human-labelled short questions and answers first, "
-          "DDPO leaves fewer hallucinations.", "RLHF-V, Section 3.3 and Table 3",
+    Claim("vqa", "After instruction tuning on human-labelled short questions and answers, DDPO "
+          "leaves fewer hallucinations.", "RLHF-V, Section 3.3 and Table 3",
           {"DDPO": (BEST_DDPO,), "questions, DDPO": (staged("questions"),)},
           (("questions, DDPO", "DDPO"),)),
-    Claim("crops", "Random crops of the picture with unchanged text teach to hallucinate.",
+    Claim("crops", "Random crops of the picture with unchanged text teach hallucination.",
           "RLHF-V, Section 3.3 and Table 3",
           {"descriptions, DDPO": (staged("descriptions"),),
            "cropped, DDPO": (staged("cropped"),)},
@@ -160,20 +160,20 @@ CLAIMS = {claim.name: claim for claim in (
            ("without facts", "base"), ("with facts", "without facts"),
            ("with facts", "with facts, KL 0.1"), ("with facts, KL 0.1", "without facts, KL 0.1")),
           note="An answer that names nothing has nothing false: read coverage beside it."),
-    Claim("hacking", "Four times as many steps against the same reward model hallucinate less, not "
-          "more: the reward is not hacked.", "LLaVA-RLHF, Section 2.3",
+    Claim("hacking", "Four times as many steps on the same reward model leave fewer "
+          "hallucinations, not more: the reward is not hacked.", "LLaVA-RLHF, Section 2.3",
           {"PPO": (PPO,), "PPO, four times as long":
            (f"{PPO} --epochs 4 --held_out_reward_model {{next}}",)},
           (("PPO, four times as long", "PPO"),),
           curves=("truth/hallucination", "score/rm", "score/held_out"),
-          note="The second reward model, of the next seed, is only watched."),
-    Claim("length", "Without a length penalty answers grow, with one they do not.",
+          note="The held-out reward model, of the next seed, is only monitored."),
+    Claim("length", "Answers grow without a length penalty, but not with one.",
           "LLaVA-RLHF, Section 2.3",
           {"no penalty": (f"{PPO} --length_penalty 0",),
            "the release's": (PPO,),
            "10 per 128 tokens": (f"{PPO} --length_penalty_tokens 128",)},
           (("10 per 128 tokens", "no penalty"), ("the release's", "no penalty")), "length",
-          note="The release's is 10 per 896 tokens; descriptions have a twentieth of that."),
+          note="The release's is 10 per 896 tokens; descriptions have a twentieth as many."),
     Claim("baseline", "The mean return of the sibling completions is as good a baseline as a "
           "critic.", "RLOO, arXiv 2402.14740",
           {"group": (PPO,), "critic": (f"{PPO} --baseline critic",)}, (("group", "critic"),)),
@@ -189,6 +189,6 @@ CLAIMS = {claim.name: claim for claim in (
            ("online DDPO", "PPO"), ("PPO", "best of 8"), ("DDPO, 4000 corrections", "PPO")),
           curves=("truth/hallucination", "score/rm"),
           note="All learn from 4,000 annotations: rankings, or corrections in the last arm. Those "
-          "on rewards have 2,000 prompts with four completions each, so nearly equal compute; the "
-          "choice among eight answers trains nothing; its cost comes at answering time."),
+          "trained on rewards have 2,000 prompts with four completions each, so nearly equal "
+          "compute. Best of 8 trains no policy; it costs compute at answering time."),
 )}

@@ -22,8 +22,8 @@ runs test a claim and by which rule it holds. Every number is a mean over seeds 
 the order and the base's sampled answers) with its 95 % t-interval, on the same {SCENES} held-out
 scenes: per cent of descriptions with a false statement (any, object, colour, number, place), per
 cent of the objects mentioned (coverage), over-generalisation Δ in points. Where an arm stands for
-several learning rates, the table shows the best on these same scenes. A small world says how the
-algorithms behave on it, not how large models do.
+several learning rates, the table shows the best on these same scenes. A small world shows how the
+algorithms behave on it, not how large models behave.
 """
 COLOUR = "#3b6fb6"
 LINES = (COLOUR, "#c8553d", "#4f9d69", "#a06cd5", "#c99700", "#7f7f7f")
@@ -51,7 +51,7 @@ def measured(claim: Claim, runs: Runs) -> list[str]:
 
 
 def summary(runs: Runs) -> str:
-    rows, missing = ["| claim | better | than | difference | verdict |", "|---|---|---|---|---|"], {}
+    missing, rows = {}, ["| claim | better | than | difference | verdict |", "|---" * 5 + "|"]
     for claim in CLAIMS.values():
         for better, worse in claim.pairs:
             gap, seeds = difference(runs, claim, better, worse, claim.measure)
@@ -68,7 +68,7 @@ def summary(runs: Runs) -> str:
 
 
 def section(claim: Claim, runs: Runs) -> str:
-    """Return a claim's part of the page: statement, table, figure and what is missing."""
+    """Return a claim's part of the page: statement, table, figures and missing arms."""
     text = f"{claim.statement} ({claim.source}) {claim.note}".strip()
     lines = [f"## {claim.name}\n", f"{text}\n"]
     labels = measured(claim, runs)
@@ -138,7 +138,7 @@ def figure(claim: Claim, runs: Runs) -> str:
 
 
 def curves(claim: Claim, runs: Runs) -> str:
-    """Draw logged metrics of the first seed's training against the KL to the reference; or ""."""
+    """Draw the logged metrics of seed 0 against the KL to the reference; "" if there are none."""
     panels, height = [], 180
     arms = [(label, results["trace"]) for label in measured(claim, runs)
             if (results := runs.get((best(runs, claim.arms[label], claim.measure), 0), {}))
@@ -159,7 +159,7 @@ def curves(claim: Claim, runs: Runs) -> str:
 def panel(
     metric: str, series: dict[str, list[tuple[float, float]]], colours: dict[str, str], height: int
 ) -> str:
-    """Draw lines over the KL, a dot where only one point is known; the names are at the right."""
+    """Draw lines over the KL (a dot for a single point), with their names at the right."""
     xs, ys = zip(*(point for points in series.values() for point in points))
     across, up = ticks(0, max(xs)), ticks(min(ys), max(ys))
     x = lambda kl: 60 + (WIDTH - 260) * kl / across[-1]

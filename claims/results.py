@@ -19,7 +19,7 @@ MEASURES = (ANY, "hallucination/object", "hallucination/attribute", "hallucinati
 TRACED = ("objective/kl", "truth/hallucination", "score/rm", "score/held_out")  # while training
 POINTS = 40  # of these, at most
 FOLDER = Path("runs/claims")  # of all runs
-COVERAGE = 0.01  # that an arm may lose against the other
+COVERAGE = 0.01  # the most that an arm may lose against the other
 SCENES = 300  # held-out scenes of every run
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5 % quantiles, 1..9 degrees
 Interval = tuple[float, float, float]  # mean, low, high
@@ -54,10 +54,10 @@ def do_run(options: str, seed: int, path: Path = RESULTS) -> None:
 
 
 def make(options: str, seed: int) -> Path:
-    """Do the commands of a run, the last one anew, and return the folder with its results.
+    """Do a run's missing commands, and the last one in any case; return the folder with results.
 
-    The last of several commands, joined by "then", may name the folder of what comes before it:
-    {here} with the same seed, {next} with the one after it.
+    The last of several commands, joined by "then", may name the folder of those before it: {here}
+    with the same seed, {next} with the next seed.
     """
     folder = FOLDER / f"{slug(options)}-{seed}"
     first, _, last = options.rpartition(" then ")
@@ -103,8 +103,8 @@ def mean(numbers: list[float]) -> Interval:
 def best(runs: Runs, alternatives: tuple[str, ...], measure: str = ANY) -> str | None:
     """Return the command line that represents an arm, or None if none of its runs is done.
 
-    It is the one with the lowest measure among those that lose at most a point of coverage against
-    the base; if all lose more, the one that loses least.
+    It has the lowest measure among those that lose at most a point of coverage against the base; if
+    all lose more, it is the one that loses least.
     """
     scores = {}
     for options in alternatives:
@@ -117,12 +117,12 @@ def best(runs: Runs, alternatives: tuple[str, ...], measure: str = ANY) -> str |
 
 
 def arm_values(runs: Runs, claim: Claim, label: str, measure: str) -> dict[int, float]:
-    """Return an arm's measure by seed; "base" is what all arms start from."""
+    """Return an arm's measure by seed; "base" is the model that all arms start from."""
     if label == "base":
         found = {}
         for alternatives in claim.arms.values():
             for options in alternatives:
-                if "--model {" not in options and measure != "agreement":  # one start for all
+                if "--model {" not in options and measure != "agreement":  # starts from the base
                     found |= values(runs, options, measure, "before")
         return found
     options = best(runs, claim.arms[label], claim.measure)

@@ -42,8 +42,8 @@ CONTRACTIONS = {  # the word with one apostrophe missing: the word
 def normal_form(answer: str) -> str:
     """Return an answer as the public script compares it.
 
-    Punctuation is removed, or becomes a space if no space is beside it. Periods outside numbers and
-    articles are removed. Text becomes lower case, number words digits; contractions get apostrophes.
+    Punctuation is removed, or becomes a space if no space is beside it; periods outside numbers and
+    articles are removed. Text becomes lower case, number words become digits, "dont" "don't".
     """
     text = whole = answer.replace("\n", " ").replace("\t", " ").strip()
     for mark in PUNCTUATION:
