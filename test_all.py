@@ -2143,7 +2143,7 @@ def test_report_is_safe_and_shows_everything(hostile_report):
         "Align <i>it: 10 steps of 8 pairs, from 70 corrections of the model's own responses. ",
         "before", "after", "statement of any kind", "adversarial: right", "100.0",
         "<script>alert(1)</script> & \"so\"", "no picture: <i>bad.png", "×5",
-        "Step 1questionWhat?completionA <dog>.score-0.25, of it 0.50 from the reward model",
+        "Step 1questionWhat?completionA <dog>.score-0.25, 0.50 of it from the reward model",
         "<i>4 tokensfalse in itA <dog>", "questionWhat?completionNothing.score-0.25"):
         assert part in text
     assert "Step 5" not in text and text.count("false in it") == 1

@@ -174,8 +174,8 @@ function diffNodes(parts, typed, live = false) {
   })
 }
 
-// Draws what depends on the caret: the sentence, marked in a mirror behind the text, and the segment
-// nearest to the sentence, then to the caret, whose type the keys 1 to 6 set.
+// Draws what depends on the caret: the sentence, marked in a mirror behind the text, and the
+// segment nearest to the sentence, then to the caret, whose type the keys 1 to 6 set.
 function draw() {
   const { span: [start, end] } = sentence()
   const text = editor.value

@@ -97,12 +97,8 @@ def section(claim: Claim, runs: Runs) -> str:
 
 
 def number(measure: str, interval: Interval, sign: str = "") -> str:
-    return percent(interval, sign, scale=1 if measure == "length" else 100)
-
-
-def percent(interval: Interval, sign: str = "", scale: int = 100) -> str:
-    """Format a share (or words, at scale 1) and half the width of its interval, in per cent."""
-    value, low, high = (scale * each for each in interval)
+    """Format a share in per cent, or a length in words, and half the width of its interval."""
+    value, low, high = ((1 if measure == "length" else 100) * each for each in interval)
     return f"{value:{sign}.1f}" + ("" if math.isnan(low) else f" ± {(high - low) / 2:.1f}")
 
 
@@ -150,10 +146,10 @@ def curves(claim: Claim, runs: Runs) -> str:
         if series:
             panels.append(f'<g transform="translate(0 {height * len(panels)})">'
                           f"{panel(metric, series, colours, height)}</g>")
-    return panels and (
+    return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height * len(panels)}" '
         'font-family="sans-serif" font-size="12" fill="#888" stroke-width="1.5">'
-        f'{"".join(panels)}</svg>\n') or ""
+        f'{"".join(panels)}</svg>\n') if panels else ""
 
 
 def panel(

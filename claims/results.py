@@ -68,13 +68,13 @@ def make(options: str, seed: int) -> Path:
             if not (made / "model" / "config.json").exists():
                 make(first, number)
     arguments = shlex.split(last)
-    if arguments[0] != "evaluate.py":
+    if arguments[0] == "evaluate.py":
+        arguments += ["--scenes", str(SCENES), "--output", str(folder)]
+    else:
         arguments = ["train.py", *arguments, "--test_scenes", str(SCENES), "--overwrite",
                      "--out", str(folder)]
-    else:
-        arguments += ["--scenes", str(SCENES), "--output", str(folder)]
-    command = [sys.executable, *arguments, "--seed", str(seed)]
-    command[1] = str(Path(__file__).parents[1] / command[1])
+    script = str(Path(__file__).parents[1] / arguments[0])
+    command = [sys.executable, script, *arguments[1:], "--seed", str(seed)]
     if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
         raise RuntimeError(f"failed: {shlex.join(command)}")
     return folder

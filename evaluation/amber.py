@@ -3,8 +3,8 @@
 Its repository (junyangwang0410/AMBER) is read as it is. Ids 1 to 1004 ask for a description of an
 image, all others are yes/no questions. The rules are those of its inference.py.
 
-Generative. The nouns of a description count if they are in the vocabulary of relation.json. Nouns
-of safe_words.txt are skipped. A noun that is an object of the image or its associate covers that
+Generative. The nouns of a description count if they are in the vocabulary of relation.json. Those
+of safe_words.txt are not checked. One that is an object of the image or its associate covers that
 object. Any other is false, unless it is similar to an object of the image, which it then covers; it
 hits an object that models often imagine if it is that object or similar to it.
 

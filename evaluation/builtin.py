@@ -161,9 +161,8 @@ def world_terms(records: Sequence[dict]) -> dict[str, Terms]:
 
     `length` is in words, `mmhal/score` and `mmhal/kind/*` in points of 6, the rest are shares.
     """
-    over_generalisation = {"over_generalisation": delta_terms(records)}
-    return (description_terms(records) | question_terms(records) | over_generalisation
-            | mmhal_world_terms(records))
+    return (description_terms(records) | question_terms(records)
+            | {"over_generalisation": delta_terms(records)} | mmhal_world_terms(records))
 
 
 def ratio(records: Sequence[dict], above: Callable, below: Callable = lambda record: 1) -> Terms:

@@ -19,7 +19,7 @@ from formats.files import understood
 from formats.rows import DataError, image_path, whole_rows
 
 DESCRIBE = "Please describe this image in detail."  # if a benchmark has no questions
-SUFFIX = "Answer the question using a single word or phrase."  # LLaVA-RLHF's, on a line of its own
+SUFFIX = "Answer the question using a single word or phrase."  # LLaVA-RLHF's, on a separate line
 SHORT_TOKENS = 64  # limit of a short answer, as in LLaVA-RLHF's evaluation of POPE
 LONG_TOKENS = 512  # limit of an answer to an open question
 Rows = list[dict]

@@ -3,7 +3,7 @@
 The file (LisaAnne/Hallucination, data/synonyms.txt) has a line for each of COCO's 80 kinds: its
 name and the words for it, separated by ", ". CHAIR (Rohrbach et al. 2018) counts every mention, by
 utils/chair.py's rules: words in the singular; pairs of words in a fixed list are one word; "baby"
-or "adult" before an animal and "passenger" before a vehicle are no persons; "seat" is no chair if
+or "adult" before an animal and "passenger" before a vehicle are not persons; "seat" is no chair if
 there is a toilet. Object HalBench (RLHF-V, eval_gpt_obj_halbench.py) uses all pairs in the file,
 counts each word once per answer and finds no objects in answers of at most three words.
 

@@ -43,7 +43,7 @@ class Span:
     start: int
     end: int
     kind: str  # object | attribute | position | number | other (setting) | agreement (grammar)
-    replacement: str  # "" where the span is to be deleted
+    replacement: str  # "" if the span is deleted
 
 
 Clause = tuple[int, int, re.Match]  # start, end, and the mention of a kind in it
