@@ -1,4 +1,4 @@
-"""What an algorithm is given, and what the training loop asks of it.
+"""The interface of an algorithm: its inputs, and what the training loop asks of it.
 
 A new algorithm is one file with a dataclass of hyperparameters and a class derived from
 `Algorithm`, and one line in `train.ALGORITHMS`. The README shows a whole one.
@@ -51,9 +51,9 @@ class Data:
 
     train: list[Example]
     held_out: list[Example] = field(default_factory=list)  # for an algorithm's own measure
-    # What is false in an answer to an example, where the truth is known; for logs only.
+    # The false parts of an answer to an example, None where the truth is unknown; for logs only.
     false_parts: Callable[[Example, str], list[str] | None] = lambda example, answer: None
-    # What an annotator makes of an answer to an example; None: nobody is there to ask.
+    # The annotator's correction of an answer to an example; None where there is no annotator.
     correct: Callable[[Example, str], str | None] = lambda example, answer: None
 
     def digest(self) -> str:
@@ -67,12 +67,12 @@ class Data:
 class Algorithm:
     """Made as `Algorithm(start, config, data)`; sets `config`, `modules` and `steps`.
 
-    The first line of a subclass's docstring says in the report and in `--help` what a run does.
+    The first line of a subclass's docstring describes the run in the report and in `--help`.
     """
 
     Config: type[Training] = Training  # its hyperparameters; command-line options follow from them
     reads: str = "pairs"  # kind of rows: pairs, conversations, rankings or prompts; "": none
-    first: tuple[str, ...] = ("base",)  # built-in runs that it depends on (see recipes.plan)
+    first: tuple[str, ...] = ("base",)  # built-in runs that come first (see recipes.plan)
 
     config: Training
     modules: nn.ModuleDict  # holds all weights that are trained
@@ -80,12 +80,12 @@ class Algorithm:
 
     @classmethod
     def depends(cls, config: Training) -> tuple[str, ...]:
-        """Built-in runs that a run with these settings depends on."""
+        """Return the built-in runs that a run with these settings depends on."""
         return cls.first
 
     @staticmethod
     def tokens(row, tokenizer: Tokenizer, patches: int, config) -> tuple[list[int], list[Response]]:
-        """Return a row's prompt tokens and responses, an image being `patches` tokens."""
+        """Return a row's prompt tokens and responses; an image takes `patches` tokens."""
         raise NotImplementedError
 
     def batches(self, step: int) -> list:
@@ -93,33 +93,33 @@ class Algorithm:
         raise NotImplementedError
 
     def loss(self, batch) -> tuple[Tensor, dict[str, float]]:
-        """Mean loss of a micro-batch, and metrics to log."""
+        """Return the mean loss of a micro-batch, and metrics to log."""
         raise NotImplementedError
 
     def size(self, batch) -> float:
-        """Count the things that the loss averages: a micro-batch's weight in its step."""
+        """Return a micro-batch's weight in its step: the number of items that the loss averages."""
         return len(batch.names)
 
     def peak_rate(self, name: str) -> float:
-        """Peak learning rate of a weight, by its name in `modules`."""
+        """Return the peak learning rate of a weight, by its name in `modules`."""
         return self.config.learning_rate
 
     def measure(self, world: Callable, means: Callable) -> tuple[dict, list[dict]] | None:
-        """Return (metrics, records) of the model as it is, or None.
+        """Return (metrics, records) of the model in its present state, or None.
 
         Args:
-            world: () measures the answers on the built-in world's held-out scenes, where there is
-                something to measure.
-            means: ({name: (N,) numbers}) gives metrics: means with 95 % bootstrap intervals.
+            world: () -> the same, of its answers about the built-in world's held-out scenes.
+            means: ({name: (N,) numbers}) -> metrics: means with 95 % bootstrap intervals.
         """
         return world()
 
     def state(self) -> dict:
-        """Return what resuming needs beside weights and optimizer."""
+        """Return what resuming needs besides weights and optimizer."""
         return {}
 
     def load_state(self, state: dict) -> None:
         """Restore what `state` returned."""
 
     def save(self, folder: Path) -> None:
-        """Write what belongs to the result beside the model."""
+        """Write the files of the result other than the model."""
+

@@ -2,37 +2,40 @@
 
 A person has corrected the hallucinated segments of the model's own answer. The corrected answer is
 `chosen`, the original one `rejected`. DPO (Rafailov et al. 2023, arXiv 2305.18290) raises the
-likelihood of the one against the other, each measured against a frozen reference (Eq. 3 of RLHF-V,
+likelihood of chosen against rejected, each measured against a frozen reference (Eq. 3 of RLHF-V,
 arXiv 2312.00849):
 
     L = -log sigmoid( beta * [ (s_pi(y_w) - s_ref(y_w)) - (s_pi(y_l) - s_ref(y_l)) ] )
 
-What differs between the two is the score s(y) of a response:
+DPO and DDPO differ in the score s(y) of a response:
 
     DPO   (Eq. 4)   s(y) = sum over all tokens of log p
     DDPO  (Eq. 5)   s(y) = 1/N [ sum over unchanged tokens of log p
                                  + gamma * sum over corrected tokens of log p ],
                     N = |unchanged| + gamma |corrected|,  gamma > 1
 
-so that the few tokens where a person changed something carry most of the gradient.
+so that the few tokens that a person changed carry most of the gradient.
 
-Neither loss minds if both responses become less likely, as long as their distance grows. `--anchor`
-alpha adds a likelihood term on the chosen response, as the supervised loss of the released code
-(its `SFT_weight`) and RPO (arXiv 2404.19733) do:
+Both losses also fall when both responses become less likely, as long as their distance grows.
+`--anchor` alpha adds a likelihood term on the chosen response, as the supervised loss of the
+released code (its `SFT_weight`) and RPO (arXiv 2404.19733) do:
 
     L + alpha * mean over the chosen response's tokens of -log p
 
-`--anchor 0` is the paper's loss to the letter. The default is what did best on the built-in world
-(CLAIMS.md): scores are means, and so is the term, but the loss has a slope of beta / 2 at most.
+`--anchor 0` is the paper's loss to the letter. The default did best on the built-in world
+(CLAIMS.md). It is large because scores and the term are means alike, while the preference loss has
+a slope of beta / 2 at the start and less later.
+
 
 What this file does differently from the released code (RLHF-V/RLHF-V), and why:
 1. The defaults are the paper's (beta 0.5, gamma 5, mean form); the released command used beta 0.1,
    gamma 1.1 and the sum: `--beta 0.1 --gamma 1.1 --no-normalize`.
-2. A segment that was only inserted or deleted counts as corrected, as Eq. 5 says. The released code
-   keeps replacements alone: `--replacements_only`.
-3. The diff covers the answers alone; the released code diffs prompt and answer together. So where
+2. Inserted and deleted segments count as corrected, as Eq. 5 says. The released code counts only
+   replacements: `--replacements_only`.
+3. The diff covers only the answers; the released code diffs prompt and answer together. So where
    both answers begin with the same one or two tokens, as in "The image", these count as corrected
    here. difflib's "autojunk", which the release leaves on, is off: it skips frequent tokens.
+
 4. AdamW's betas are (0.9, 0.95), the release's (0.9, 0.999): `--adam_beta2 0.999`. There are 3
    passes over the data, in the paper 7: `--epochs 7`.
 5. With `--lora` the learning rate of a model of 1B and more is 2e-4 and alpha twice the rank, as in

@@ -12,10 +12,10 @@
     python evaluate.py --mmhal FILLED.json --replies replies.jsonl   score the replies of a judge
     python evaluate.py --suite DIR --models A B                      all of them, side by side
 
-Every score says how it came about; evaluation/ lists what differs from the public scripts.
+Every score is printed with how it was obtained; evaluation/ lists departures from public scripts.
 
-On the built-in world the truth is known, so that measures for which the papers rely on people or
-GPT-4 are exact. Scenes are held out, and training never uses the wordings of the questions.
+On the built-in world the truth is known, so measures for which the papers rely on people or GPT-4
+are exact. Scenes are held out, and training never uses the wordings of the questions.
 
     hallucination/*      descriptions with a false object, attribute, position, number, any
     chair_i              false mentions of objects among all mentions
@@ -55,11 +55,11 @@ def make_parser(**options) -> ArgumentParser:
     add("--pope", nargs="+", metavar="FILE", help="POPE's questions: image, text, label")
     add("--chair", nargs="+", metavar="FILE", help='COCO annotations, or {"a.jpg": ["object"]}')
     add("--amber", metavar="DIR", help="a copy of AMBER's repository; --images has its images")
-    add("--vqa", nargs="+", metavar="FILE", help="image, question, answers: short ones of people")
+    add("--vqa", nargs="+", metavar="FILE", help="image, question, and people's short answers")
     add("--mmhal", metavar="FILE", help="MMHal's response_template.json, or filled")
     add("--suite", metavar="DIR", help="a folder of benchmarks; see above")
     add("--models", nargs="+", metavar="DIR", help="of --suite; differences are to the first")
-    add("--images", metavar="DIR", help="where images are; default: beside the file of questions")
+    add("--images", metavar="DIR", help="folder of the images; default: that of the questions")
     add("--answers", metavar="FILE", help="score these (--pope, --chair, --vqa; --amber's own)")
     add("--suffix", metavar="TEXT", help="a line after each question of --pope and --vqa "
         "['Answer the question using a single word or phrase.'], and of --amber's yes/no questions "
@@ -87,7 +87,7 @@ def make_parser(**options) -> ArgumentParser:
 
 
 def choose_command(args: Namespace, parser: ArgumentParser) -> str:
-    """Return the option that says what to do; exit if that is unclear."""
+    """Return the option that names the command; exit if there is not exactly one."""
     no_model = {"run": True, "compare": True, "mmhal": args.replies, "suite": args.models,
                 "image": False, "data": False}
     no_model |= dict.fromkeys(("pope", "chair", "amber", "vqa"), args.answers)
@@ -131,7 +131,7 @@ from formats.rows import find_files, open_image, report_skipped
 
 
 def load(args: Namespace, path: str) -> Loaded:
-    """Load a model in the wanted dtype; a CPU computes float16 models in float32, much faster."""
+    """Load a model in the chosen dtype; on a CPU float16 becomes float32, which is faster."""
     device, auto = find_device(args.device), args.dtype == "auto"
     loaded = open_model(path, device, None if auto else getattr(torch, args.dtype), args.tower)
     if auto and device.type == "cpu" and loaded[0].head.weight.dtype == torch.float16:
@@ -142,7 +142,7 @@ def load(args: Namespace, path: str) -> Loaded:
 def run_world(args: Namespace) -> None:
     """Measure a run's model on the built-in world; rewrite its results.json and report.html.
 
-    With --best_of or --output these stay, and a results.json of its own is written.
+    With --best_of or --output these stay as they are, and another results.json is written.
     """
     if args.temperature and not args.best:
         raise ValueError("the built-in world is measured greedily; --temperature goes with "
@@ -247,7 +247,8 @@ def run_amber(args: Namespace) -> None:
 
 
 def score(args: Namespace, chosen: Sequence[Part]) -> list[dict]:
-    """Print and write the scores of benchmarks, of --model or of --answers; return all rows."""
+    """Print and write benchmark scores of --model or of --answers; return all rows."""
+
     every = []
     metrics.refuse_twins(part.file for part in chosen)
     for part in chosen:
@@ -324,7 +325,7 @@ def run_suite(args: Namespace) -> None:
 
 
 def print_scores(args: Namespace, part: Part, scores: dict, note: str) -> None:
-    """Print scores, and write them beside the answers if these have a folder."""
+    """Print scores, and write them beside the answers if there is a folder."""
     print(f"{part.file}: {note}\n{evaluation.comparison({'value': scores})}")
     if args.output or args.model:
         mode = f".{part.mode}" if part.mode else ""

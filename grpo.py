@@ -1,4 +1,4 @@
-"""GRPO: a policy learns from how its completions of one prompt compare with each other.
+"""GRPO: the policy learns from comparing its own completions of a prompt.
 
 Group relative policy optimisation (Shao et al. 2024, arXiv 2402.03300) is PPO without a critic and
 with the KL penalty in the loss. Of the k completions y_i of a prompt, with rewards r_i:
@@ -8,7 +8,7 @@ with the KL penalty in the loss. Of the k completions y_i of a prompt, with rewa
                                             - beta (exp(x_it) - x_it - 1) }
     rho  = pi / pi_old,   x = log ref - log pi
 
-Rollouts, rewards, facts and what is logged are PPO's (see rollouts.py), and so are the clipped
+Rollouts, rewards, facts and logs are shared with PPO (rollouts.py), and so are the clipped
 objective and the estimate of the KL (ppo.py).
 
 What this file does differently from the paper, and why:
@@ -16,10 +16,10 @@ What this file does differently from the paper, and why:
    each answer first, so that a token of a long answer counts for less: `--loss_mean answers`.
 2. Rewards are one number per completion ("outcome supervision"); there is no process reward.
 
-On samples that are fixed, the gradient of this estimate of the KL is that of KL(ref || pi): it
-resists unlearning what the reference often says. DAPO leaves the term out: `--kl_coef 0`.
-Dr. GRPO (arXiv 2503.20783) does not divide by the spread, which weighs prompts on whose completions
-the rewards hardly differ as much as others: `--no-divide_by_std`.
+For fixed samples, the gradient of this estimate of the KL is that of KL(ref || pi): it resists
+unlearning what the reference often says. DAPO leaves the term out: `--kl_coef 0`. Dr. GRPO (arXiv
+2503.20783) does not divide by the spread, because that gives prompts whose completions are rewarded
+nearly alike as much weight as others: `--no-divide_by_std`.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class GRPOConfig(RolloutConfig):
 
 
 def group_advantages(scores: Tensor, samples: int, divide_by_std: bool = True) -> Tensor:
-    """How much better a completion is than its siblings (GRPO, section 4.1.2).
+    """Compare each completion's reward with those of its siblings (GRPO, section 4.1.2).
 
     Args:
         scores: (N,) rewards, the completions of a prompt side by side.
@@ -60,7 +60,7 @@ def group_advantages(scores: Tensor, samples: int, divide_by_std: bool = True) -
         divide_by_std: in units of their spread (n - 1 in the denominator, as in TRL and verl).
 
     Returns:
-        (N,), of mean 0 for every prompt; 0 where all its completions are rewarded alike.
+        (N,), with mean 0 for every prompt; 0 where all its completions have one reward.
     """
     groups = scores.view(-1, samples)  # (P, k)
     advantages = groups - groups.mean(1, keepdim=True)
@@ -70,7 +70,7 @@ def group_advantages(scores: Tensor, samples: int, divide_by_std: bool = True) -
 
 
 def answer_mean(losses: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Mean over answers of the mean over an answer's tokens: a scalar of (R,) losses.
+    """Average (R,) losses over the tokens of each answer, then over answers: a scalar.
 
     Args:
         group: (R,) which answer each token belongs to, 0..groups-1.
@@ -96,7 +96,7 @@ class GRPO(OnPolicy):
     Minibatch = GRPOBatch
 
     def credit(self, found: Scored) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The advantage of every completion, at each of its tokens."""
+        """Return the advantage of every completion, at each of its tokens."""
         samples = self.config.samples
         advantages = group_advantages(found.scores, samples, self.config.divide_by_std)
         spread = found.scores.view(-1, samples).std(1)
@@ -106,7 +106,8 @@ class GRPO(OnPolicy):
                           "objective/prompts_without_spread": (spread == 0).float().mean().item()}
 
     def size(self, batch: Batch) -> int:
-        """Tokens or answers, whichever the loss is a mean of."""
+        """Return the number of tokens or of answers, whichever the loss is a mean of."""
+
         return batch.groups if self.config.loss_mean == "answers" else super().size(batch)
 
     def loss(self, batch: GRPOBatch) -> tuple[Tensor, dict[str, float]]:

@@ -1,8 +1,8 @@
-"""The one training loop: optimise an algorithm's modules, with logging, checkpoints, a clean end.
+"""The one training loop: steps, schedule, logging, checkpoints, and an orderly stop.
 
-What it asks of an algorithm is in algorithm.py. On several processes each computes the losses of
-its micro-batches, weighted by their share of the whole step; the sums make one gradient, one line
-of metrics and one decision to stop (parallel.py, sharding.py).
+algorithm.py has what it asks of an algorithm. With several processes, each computes the losses of
+its own micro-batches, weighted by their share of the step; gradients, metrics and the wish to stop
+are summed over processes (parallel.py, sharding.py).
 """
 
 import json
@@ -28,7 +28,7 @@ from formats.files import jsonl, remove, write_atomic
 
 
 class Interrupted(Exception):
-    """A signal asked for an end; the run was saved."""
+    """A signal stopped the run, which was saved first."""
 
 
 class TrainingError(Exception):
@@ -36,7 +36,7 @@ class TrainingError(Exception):
 
 
 class Loop:
-    """Optimise an algorithm's modules on its batches, with logging, checkpoints and a clean end."""
+    """Optimise an algorithm's modules on its batches."""
 
     def __init__(self, algorithm: Algorithm, start: Start, data: Data):
         self.algorithm, self.start, self.data = algorithm, start, data.digest()
@@ -82,7 +82,7 @@ class Loop:
                 signal.signal(which, handler)
 
     def ask_to_stop(self, *_) -> None:
-        if self.stop and parallel.world() == 1:  # asked twice: at once (torchrun repeats signals)
+        if self.stop and parallel.world() == 1:  # second Ctrl-C: at once (torchrun repeats signals)
             raise KeyboardInterrupt
         self.stop = True
 
@@ -127,7 +127,7 @@ class Loop:
         }
 
     def check_weights(self) -> None:
-        """Stop before saving weights that are not finite, as after a finite loss and gradient."""
+        """Stop rather than save weights that are not finite, even if loss and gradient were."""
         bad = not_finite(self.weights.items())
         if parallel.total([len(bad)])[0]:
             self.fail(f"weights are no longer finite ({', '.join(bad[:4])}) by step {self.step}")
@@ -142,7 +142,7 @@ class Loop:
             f"{what}; the weights before it are {where}; try a smaller --learning_rate")
 
     def save(self) -> None:
-        """Write what resuming needs, then remove older checkpoints."""
+        """Write a checkpoint, then remove older ones."""
         folder = self.folder / f"checkpoint-{self.step}"
         state = {"step": self.step, "data": self.data, "rng": torch.get_rng_state(),
                  "algorithm": self.algorithm.state()}
@@ -154,7 +154,7 @@ class Loop:
             remove_checkpoints(self.folder, but=folder)
 
     def moments(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """Name of a weight, and what its optimizer keeps of it."""
+        """Yield the name of each weight and its optimizer state."""
         for name, weight in self.weights.items():
             for optimizer in self.optimizers:
                 if weight in optimizer.state:
@@ -192,7 +192,7 @@ class Loop:
 
 
 def verdict(folder: Path, reads: str, start: Start, config: Training) -> str:
-    """Report a loss that has not moved by 5 % after half of the steps; "" if it has.
+    """Describe a loss that has not fallen by 5 % after half of the steps; "" if it has.
 
     Args:
         reads: kind of rows; PPO's loss, on prompts, says nothing about learning.
@@ -216,7 +216,8 @@ def verdict(folder: Path, reads: str, start: Start, config: Training) -> str:
 
 
 def remove_checkpoints(folder: Path, but: Path | None = None) -> None:
-    """Remove a run's checkpoints, and what a process that was killed while saving left."""
+    """Remove a run's checkpoints, and the remains of one that was not completed."""
+
     for old in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")):
         if old != but:
             remove(old)

@@ -1,23 +1,22 @@
-"""Online DDPO: rounds of sampling from the current policy, feedback on it, and DDPO's steps.
+"""Online DDPO: rounds of sampling from the current policy, feedback, and DDPO steps.
 
-Corrections of the base's answers say less and less about what the policy by now gets wrong. The
-iterative form of online preference learning (Guo et al. 2024, arXiv 2402.04792) asks again:
+As the policy moves, corrections of the base's answers cover its own mistakes less and less. The
+iterative form of online preference learning (Guo et al. 2024, arXiv 2402.04792) collects new ones:
 
     for each of a few rounds
         sample     k completions of each of the round's prompts, by the policy as it is
         feedback   annotator      every completion with something false is corrected: the correction
                                   is `chosen`, the completion `rejected` (RLHF-V; built-in world)
-                   reward_model   the best and the worst of the k completions, by the reward that
-                                  PPO has (see scoring.py), with facts if `--facts`
-        learn      some passes over the round's pairs with DDPO's loss, which is ddpo.py's own
+                   reward_model   the best and the worst of the k completions are the pair, by
+                                  PPO's reward (scoring.py), with facts if `--facts`
+        learn      a few passes over the round's pairs with the loss of ddpo.py
 
-The segments that weigh gamma are found as in ddpo.py, for two samples of one prompt as well. The
-reference is the base in all rounds, or the policy at the beginning of the round
-(`--reference last`: each round may move as far from the last one).
+Corrected segments are found as in ddpo.py, also between two samples of one prompt. The reference is
+the base in all rounds, or with `--reference last` the policy at the beginning of the round.
 
-A round has as many steps as its prompts would need if all of them gave a pair. Where fewer do, its
-batches are smaller, so that a pair is seen about `--epochs` times, more often only where there are
-fewer pairs than steps. A round without any new pair learns from those of the one before again.
+The number of a round's steps assumes that every prompt gives a pair. Where fewer do, batches are
+smaller, so that a pair is seen about `--epochs` times (more often if there are fewer pairs than
+steps). A round without a new pair repeats those of the one before.
 """
 
 import math
@@ -46,7 +45,7 @@ from scoring import SamplingConfig
 @dataclass
 class OnlineDDPOConfig(SamplingConfig, LossConfig):
     epochs: int = option(3, "passes over the pairs of a round")
-    rounds: int = option(4, "the prompts are divided among so many rounds", least=1)
+    rounds: int = option(4, "number of rounds that share the prompts", least=1)
     feedback: str = option("annotator", "the built-in world's annotator corrects completions; or a "
                            "reward model picks the best and the worst of a prompt's",
                            choices=("annotator", "reward_model"))
@@ -66,9 +65,9 @@ class OnlineDDPOConfig(SamplingConfig, LossConfig):
 
 @dataclass
 class Round:
-    """What a round learns from."""
+    """The pairs of a round."""
 
-    pairs: list[tuple[int, int, str, str]]  # place and number of the prompt, chosen, rejected
+    pairs: list[tuple[int, int, str, str]]  # prompt's place, completion's number, chosen, rejected
     scores: dict[str, list[float]]  # of the reference, by name (see ddpo.pair_scores)
     metrics: dict[str, float]
 
@@ -85,8 +84,7 @@ class OnlineDDPO(DDPO):
             known = [each for each in data.train if data.correct(each, "") is not None]
             data = replace(data, train=known)
             if not known:
-                raise ValueError("nobody is there to correct answers to your own prompts; use "
-                                 "--feedback reward_model")
+                raise ValueError("your own prompts have no annotator; use --feedback reward_model")
             (self.policy, self.base), self.reward = policy_and_reference(start), None
         else:
             roles = make_roles(start, config)
@@ -108,7 +106,7 @@ class OnlineDDPO(DDPO):
         return ("base", "rm") if config.feedback == "reward_model" else ("base",)
 
     def batches(self, step: int) -> list[PreferenceBatch]:
-        """Batches of the current round, or of a new one if that is used up."""
+        """Return batches of the current round, or of a new one once that is used up."""
         index, inner = divmod(step, self.per_round)
         if inner == 0:
             self.begin_round(index, step)
@@ -127,7 +125,7 @@ class OnlineDDPO(DDPO):
 
     @torch.no_grad()
     def begin_round(self, index: int, step: int) -> None:
-        """Sample completions of the round's prompts, and make pairs of them by the feedback."""
+        """Sample completions of the round's prompts, and make pairs by the feedback on them."""
         started, config, data = time.perf_counter(), self.config, self.data
         places = self.prompts.examples(index)
         prompts = [data.train[place] for place in places]
@@ -145,8 +143,8 @@ class OnlineDDPO(DDPO):
         pairs = [(place, i * k + j, *texts) for i, place in enumerate(places)
                  for j, texts in enumerate(self.feedback(data.train[place], table[i * k :][:k]))]
         if not pairs and not self.round.pairs:
-            raise ValueError(f"none of {len(table)} completions gave a pair to learn from; is "
-                             "there anything to correct, or do the completions ever differ?")
+            raise ValueError(f"none of {len(table)} completions gave a pair: there is nothing to "
+                             "correct, or the completions of a prompt never differ")
         if not pairs:
             print(f"warning: round {index + 1} has no new pair and repeats the last one",
                   file=sys.stderr)
@@ -161,7 +159,7 @@ class OnlineDDPO(DDPO):
         self.learn_from_round()
 
     def feedback(self, prompt: Example, rows: Sequence[dict]) -> list[tuple[str, str]]:
-        """Pairs (chosen, rejected) from the rows of a prompt's completions (`completion_table`)."""
+        """Return pairs (chosen, rejected) of a prompt's completions, rows of `completion_table`."""
         if self.config.feedback == "annotator":
             texts = [row["answer"] for row in rows]
             found = [(self.data.correct(prompt, text).strip(), text) for text in texts]
@@ -172,7 +170,7 @@ class OnlineDDPO(DDPO):
         return [(good, bad) for good, bad in found if good and bad and good != bad]
 
     def examples(self) -> list[Example]:
-        """The round's pairs with the weights of their segments; none that the context cuts."""
+        """Encode the round's pairs; leave out those that do not fit the context."""
         examples, config = [], self.model.config
         for place, number, chosen, rejected in self.round.pairs:
             prompt = self.data.train[place]
@@ -186,7 +184,8 @@ class OnlineDDPO(DDPO):
         return examples
 
     def learn_from_round(self) -> None:
-        """Set what `DDPO.batches` reads: the order of the round's pairs, and their scores."""
+        """Set the fields that `DDPO.batches` reads: the round's pairs and their scores."""
+
         examples, self.reference = self.examples(), self.round.scores
         size = max(1, math.ceil(self.config.epochs * len(examples) / self.per_round))
         self.source = Epochs(examples, replace(self.config, batch_size=size), self.seed)

@@ -1,4 +1,4 @@
-"""PPO with a KL penalty: the policy answers, is rewarded, and learns from its own completions.
+"""PPO with a KL penalty: the policy learns from rewards of its own completions.
 
 One iteration (Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, 1909.08593):
 
@@ -9,24 +9,24 @@ One iteration (Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, 1909
     optimise   a few passes over them in minibatches, with ratio w_t = pi / pi_old:
                L = mean max(-w_t A_t, -clip(w_t, 1 - eps, 1 + eps) A_t)
 
-The baseline V is what the return is compared with:
+The return is compared with a baseline V:
 
     group      the mean return of the other completions of the prompt (RLOO, arXiv 2402.14740): the
-               same for all tokens of a completion. Nothing is learned, nothing is kept in memory.
+               same for all tokens of a completion. It needs neither training nor memory.
     critic     a value for every token, as in the release; it learns R_t = A_t + V_t by
                L_V = c/2 mean max((V_t - R_t)^2, (clip(V_t, V_old +- eps) - R_t)^2)
                and starts as the reward model with a zero head.
 
 With `--lora` policy, reward model and critic are adapters over one base, which is also the
-reference, so that memory holds it once; otherwise they are models of their own.
+reference and is held in memory once; otherwise they are separate models.
 
 The constants are those of the released code (llava-rlhf/LLaVA-RLHF) unless the options say so.
 What this file does differently, and why:
 1. Several completions per prompt: image and prompt are computed once for all of them, and they are
    each other's baseline. The release samples one and trains a critic:
    `--baseline critic --samples 1 --rollout_size 512 --batch_size 256`.
-2. Losses are means over the tokens of a minibatch; padding counts nowhere, whitening included.
-3. With LoRA the reference is the base without adapter, which is what an untrained adapter computes.
+2. Losses are means over the tokens of a minibatch; padding never counts, not in whitening either.
+3. With LoRA the reference is the base without adapter, which an untrained adapter equals.
 4. The logged entropy is the sampled tokens' mean -log p: unbiased, and no (R, V) tensor.
 5. The release multiplies rewards by 10 where it does not whiten them. Advantages are always
    whitened here, which makes the policy's gradient independent of any such factor.
@@ -34,12 +34,12 @@ What this file does differently, and why:
    `--max_new_tokens` is: relative to a short limit it would over-penalise length.
 7. A completion ends with end-of-sequence alone. The release also cuts it behind "?", after which it
    counts as one without an end: `--cut_at_question`.
-8. The KL weighs 0.02, not 0.1, with which the built-in policy stays too near to a base that is
+8. The KL weighs 0.02; with the release's 0.1 the built-in policy stays too near to a base that is
    nearly always wrong: see CLAIMS.md (ppo). There `--epochs 2` takes twice as long and leaves about
    half as many false answers.
-9. The release starts from a policy of its own: one epoch at 1e-4 of supervised training on 10k
-   LLaVA and 5k A-OKVQA conversations. Here: `--algo sft --epochs 1 --learning_rate 1e-4`, whose
-   result is `--model` of the reward model and of PPO.
+9. The release first fine-tunes the policy: one epoch at 1e-4 on 10k LLaVA and 5k A-OKVQA
+   conversations. Here: `--algo sft --epochs 1 --learning_rate 1e-4`, whose result is `--model` of
+   the reward model and of PPO.
 """
 
 import sys
@@ -59,13 +59,13 @@ EXPLAINED, PATIENCE = 0.05, 4  # warn of a baseline that explains less, for so m
 
 
 def kl_estimate(logp: Tensor, reference: Tensor, estimator: str) -> Tensor:
-    """Per-token estimates of KL(policy || reference) from sampled tokens (Schulman 2020).
+    """Estimate KL(policy || reference) at each sampled token (Schulman 2020).
 
     Args:
         logp, reference: log-probabilities of the tokens, of any shape.
-        estimator: "k1": log pi - log ref, unbiased, of either sign; "k1_clamped": the same, at
-            least 0, as the release has it: biased upwards; "k3": exp(d) - 1 - d with
-            d = log ref - log pi, unbiased and never negative.
+        estimator: "k1": log pi - log ref, unbiased, of either sign; "k1_clamped": the same clamped
+            at 0 (release), biased upwards; "k3": exp(d) - 1 - d with d = log ref - log pi,
+            unbiased and never negative.
     """
     difference = logp - reference
     if estimator == "k1_clamped":
@@ -76,7 +76,7 @@ def kl_estimate(logp: Tensor, reference: Tensor, estimator: str) -> Tensor:
 
 
 def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: float) -> Tensor:
-    """-coefficient * kl at every token, and the score at the last one of each completion.
+    """Return -coefficient * kl at every token, plus the score at each completion's last one.
 
     Args:
         scores: (N,).
@@ -93,10 +93,10 @@ def shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: float)
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2015, arXiv 1506.02438, Eq. 16).
+    """Estimate advantages by GAE (Schulman et al. 2015, arXiv 1506.02438, Eq. 16).
 
     Args:
-        rewards, values: (N, T), right-padded with anything.
+        rewards, values: (N, T); padding, on the right, may have any value.
         mask: (N, T) bool, True = token. The value after the last token is 0.
         gamma, lam: discount, and lambda; both in 0..1.
 
@@ -116,21 +116,21 @@ def gae(
 
 
 def sibling_mean(returns: Tensor, samples: int) -> Tensor:
-    """Mean return of the other completions of the same prompt (RLOO, arXiv 2402.14740).
+    """Return the mean return of a prompt's other completions (RLOO, arXiv 2402.14740).
 
     Args:
         returns: (N,), the completions of a prompt side by side.
         samples: completions per prompt, at least 2.
 
     Returns:
-        (N,); a completion's own return has no influence on its entry.
+        (N,), each entry independent of the completion's own return.
     """
     groups = returns.view(-1, samples)  # (P, k)
     return ((groups.sum(1, keepdim=True) - groups) / (samples - 1)).flatten()
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """x with mean 0 and variance 1 where the mask (of x's shape) is True; 0 elsewhere."""
+    """Scale x to mean 0 and variance 1 where the mask (of x's shape) is True; 0 elsewhere."""
     inside = x[mask]
     spread = inside.var(correction=0)  # a single token has variance 0, not NaN
     return ((x - inside.mean()) * torch.rsqrt(spread + 1e-8)).masked_fill(~mask, 0.0)
@@ -139,7 +139,7 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 def policy_loss(
     logp: Tensor, old: Tensor, advantages: Tensor, clip: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The clipped surrogate objective (PPO, Eq. 7), to be minimised.
+    """Clipped surrogate objective (PPO, Eq. 7), negated: a loss.
 
     Args:
         logp, old: (R,) log-probabilities of the tokens, now and when they were sampled.
@@ -160,7 +160,7 @@ def policy_loss(
 def value_loss(
     values: Tensor, old: Tensor, returns: Tensor, clip: float
 ) -> tuple[Tensor, Tensor]:
-    """Half squared error; moving a value further than `clip` from its old one gains nothing.
+    """Half the squared error; moving a value further than `clip` from its old one gains nothing.
 
     Args:
         values, old: (R,) now and at the rollout; returns: (R,).
@@ -174,7 +174,7 @@ def value_loss(
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over (R,): 1 is perfect, 0 as good as a constant."""
+    """1 - Var(returns - values) / Var(returns) over (R,); 1: perfect, 0: as good as a constant."""
     spread = returns.var(correction=0).item()
     return 1 - (returns - values).var(correction=0).item() / spread if spread > 0 else 0.0
 
@@ -182,7 +182,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 def adaptive_kl_coef(
     coef: float, kl: float, target: float, completions: int, horizon: int
 ) -> float:
-    """The KL coefficient after a rollout with a mean KL of `kl` nats (Ziegler et al. 2019, 2.2)."""
+    """Adapt the KL coefficient to a rollout's mean KL, in nats (Ziegler et al. 2019, 2.2)."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coef * (1 + error * completions / horizon)
 
@@ -240,10 +240,10 @@ class PPO(OnPolicy):
         if with_critic:
             self.modules["critic"] = self.roles.critic
         self.kl_coef = config.kl_coef
-        self.unexplained = 0  # rollouts in a row whose baseline explained nothing
+        self.unexplained = 0  # consecutive rollouts whose baseline explained next to nothing
 
     def peak_rate(self, name: str) -> float:
-        """The critic's weights, which with LoRA are an adapter in the policy, have their own."""
+        """Return the critic's own rate for its weights (with LoRA, an adapter in the policy)."""
         critic = name.startswith("critic.") or ".adapters.critic." in name
         own = self.config.critic_learning_rate if critic else None
         return self.config.learning_rate if own is None else own
@@ -267,7 +267,7 @@ class PPO(OnPolicy):
         return loss, metrics
 
     def credit(self, found: Scored) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The whitened advantage of every token, and what a critic learns."""
+        """Return the whitened advantage of every token, and the critic's targets."""
         config, mask, values = self.config, found.mask, found.values
         kl = kl_estimate(found.logp, found.reference, config.kl_estimator)
         rewards = shaped_rewards(found.scores, kl, mask, self.kl_coef)
@@ -288,7 +288,8 @@ class PPO(OnPolicy):
         return credited, metrics
 
     def watch(self, explained: float) -> None:
-        """Warn if the baseline has explained next to nothing for some rollouts."""
+        """Warn of a baseline that has explained next to nothing for PATIENCE rollouts."""
+
         self.unexplained = self.unexplained + 1 if explained < EXPLAINED else 0
         if self.unexplained == PATIENCE:
             remedy = {"critic": "--baseline group needs no learning; or raise "

@@ -1,7 +1,7 @@
-"""What a run starts from: the runs that come first, and a model; and how it is measured.
+"""A run's starting point: the runs that come first, and the model; and how the model is measured.
 
-The built-in world's models are made once, kept in runs/world and reused; their names say which seed
-they belong to.
+The built-in world's models are made once, kept in runs/world and reused; their names contain the
+seed.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from formats.runs import settings_of, settings_of_run
 from lora import add_adapter, lora_layers, select_trainable
 from world import pretraining
 
-LARGE = 1e9  # parameters, from which the papers' learning rates for 7B and 13B apply
-WORLD = Path("runs/world")  # what the built-in world's runs make and reuse
+LARGE = 1e9  # parameters from which on the papers' learning rates, for 7B and 13B, apply
+WORLD = Path("runs/world")  # models and data that runs on the built-in world share
 SHIPPED = {name: Path(world.__file__).parent / name for name in ("base", "rm_init")}
 
 # --------------------------------------------------------------------------------- what comes first
@@ -35,9 +35,9 @@ SHIPPED = {name: Path(world.__file__).parent / name for name in ("base", "rm_ini
 def plan(
     run: Run, config: Training, algorithms: Mapping[str, type[Algorithm]]
 ) -> list[tuple[Run, Training]]:
-    """The runs that have to be done, in order: those that this one depends on, then itself.
+    """Return the runs to carry out, in order: those that this one depends on, then itself.
 
-    Made from settings and the names of files, before anything is locked or loaded.
+    It looks only at settings and names of files, before anything is locked or loaded.
     """
     steps = []
     if parallel.world() > 1 and not algorithms[run.algo].reads:
@@ -54,27 +54,27 @@ def plan(
         settings = with_rate(first, settings)
         first = replace(first, out=str(folder), resume=False, overwrite=False)
         begun = settings_of_run(folder)
-        same = begun == settings_of(first, settings)  # else that of a killed run is in the way
+        same = begun == settings_of(first, settings)  # else a killed run with others is in the way
         first = replace(first, resume=same, overwrite=begun is not None and not same)
         steps += [step for step in plan(first, settings, algorithms) if step not in steps]
     return [*steps, (run, with_rate(run, config))]
 
 
 def with_rate(run: Run, config: Training) -> Training:
-    """The settings with a learning rate, where neither the user nor the algorithm has one."""
+    """Fill in the learning rate where neither the user nor the algorithm sets one."""
     if config.learning_rate is not None:
         return config
     return replace(config, learning_rate=config.rates[method(run)])
 
 
 def method(run: Run) -> str:
-    """What is trained, as far as learning rates depend on it: a key of `Training.rates`."""
+    """Return the key of `Training.rates`: a small or large model, with LoRA or without."""
     large = run.model and parameter_count(run.model, run.tower) >= LARGE
     return ("large" if large else "small") + " lora" * bool(run.lora)
 
 
 def choice(run: Run, config: Training, given: Training) -> str:
-    """Say which settings were chosen and not given, and why; "": none."""
+    """Describe the settings that were chosen for the user, and why; "": none."""
     why = {"small lora": "LoRA's in a small model",
            "large lora": "LoRA's in a model of 1B and more parameters",
            "large": "that for all of a model of 1B and more parameters",
@@ -88,7 +88,7 @@ def choice(run: Run, config: Training, given: Training) -> str:
 
 
 def dependency(name: str, run: Run, config: Training) -> Path | None:
-    """The folder of a built-in run that `run` depends on; None if what it makes is given."""
+    """Return the folder of a built-in run that `run` depends on; None if it is not needed."""
     if name == "rm":
         return None if config.reward_model else reward_folder(run, config)
     if run.model or name in SHIPPED and not run.from_scratch:
@@ -99,16 +99,16 @@ def dependency(name: str, run: Run, config: Training) -> Path | None:
 
 
 def starts_from_rm_init(run: Run) -> bool:
-    """Whether a reward model starts from the built-in initialisation and not from the base.
+    """Return whether a reward model starts from the built-in initialisation, not from the base.
 
-    So small a base as the built-in one cannot compare an answer with captions. With LoRA the reward
-    model has to lie over the base itself, as the policy does.
+    The built-in base is too small to compare an answer with captions. With LoRA the reward model
+    shares the base with the policy, so it starts there.
     """
     return not run.model and run.on_world() and not run.lora
 
 
 def reward_folder(run: Run, config: Training) -> Path:
-    """The folder of the reward model's run."""
+    """Return the folder of the reward model's run."""
     if config.reward_model:
         return Path(config.reward_model)
     if not run.on_world():
@@ -116,7 +116,7 @@ def reward_folder(run: Run, config: Training) -> Path:
                          "of a run of python train.py --algo rm")
     kind = "facts" if config.facts else "plain"
     kind += f"-lora{run.lora}" if run.lora else ""
-    if run.model:  # its name for people, and what tells folders of one name apart
+    if run.model:  # its name, and a hash that tells folders of one name apart
         path = Path(run.model).resolve()
         kind += f"-{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
     return WORLD / f"rm-{kind}-{run.seed}"
@@ -126,7 +126,7 @@ def reward_folder(run: Run, config: Training) -> Path:
 
 
 def model_path(run: Run, name: str) -> Path:
-    """The folder of a model to start from: the user's, the shipped one, or one made here."""
+    """Return the folder of a model to start from: the user's, the shipped one, or one made here."""
     if run.model and name != "rm_init":
         return Path(run.model)
     made = dependency(name, run, Training())
@@ -136,7 +136,7 @@ def model_path(run: Run, name: str) -> Path:
 def load_start(
     run: Run, config: Training, algorithm: type[Algorithm], device: torch.device, folder: Path
 ) -> Start:
-    """The model that a run starts from. A base that LoRA leaves frozen is kept in bfloat16."""
+    """Load the model that a run starts from; with LoRA in bfloat16 if the run computes in it."""
     if not algorithm.first:
         model, tokenizer, images = pretraining.fresh_model(WORLD / "tokenizer.model", run.seed)
         return Start(run, model.to(device), tokenizer, images, folder)
@@ -155,7 +155,7 @@ def load_start(
 
 
 def select_weights(start: Start, algorithm: type[Algorithm]) -> None:
-    """Choose what is trained: a new adapter, or decoder, projector and head themselves."""
+    """Choose the weights to train: a new adapter, or decoder, projector and head."""
     run = start.run
     if "rm_init" in algorithm.first and starts_from_rm_init(run):
         start.model, _, _ = load_llava(model_path(run, "rm_init"), start.device, torch.float32)
@@ -173,7 +173,8 @@ def select_weights(start: Start, algorithm: type[Algorithm]) -> None:
 
 
 def measure(start: Start, algorithm: Algorithm, trained: bool) -> tuple[dict, list[dict]] | None:
-    """(metrics, records) before or after training; None where there is nothing to measure."""
+    """Return (metrics, records) before or after training, or None."""
+
     run = start.run
 
     def on_world() -> tuple[dict, list[dict]] | None:

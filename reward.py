@@ -1,7 +1,7 @@
 """The reward model: a model that scores an answer, trained on ranked pairs.
 
-The reward model is the supervised model with a scalar head (LLaVA-RLHF, arXiv 2309.14525). A
-request to rate is appended to the answer; the reward is read at its last token, the last ":" of
+It is the supervised model with a scalar head (LLaVA-RLHF, arXiv 2309.14525). A request to rate is
+appended to the answer; the reward is read at its last token, the last ":" of
 
     USER: <image>\\n{question} ASSISTANT: {answer} USER: Is this true? Facts: ...; ... . ASSISTANT:
 
@@ -22,13 +22,13 @@ What this file does differently from the released code (llava-rlhf/LLaVA-RLHF), 
    weights are random and its bias starts at 0 (`--head zero` starts both at 0).
 3. The answer's end-of-sequence token is left out of the input, as in the initialisation (with
    `--request` it stays, as in the release). A rule penalises answers that do not end.
-4. Captions come in one order, sorted, whatever order the file has. The release shuffles them for
-   every request, and here their order alone was 21 % of the variance of the rewards.
+4. Captions are sorted, whatever their order in the file. The release shuffles them for every
+   request; here their order alone was 21 % of the variance of the rewards.
 5. The learning rate falls in a cosine; the release's is constant after 3 % of warm-up, and its
    published reward model is that of step 200. AdamW's betas are (0.9, 0.95), not (0.9, 0.999).
-6. The mean of the centring term is that of a forward pass of all processes; the release's, of a
-   device's. So where a step takes several passes, this term alone depends on `--micro_batch`
-   and the number of processes.
+6. The mean of the centring term is taken over a forward pass of all processes; the release's, over
+   that of one device. So where a step takes several passes, this term, and no other, depends on
+   `--micro_batch` and the number of processes.
 """
 
 import ast
@@ -74,8 +74,8 @@ def pairwise_loss(
     Args:
         chosen, rejected: (P,) rewards of the better and of the worse answers.
         centring: weight of |mean(chosen + rejected)|, which holds the rewards near 0.
-        level: its sign is that mean's, if these pairs are a part of those it is taken over: of a
-            forward pass of all processes.
+        level: has the sign of that mean over a forward pass of all processes, of which these pairs
+            may be a part; None: these are all.
     """
     mean = (chosen + rejected).mean()
     size = mean.abs() if level is None else mean * ((level > 0) - (level < 0))
@@ -83,10 +83,10 @@ def pairwise_loss(
 
 
 def read_request(path: str, facts: bool) -> str:
-    """The release's request from a file; FACTS stands where its captions go, if there are any.
+    """Read the release's request from a file; FACTS stands where the captions go, if it has any.
 
     The sentence that introduces them is FACTUAL_PROMPT in data_utils/constants.py of the same
-    checkout, which is parsed and never run; a file elsewhere can have it before FACTS.
+    checkout, which is parsed and never run; a file elsewhere can contain it before FACTS.
 
     Raises:
         ValueError: the file does not exist, or has no place for the captions.
@@ -107,11 +107,11 @@ def read_request(path: str, facts: bool) -> str:
 def with_request(
     tokenizer: Tokenizer, answer: list[int], facts: Sequence[str], request: str = ""
 ) -> Response:
-    """An answer and the request to rate it, as a branch with one entry: where the reward is read.
+    """Make a branch of an answer and the request to rate it; its entry is the reward's place.
 
     Args:
         answer: its tokens; end-of-sequence is left out before the short request.
-        facts: captions of the image; their order has no influence.
+        facts: captions of the image, in any order.
         request: as `read_request` returns it; "": the short one.
     """
     if request:
@@ -125,10 +125,10 @@ def with_request(
 
 
 class RewardModel(nn.Module):
-    """A LLaVA with a scalar head instead of the vocabulary; also PPO's critic."""
+    """LLaVA with a scalar head instead of the vocabulary's; also PPO's critic."""
 
     def __init__(self, model: LLaVA, adapter: str | None = None, request: str = ""):
-        """`adapter` over a base that other models may share; `request`: see `with_request`."""
+        """`adapter`: of this model over a base that others share; `request`: see `with_request`."""
         super().__init__()
         self.model, self.adapter, self.request = model, adapter, request
         weight = model.head.weight
@@ -136,7 +136,7 @@ class RewardModel(nn.Module):
         self.bias = nn.Parameter(torch.zeros((), device=weight.device))
 
     def forward(self, batch: Batch) -> Tensor:
-        """(R,) float32, a scalar per entry of the batch, read at the token that predicts it."""
+        """Return (R,) float32: a scalar per entry of the batch, read at the token before it."""
         with use_adapter(self.model, self.adapter):
             states = self.model.response_states(batch).float()  # (R, D)
         return (states * self.weight).sum(-1) + self.bias  # no matrix product: stays float32
@@ -242,7 +242,8 @@ def pair_rows(examples: Sequence[Example]) -> list[Row]:
 def rate(
     reward_model: RewardModel, tokenizer: Tokenizer, rows: Sequence[Row], size: int
 ) -> Tensor:
-    """(N,) float32, the rewards of the rows' answers, one after another; `size` rows at a time."""
+    """Return (N,) float32 rewards of the rows' answers, in order; `size` rows at a time."""
+
     def part(rows: Sequence[Row]) -> Tensor:
         batch = reward_batch(reward_model, tokenizer, rows)
         return reward_model(batch.to(reward_model.weight.device)).cpu()
@@ -259,7 +260,7 @@ def rate_pairs(
     reward_model: RewardModel, tokenizer: Tokenizer, examples: Sequence[Example],
     batch_size: int = 64,
 ) -> list[dict]:
-    """A record per ranked pair: question, both answers, and their rewards [chosen, rejected]."""
+    """Return a record per ranked pair: question, both answers, their rewards [chosen, rejected]."""
     records = []
     rewards = rate(reward_model, tokenizer, pair_rows(examples), batch_size).view(-1, 2)
     for example, pair in zip(examples, rewards.tolist()):
@@ -270,7 +271,7 @@ def rate_pairs(
 
 
 def agreement(records: Sequence[dict]) -> np.ndarray:
-    """(N,) 1 where the chosen answer has the higher reward, 1/2 for a tie, else 0."""
+    """Return (N,): 1 where the chosen answer has the higher reward, 1/2 for a tie, else 0."""
     rewards = np.array([record["rewards"] for record in records])
     return (np.sign(rewards[:, 0] - rewards[:, 1]) + 1) / 2
 
@@ -279,7 +280,7 @@ def agreement(records: Sequence[dict]) -> np.ndarray:
 
 
 def provenance(tokenizer: Tokenizer, base: str, facts: bool) -> dict[str, str]:
-    """What a reward model must have in common with a policy that uses it."""
+    """Return what a reward model and a policy that uses it must have in common."""
     return {"tokenizer": hashlib.sha256(tokenizer.model_proto).hexdigest()[:16], "base": base,
             "facts": FACTS_LABELS[facts]}
 
@@ -306,12 +307,12 @@ def require_head(folder: Path) -> None:
 def load_head(
     reward_model: RewardModel, folder: Path, provenance: dict[str, str]
 ) -> dict[str, str]:
-    """Read the scalar head and the request in `folder`; return the whole provenance.
+    """Read the scalar head and the request in `folder`; check and return the provenance.
 
-    A published head has none, and is not checked.
+    A published head has none.
 
     Raises:
-        ValueError: it belongs to another tokenizer or base, or another use of facts.
+        ValueError: it belongs to another tokenizer or base, or was trained with other use of facts.
     """
     tensors, found = open_file(folder / HEAD)
     for key, value in provenance.items() if "base" in found else ():
@@ -337,12 +338,13 @@ def load_head(
 def load_reward_model(
     start: Start, folder: Path, facts: bool, adapter: str | None = None
 ) -> RewardModel:
-    """The reward model of a finished run.
+    """Load the reward model of a finished run.
 
     Args:
-        facts: whether it will be given facts; it must have been trained so.
+        facts: whether it is given facts; it must have been trained the same way.
         adapter: load it as an adapter of this name over `start.model`; None: as its own model.
     """
+
     require_head(folder)
     if adapter and not (folder / "adapter").exists():
         raise ValueError(f"{folder}: a reward model without adapter; with --lora train it with "

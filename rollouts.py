@@ -1,4 +1,4 @@
-"""What algorithms share that learn from a model's own completions: models, sampling, rollouts."""
+"""Shared by algorithms that learn from a model's own completions: models, sampling, rollouts."""
 
 import sys
 import time
@@ -26,7 +26,7 @@ from model import LLaVA
 from reward import RewardModel, load_reward_model, slots
 from scoring import SamplingConfig, Scorer, completion_table, has_own_base, load_judge, summary
 
-SHOWN = 8  # completions of every rollout that go into samples.jsonl
+SHOWN = 8  # completions of every rollout that samples.jsonl keeps
 
 
 @dataclass
@@ -44,12 +44,12 @@ class RolloutConfig(SamplingConfig, Training):
     inner_epochs: int = option(2, "passes over a rollout (PPO's release; GRPO's paper: 1)", least=1)
     cliprange: float = option(0.2, "of the ratio (release)")
     held_out_reward_model: str | None = option(
-        None, "folder of another reward model, whose score is only logged: does hacking raise it?")
+        None, "folder of another reward model; its score is only logged, and shows hacking")
 
     def __post_init__(self):
         if self.rollout_size % self.batch_size:
-            raise ValueError(f"--rollout_size {self.rollout_size} is no multiple of --batch_size "
-                             f"{self.batch_size}")
+            raise ValueError(f"--rollout_size {self.rollout_size} is not a multiple of "
+                             f"--batch_size {self.batch_size}")
 
 
 # --------------------------------------------------------------------------- models and completions
@@ -57,7 +57,7 @@ class RolloutConfig(SamplingConfig, Training):
 
 @dataclass
 class AdaptedModel:
-    """A model with an adapter over a base that others share, or without one (None)."""
+    """A model, with an adapter over a base that others share or without one (None)."""
 
     model: LLaVA
     adapter: str | None = None
@@ -70,16 +70,16 @@ class AdaptedModel:
 
 @dataclass
 class Roles:
-    """The models of reinforcement learning, and the reward of rows (example, completions)."""
+    """The models of reinforcement learning, and the reward."""
 
     policy: AdaptedModel
     reference: AdaptedModel
-    reward: Callable[[Sequence], dict[str, Tensor]]  # parts of the reward, see Scorer
+    reward: Callable[[Sequence], dict[str, Tensor]]  # of rows (example, completions), see Scorer
     critic: nn.Module | None = None  # batch -> (R,) values
 
 
 def policy_and_reference(start: Start) -> tuple[AdaptedModel, AdaptedModel]:
-    """Return the model to train, and the model as it is: with LoRA the base, else a copy."""
+    """Return the model to train, and the untrained one: with LoRA the base, else a copy."""
     model = start.model
     if start.run.lora:
         return AdaptedModel(model, "default"), AdaptedModel(model)
@@ -89,16 +89,17 @@ def policy_and_reference(start: Start) -> tuple[AdaptedModel, AdaptedModel]:
 def make_roles(start: Start, config: SamplingConfig, with_critic: bool = False) -> Roles:
     """Copy the start as the reference, load the reward model, and make a critic if wanted.
 
-    With LoRA they are adapters over the one base. The critic is a copy of the reward model whose
-    head starts at zero. A reward model that the user names may have another base than the policy:
-    then it reads texts and pictures, by its own tokenizer and tower.
+    With LoRA all are adapters over one base. The critic is a copy of the reward model whose head
+    starts at zero. A reward model over another base than the policy's reads texts and pictures,
+    with its own tokenizer and tower.
+
     """
     if config.reward_model and has_own_base(start.reward_model, start):
         if with_critic:
-            raise ValueError(f"{start.reward_model}: a reward model over another base cannot be "
-                             "the critic's start; use --baseline group")
+            raise ValueError(f"{start.reward_model}: the critic cannot start from a reward model "
+                             "over another base; use --baseline group")
         judge = load_judge(start.reward_model, start.device, config.facts)
-        print(f"{start.reward_model}: a reward model over a base of its own", file=sys.stderr)
+        print(f"{start.reward_model}: a reward model over another base", file=sys.stderr)
         return Roles(*policy_and_reference(start), Scorer(judge, start.tokenizer, config))
     (policy, reference), critic = policy_and_reference(start), None
     load = partial(load_reward_model, start, start.reward_model, config.facts)
@@ -112,10 +113,10 @@ def make_roles(start: Start, config: SamplingConfig, with_critic: bool = False) 
         if with_critic:
             critic = RewardModel(sharding.duplicate(reward_model.model))
             select_trainable(critic.model)
-            critic.model.head.requires_grad_(False)  # the critic has no use for a vocabulary
+            critic.model.head.requires_grad_(False)  # the critic does not use the vocabulary
         reward_model.requires_grad_(False)
     if critic:
-        with torch.no_grad():  # values start at 0, whatever the level of the rewards
+        with torch.no_grad():  # values start at 0
             critic.weight.zero_(), critic.bias.zero_()
     return Roles(policy, reference, Scorer(reward_model, start.tokenizer, config), critic)
 
@@ -144,8 +145,8 @@ def sample(
     """Sample completions; on a GPU decoding is compiled.
 
     Args:
-        seed, rollout: decide the draws.
-        tokenizer: knows what a "?" is, where completions are to be cut there.
+        seed, rollout: determine the draws.
+        tokenizer: encodes the "?" of `config.cut_at_question`.
 
     Returns:
         tokens of `config.samples` completions of each example; (R,) their log-probabilities, one
@@ -166,7 +167,7 @@ def sample(
                     config.samples, draws, compiled=compiled, on_logp=own.append)
             own, found = [each.cpu() for each in own], [each.tolist() for each in found]
             steps, found, own = zip(*parallel.gather([(draws.steps, found, own)]))
-            for _ in range(max(steps) - draws.steps):  # all draw as often
+            for _ in range(max(steps) - draws.steps):  # all processes draw equally often
                 draws(config.samples)
             completions += chain.from_iterable(found)
             logp += chain.from_iterable(own)
@@ -228,7 +229,7 @@ def write_samples(folder: Path, step: int, table: list[dict]) -> None:
 
 @dataclass
 class Rollout:
-    """N = P k completions and all that optimising takes; right-padded where (N, T)."""
+    """N = P k completions and what the optimisation needs; (N, T) is right-padded."""
 
     rows: list[int]  # (P,) places of the prompts in the data
     tokens: list[list[list[int]]]  # k completions of each prompt
@@ -239,7 +240,7 @@ class Rollout:
 
 @dataclass
 class Scored:
-    """N = P k sampled completions, k to a prompt side by side; (N, T) is right-padded with 0."""
+    """N = P k sampled completions, k per prompt side by side; (N, T) is right-padded with 0."""
 
     mask: Tensor  # (N, T) bool, True = token
     logp: Tensor  # (N, T) of the policy that sampled
@@ -274,10 +275,10 @@ class OnPolicy(Algorithm):
         self.judge = other and load_judge(Path(other), start.device, config.facts)
 
     def credit(self, found: Scored) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return (N, T) tensors, the fields that `Minibatch` adds; and metrics of the rollout."""
+        """Return (N, T) tensors, the fields that `Minibatch` adds, and metrics of the rollout."""
 
     def batches(self, step: int) -> list[Batch]:
-        """Return minibatches of the current rollout, or of a new one if that is used up."""
+        """Return micro-batches of the current rollout, or of a new one once that is used up."""
         index, inner = divmod(step, self.per_rollout)
         if inner == 0:
             self.rollout = self.roll_out(index, step)
@@ -285,7 +286,7 @@ class OnPolicy(Algorithm):
         order = list(range(self.config.rollout_size))
         Random(f"minibatches {self.seed} {index} {epoch}").shuffle(order)
         chosen = split(order, self.config.batch_size)[part]
-        chosen.sort(key=lambda row: sum(map(len, self.rollout.tokens[row])))  # like length together
+        chosen.sort(key=lambda row: sum(map(len, self.rollout.tokens[row])))  # less padding
         return shared_batches(self.minibatch, chosen, self.config.micro_batch)
 
     def size(self, batch: Batch) -> int:
@@ -309,7 +310,7 @@ class OnPolicy(Algorithm):
 
     @torch.no_grad()
     def roll_out(self, index: int, step: int) -> Rollout:
-        """Sample and score completions; decide what every token is to learn."""
+        """Sample and score completions, and assign credit to every token."""
         started, config, roles = time.perf_counter(), self.config, self.roles
         rows = self.source.examples(index)
         prompts = [self.data.train[row] for row in rows]
@@ -345,7 +346,8 @@ class OnPolicy(Algorithm):
         return Rollout(rows, tokens, mask, credited, metrics)
 
     def warn(self, truncated: float) -> None:
-        """Warn once if most completions are truncated; EOS is then never learned."""
+        """Warn once if most completions are truncated: end-of-sequence is then hardly learned."""
+
         if truncated > 0.5 and not self.warned:
             self.warned = True
             print(f"warning: {100 * truncated:.0f} % of the completions were cut off at "

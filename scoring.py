@@ -68,15 +68,15 @@ def symbolic_reward(text: str, truth: str | None) -> float:
 
 @dataclass
 class Judge:
-    """A reward model with the tokenizer and image settings of its own folder.
+    """A reward model with its own tokenizer and image settings.
 
-    It reads texts and pictures, so whatever model wrote the texts may have another base.
+    It reads texts and pictures, so the model that wrote the texts may have another base.
     """
 
     reward_model: RewardModel
     tokenizer: Tokenizer
     images: ImageSettings
-    facts: bool | None  # whether it was trained with captions; None: nobody knows
+    facts: bool | None  # whether it was trained with captions; None: unknown
 
     def features(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Return (N, patches, D_vision) of its own tower."""
@@ -112,11 +112,11 @@ class Judge:
 
 
 def load_judge(folder: Path, device: torch.device, facts: bool | None = None) -> Judge:
-    """Load the reward model of a finished run, or a published one, apart from any policy.
+    """Load the reward model of a finished run, or a published one, independent of a policy.
 
     Args:
-        folder: has the merged weights in `model`, the head, and the request if it is not ours.
-        facts: whether it will be given captions; None: as it was trained.
+        folder: has the merged weights in `model`, the head, and the request unless it is ours.
+        facts: whether it is given captions; None: as it was trained.
 
     Raises:
         ValueError: it was trained the other way.
@@ -146,7 +146,8 @@ class Scorer:
         self.reward_model, self.tokenizer, self.config = reward_model, tokenizer, config
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Return parts of the reward, each (N,), the examples' completions one after another.
+        """Return the parts of the reward, each (N,), of the examples' completions in order.
+
 
         Raises:
             ValueError: the reward model returned NaN or infinity.

@@ -1,11 +1,12 @@
 """Supervised fine-tuning on given answers (SFT; LLaVA, Liu et al. 2023, arXiv 2304.08485).
 
-The loss is the negative mean log-probability of the answers' tokens; questions are given, not
-learnt. Rows are conversations, or preference pairs, of which the chosen answer is learnt.
+The loss is the negative mean log-probability of the answers' tokens; questions do not count. Rows
+are conversations, or preference pairs, whose chosen answer is learnt.
 
 What this file does differently from LLaVA's released code:
 1. AdamW's betas are (0.9, 0.95), the release's (0.9, 0.999): `--adam_beta2 0.999`. The warm-up is a
-   tenth of the steps, there 3 %: `--warmup 0.03`. There are 3 passes over the data, there 1.
+   tenth of the steps, the release's 3 %: `--warmup 0.03`. There are 3 passes over the data, the
+   release's 1: `--epochs 1`.
 2. With `--lora` only the decoder's adapters are trained; the release trains the projector, too.
 """
 
@@ -49,7 +50,8 @@ class SFT(Algorithm):
     reads = "conversations"
 
     def __init__(self, start: Start, config: Training, data: Data | None = None, source=None):
-        """`source` replaces the data by whatever has `steps` and `examples(step)`."""
+        """`source`, an object with `steps` and `examples(step)`, replaces the data."""
+
         self.model, self.config = start.model, config
         self.modules = nn.ModuleDict({"model": self.model})
         self.source = source or Epochs(data.train, config, start.run.seed)

@@ -1,7 +1,7 @@
-"""Where a run's data comes from: the user's rows, or the built-in world's feedback.
+"""A run's data: the user's rows, or the built-in world's feedback.
 
 The built-in world's feedback is collected once, kept in runs/world and reused; the folder's name
-says which base and seed it belongs to. A user's own rows take the same path.
+contains base and seed. A user's own rows take the same path.
 """
 
 import sys
@@ -30,7 +30,7 @@ READERS = {"pairs": read_pairs, "conversations": read_conversations, "rankings":
 
 
 def read_data(start: Start, config: Training, algorithm: type[Algorithm]) -> Data:
-    """What an algorithm learns from: the user's rows, or the built-in world's feedback."""
+    """Read an algorithm's data: the user's rows, or the built-in world's feedback."""
     run, kind = start.run, algorithm.reads
     if not kind:
         return Data([])
@@ -47,7 +47,7 @@ def read_data(start: Start, config: Training, algorithm: type[Algorithm]) -> Dat
 
 
 def world_data(start: Start, config: Training, algorithm: type[Algorithm]) -> Data:
-    """The built-in world's feedback, collected if it is not there yet."""
+    """Read the built-in world's feedback; collect it first if it is not there yet."""
     def read(folder: Path, file: str):
         return read_examples(start, config, algorithm, [folder / file], folder / "images",
                              folder / "image_to_caption.json")
@@ -73,7 +73,7 @@ def world_data(start: Start, config: Training, algorithm: type[Algorithm]) -> Da
 
 
 def world_file(start: Start, config: Training) -> Path:
-    """The file of what --feedback names, collected if it is not there yet."""
+    """Return the file of the feedback that --feedback names; collect it if it is not there yet."""
     if config.feedback == "corrections":
         return world_corrections(start, config) / "corrections.jsonl"
     if config.feedback == "rankings":
@@ -87,7 +87,7 @@ def world_file(start: Start, config: Training) -> Path:
 
 
 def unsharded(start: Start) -> LLaVA:
-    """The whole model for one process that works while the others wait."""
+    """Return the whole model, for one process that works while the others wait."""
     if parallel.world() == 1:
         return start.model
     path = model_path(start.run, "base")
@@ -96,7 +96,7 @@ def unsharded(start: Start) -> LLaVA:
 
 
 def world_corrections(start: Start, config: Training) -> Path:
-    """The folder of corrections of this base's own answers."""
+    """Return the folder of corrections of this base's own answers."""
     count, seed = config.corrections, start.run.seed
     folder = WORLD / f"corrections-{start.base[:8]}-{seed}-{count}"
     if config.overlook or config.noise:
@@ -117,7 +117,7 @@ def collect(folder: Path, last: str, what: str, make: Callable[[], Path]) -> Pat
 
 
 def world_rankings(start: Start, split: str, count: int, noise: float) -> Path | None:
-    """The folder of ranked pairs of this base's own answers; None for no pairs."""
+    """Return the folder of ranked pairs of this base's own answers; None for no pairs."""
     if not count:
         return None
     folder = WORLD / f"rankings-{split}-{count}-{noise}-{start.base[:8]}-{start.run.seed}"
@@ -130,7 +130,7 @@ def read_examples(
     start: Start, config: Training, algorithm: type[Algorithm], paths: list, images,
     captions: str | Path | None, encode: bool = True,
 ) -> tuple[list, list[Example]]:
-    """Every usable row of the data, and the example made of it.
+    """Return every usable row of the data, and the example made of it.
 
     Args:
         images: folder that the rows' image names are relative to.
@@ -185,7 +185,7 @@ def read_examples(
 
 
 def preview(run: Run, config: Training, algorithm: type[Algorithm]) -> None:
-    """Print the rows that a run would train on, and the memory that it would take."""
+    """Print the rows that a run would train on, and the memory that it would need."""
     world = run.on_world()
     if algorithm.reads not in ("pairs", "conversations", *(() if world else ("rankings",))):
         return
@@ -205,7 +205,8 @@ def preview(run: Run, config: Training, algorithm: type[Algorithm]) -> None:
 def blind(
     start: Start, config: Training, algorithm: type[Algorithm], before: tuple, after: tuple
 ) -> dict[str, tuple[dict, list[dict]]]:
-    """The blind baselines of a run on the built-in world, as {name: (metrics, records)}."""
+    """Measure the blind baselines of a run on the built-in world: {name: (metrics, records)}."""
+
     if not start.run.on_world() or algorithm.reads == "rankings":
         return {}
     corrections = []

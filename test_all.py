@@ -1370,7 +1370,7 @@ def test_online_feedback_and_rounds_with_few_pairs(tiny_world, tokenizer, tmp_pa
     with pytest.raises(ValueError, match="none of 4 completions gave a pair"):
         make_online(tiny_world, tokenizer, tmp_path, 4, lambda example, text: text,
                     rounds=1).batches(0)
-    for changes, phrase in (({"correct": lambda example, text: None}, "nobody is there to correct"),
+    for changes, phrase in (({"correct": lambda example, text: None}, "have no annotator"),
                             ({"feedback": "reward_model", "samples": 1}, "at least 2"),
                             ({"facts": True}, "go with --feedback reward_model")):
         with pytest.raises(ValueError, match=phrase):
@@ -1386,7 +1386,7 @@ def test_online_feedback_and_rounds_with_few_pairs(tiny_world, tokenizer, tmp_pa
 
 def test_unfit_rollouts_are_refused_or_reported_once(tiny_world, tokenizer, tmp_path, capsys):
     for kind, changes, phrase in (
-        (ppo.PPO, {"batch_size": 3}, "no multiple of --batch_size 3"),
+        (ppo.PPO, {"batch_size": 3}, "not a multiple of --batch_size 3"),
         (ppo.PPO, {"samples": 1}, "--samples should be at least 2 .or take --baseline critic"),
         (grpo.GRPO, {"samples": 1}, "--samples should be at least 2$")):
         with pytest.raises(ValueError, match=phrase):
@@ -1592,7 +1592,7 @@ def test_a_reward_model_over_another_base(material, run_on, tmp_path):
     (tmp_path / "ask.txt").write_text("USER: Rate it. {factual_prompt} ASSISTANT: It is")
     run_on("rm", "rm", "--model", tmp_path / "other", "--request", tmp_path / "ask.txt")
     given = ("--reward_model", tmp_path / "rm")
-    assert "over a base of its own" in run_on(
+    assert "a reward model over another base" in run_on(
         "ppo", "ppo", *given, "--length_penalty", 0, "--held_out_reward_model", tmp_path / "rm")
     for line in read_log(tmp_path / "ppo"):
         assert line["score/held_out"] == pytest.approx(line["score/rm"], abs=1e-5)

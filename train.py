@@ -3,10 +3,9 @@
     python train.py --algo ddpo                       the built-in world, nothing to download
     python train.py --algo ddpo --model llava-1.5-7b-hf --data rows.jsonl --images DIR --lora 64
 
-What a run depends on and does not find (a base, a reward model) is made first and kept under
-runs/world; `--dry_run` lists these runs. A run is a function of its settings: the same seed on the
-same machine gives the same result, and on a CPU a resumed run equals an uninterrupted one to the
-bit.
+A missing base or reward model is trained first and kept under runs/world; `--dry_run` lists these
+runs. A run is a function of its settings: the same seed on the same machine gives the same result,
+and on a CPU a resumed run equals an uninterrupted one to the bit.
 """
 
 import argparse
@@ -65,10 +64,10 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 
 
 def execute(run: Run, config: Training) -> None:
-    """Do one run, from its settings to its files."""
+    """Carry out one run, from its settings to its files."""
     started = time.perf_counter()
     if run.tensorboard:
-        event_writer()  # complains before anything is begun
+        event_writer()  # fails before anything is written
     folder = Path(run.out or f"runs/{run.algo}")
     algorithm, device = ALGORITHMS[run.algo], find_device(run.device)
     start = recipes.load_start(run, config, algorithm, device, folder)
@@ -115,18 +114,18 @@ def train_in(folder: Path, start: Start, config: Training, kind: type[Algorithm]
 
 
 def about(kind: type[Algorithm]) -> str:
-    """Say what a run of this algorithm does, in a line."""
+    """Describe an algorithm in one line."""
     return kind.__doc__.strip().partition("\n")[0]
 
 
 def save_result(start: Start, algorithm: Algorithm, folder: Path) -> None:
-    """Write the trained model in the public layout; with LoRA, the adapter beside it too."""
+    """Write the trained model in the public layout, and with LoRA the adapter beside it."""
     algorithm.save(folder)
     adapter = "default" if start.run.lora else None
     if adapter:
         base = recipes.model_path(start.run, algorithm.first[0])
         save_adapter(start.model, adapter, folder / "adapter", base=str(model_folder(base)))
-    # In the precision of the user's model; the built-in ones, which later runs start from, in full.
+    # In the precision of the user's model; built-in models, which later runs start from, in full.
     dtype = start.model.stored_dtype if start.run.model else None
     save_llava(start.model, start.tokenizer, start.images, folder / "model", adapter=adapter,
                dtype=dtype)
@@ -136,7 +135,7 @@ def save_result(start: Start, algorithm: Algorithm, folder: Path) -> None:
 
 
 def parse(arguments: list[str] | None) -> tuple[Run, Training]:
-    """Parse in two passes: the algorithm decides which other options there are."""
+    """Parse in two passes, because the algorithm decides which other options exist."""
     names = tuple(ALGORITHMS)
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--algo", choices=names, default=Run.algo)
@@ -163,7 +162,7 @@ def parse(arguments: list[str] | None) -> tuple[Run, Training]:
 
 
 def run_all(run: Run, config: Training) -> None:
-    """Do the planned runs in order, or list them."""
+    """Carry out the planned runs in order, or list them."""
     *first, last = parallel.once(lambda: recipes.plan(run, config, ALGORITHMS))
     if run.dry_run and run.gpus:
         own = run.model and {Path(run.model).resolve().name:
@@ -207,7 +206,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return parallel.fail(
             "error: another process of this run ended (killed, or out of memory?); the last "
-            "checkpoint is whole, --resume continues" if parallel.lost(error)
+            "checkpoint is complete, --resume continues" if parallel.lost(error)
+
             else traceback.format_exc(), 1)
     return 0
 
