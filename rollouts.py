@@ -37,7 +37,7 @@ class RolloutConfig(SamplingConfig, Training):
         None, "peak learning rate [5e-4, with --lora 1e-3; from 1B 1e-6 (Llama 2, GRPO), with "
         "--lora 3e-5 (release)]")
     rates = {"small": 5e-4, "large": 1e-6, "small lora": 1e-3, "large lora": 3e-5}
-    epochs: int = option(1, "passes over the prompts")
+    epochs: int = option(2, "passes over the prompts (release: 4)")
     rollout_size: int = option(64, "prompts per rollout", least=1)
     batch_size: int = option(32, "prompts per optimizer step, with all their completions", least=1)
     micro_batch: int = option(8, "prompts per forward pass, with all their completions", least=1)
