@@ -8,7 +8,6 @@ gives `--beta`, its type, its default and its line in `--help`. Booleans become 
 """
 
 import argparse
-import dataclasses
 import math
 import os
 import re
@@ -27,12 +26,12 @@ TRANSIENT = {  # options that do not change a result
 
 
 def option(default, help: str, choices: tuple | None = None, least: float = 0):
-    """A dataclass field that is also a command-line option; a number is at least `least`."""
+    """Return a dataclass field that is also a command-line option; a number is at least `least`."""
     return field(default=default, metadata={"help": help, "choices": choices, "least": least})
 
 
 def number(kind: type, least: float):
-    """A reader of numbers for argparse: finite, and not below the least one."""
+    """Return a parser of numbers for argparse: finite, and at least `least`."""
     def read(text: str):
         value = kind(text)
         if not least <= value < math.inf:
@@ -48,7 +47,7 @@ class Training:
     """Optimisation; each algorithm sets its own defaults."""
 
     learning_rate: float | None = option(
-        None, "peak learning rate; default: by the size of the model and --lora, as printed")
+        None, "peak learning rate; default: chosen by model size and --lora, and printed")
     batch_size: int = option(32, "rows per optimizer step", least=1)
     micro_batch: int = option(
         32, "rows per forward pass; smaller needs less memory, same result", least=1)
@@ -59,9 +58,9 @@ class Training:
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay, of matrices only")
     adam_beta2: float = option(0.95, "AdamW's second beta (both releases: 0.999)")
 
-    # Fixed for most algorithms; one that leaves the choice to the user makes options of them.
+    # Fixed for most algorithms; an algorithm may turn them into options.
     optimizer: ClassVar[str] = "adamw"
-    # Learning rates where none is given: of all weights and of LoRA's, below and above 1B.
+    # Default learning rates: of all weights and of LoRA, below and above 1B parameters.
     rates: ClassVar[dict[str, float]] = {
         "small": 1e-5, "large": 5e-7, "small lora": 1e-3, "large lora": 2e-4}
     facts: ClassVar[bool] = False  # whether examples carry the image's captions
@@ -70,9 +69,9 @@ class Training:
 
 @dataclass
 class Corrected(Training):
-    """Options of the algorithms that learn from corrected responses: who corrects, in our world.
+    """Options of the algorithms that learn from corrected responses: the built-in feedback.
 
-    `feedback` rankings takes as many ranked pairs of the base's answers in place of corrections.
+    `feedback` "rankings" takes as many ranked pairs of the base's answers instead of corrections.
     """
 
     feedback: str = option("corrections", "of the built-in annotator: corrections of the base's "
@@ -86,7 +85,7 @@ class Corrected(Training):
 
 @dataclass
 class Run:
-    """Options of every run, whatever its algorithm."""
+    """Options that every algorithm shares."""
 
     algo: str = option("ddpo", "what to run")
     out: str = option("", "output folder; default runs/<algo>")
@@ -97,7 +96,7 @@ class Run:
         None, "folder of the CLIP of an original LLaVA model that does not include it")
     images: str | None = option(None, "folder of the images that JSONL rows name")
     seed: int = option(0, "decides every random choice")
-    lora: int = option(0, "train low-rank adapters of this rank; 0: all of decoder and projector")
+    lora: int = option(0, "train low-rank adapters of this rank; 0: decoder, projector and head")
     lora_alpha: float | None = option(
         None, "LoRA's scale: the update is B A alpha / rank; default: twice the rank")
     device: str = option("auto", "cpu, cuda, cuda:1 ...")
@@ -109,11 +108,11 @@ class Run:
     test_scenes: int = option(500, "held-out scenes of the evaluation (built-in world)")
     save_every: int = option(100, "steps between checkpoints", least=1)
     log_every: int = option(10, "steps between lines of metrics.jsonl", least=1)
-    tensorboard: bool = option(False, "the same as events for TensorBoard, in the run's folder")
+    tensorboard: bool = option(False, "also write the metrics as events for TensorBoard")
     skip_bad_rows: bool = option(False, "list unusable rows and leave them out")
-    from_scratch: bool = option(False, "make the built-in models here, not use the shipped")
+    from_scratch: bool = option(False, "train the built-in models instead of using the shipped")
     dry_run: bool = option(False, "print the planned runs and the training rows, and stop")
-    gpus: int = option(0, "with --dry_run: print the memory that each of so many GPUs needs")
+    gpus: int = option(0, "with --dry_run: print the memory that each of this many GPUs needs")
     resume: bool = option(False, "continue the interrupted run in the output folder")
     overwrite: bool = option(False, "replace the run in the output folder")
 
@@ -123,11 +122,11 @@ class Run:
         return 2.0 * self.lora if self.lora_alpha is None else self.lora_alpha
 
     def use_bfloat16(self, device_type: str) -> bool:
-        """Whether products are computed in bfloat16; on a CPU only if asked for."""
+        """Return whether products are computed in bfloat16; on a CPU only if asked for."""
         return self.dtype == "bfloat16" or self.dtype == "auto" and device_type == "cuda"
 
     def on_world(self) -> bool:
-        """Whether the run learns from the built-in world's feedback."""
+        """Return whether the run learns from the built-in world's feedback."""
         return self.data in (None, ["world"])
 
 
@@ -135,7 +134,7 @@ def add_options(parser: argparse.ArgumentParser, config: type, **choices: tuple)
     """Add an option per field of the dataclass; those not given stay out of the namespace.
 
     Args:
-        choices: of fields by name, where the dataclass does not list them.
+        choices: by name of the field, where the dataclass does not list them.
     """
     hints = get_type_hints(config)
     for spec in fields(config):
@@ -159,8 +158,8 @@ def add_options(parser: argparse.ArgumentParser, config: type, **choices: tuple)
 
 
 def from_options(config: type, namespace: argparse.Namespace):
-    """The dataclass with the options that were given."""
-    names = {spec.name for spec in dataclasses.fields(config)}
+    """Make the dataclass from the options that were given."""
+    names = {spec.name for spec in fields(config)}
     return config(**{name: value for name, value in vars(namespace).items() if name in names})
 
 
@@ -168,14 +167,14 @@ def from_options(config: type, namespace: argparse.Namespace):
 
 
 def check_early(parser: argparse.ArgumentParser, **kinds: str) -> None:
-    """Exit at once for a wrong argument or path: the imports that follow take seconds.
+    """Exit at once for a wrong argument or path: the imports that follow this call take seconds.
 
     Until the command sets its own handler, Ctrl-C ends the process without a traceback.
 
     Args:
-        parser: of options that can be known by now; others are left to the command.
-        kinds: of its options that name something on the disk: "files" (or patterns of them),
-            "folder" or "model".
+        parser: of the options known so far; the command checks the others.
+        kinds: of those options that name a path: "files" (or patterns of them), "folder" or
+            "model".
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     given = parser.parse_known_args()[0]
@@ -187,7 +186,7 @@ def check_early(parser: argparse.ArgumentParser, **kinds: str) -> None:
 
 
 def path_fault(path: str | Path, kind: str) -> str | None:
-    """Return a sentence if there is no such thing on the disk, else None."""
+    """Return an error message if there is no such path, else None."""
     if kind == "files":
         there = Path(path).exists() or glob(str(path), recursive=True)
         return None if there else f"{path}: no such file"

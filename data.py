@@ -8,7 +8,7 @@ A row is a shared prefix, the *trunk* (image + prompt), followed by its *branche
     position   0    1       2        3         4      | 5   6   7  8   9  | 5   6   7  8   9  |  0
 
 The first token of every branch is predicted by the last token of the trunk. `source` is therefore
-an index into the hidden states and not a shift by one.
+an index into the hidden states, not a shift by one.
 """
 
 import math
@@ -40,18 +40,18 @@ class Response:
 
 @dataclass(frozen=True)
 class Example:
-    """One row: an image, a prompt and its responses, and what is known about the answer."""
+    """One row: an image, a prompt, its responses, and what the rewards use."""
 
     name: str  # for error messages: file and row
     image: Tensor | None  # (patches, D_vision) features of the tower, or (3, H, W) pixels
-    prompt: list[int]  # the conversation up to where the assistant is to speak
-    responses: list[Response] = field(default_factory=list)  # chosen first; none: to be sampled
+    prompt: list[int]  # the conversation up to the assistant's turn
+    responses: list[Response] = field(default_factory=list)  # chosen first; empty before sampling
     question: str = ""
     facts: Sequence[str] = ()  # captions of the image, for factual augmentation
-    truth: str | None = None  # the right answer: an option A-D, "yes", "no"; None: a free answer
+    truth: str | None = None  # the right answer: an option A-D, "yes", "no"; None: an open question
     length_factor: float = 1.0  # scales the length penalty of this prompt
     picture: str = ""  # file name of the image
-    source: Source | None = None  # where the image is, for a reward model with a tower of its own
+    source: Source | None = None  # where the image is, for a reward model with its own tower
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -69,9 +69,9 @@ class Batch:
     weight: Tensor  # (R,) segment weight: gamma in corrected segments, 1 elsewhere
     group: Tensor  # (R,) which response (0..G-1) the token belongs to
     groups: int  # G
-    # On the host, so that nobody has to wait for a GPU to ask:
+    # On the host, so reading them does not wait for a GPU:
     bounds: list[int] = field(default_factory=list)  # (G + 1,) entries where responses begin, and R
-    padding: float = 0.0  # share of token slots that hold nothing
+    padding: float = 0.0  # share of token slots that are padding
     names: list[str] = field(default_factory=list)  # (B,) file and row of each example
     counts: bool = True  # False: computed only because other processes wait for it (parallel.py)
 
@@ -81,7 +81,7 @@ class Batch:
 
 
 def common_prefix(responses: list[Response]) -> int:
-    """Count the leading tokens that two or more responses share, each keeping one of its own."""
+    """Count the leading tokens that two or more responses share, leaving at least one to each."""
     if len(responses) < 2:
         return 0
     shortest = min(len(response.tokens) for response in responses) - 1
@@ -93,15 +93,15 @@ def common_prefix(responses: list[Response]) -> int:
 
 
 def collate(examples: list[Example], pad_token: int, max_length: int) -> Batch:
-    """Make one batch. Tokens with which all responses of a row begin move into its trunk.
+    """Make one batch. Tokens that begin all responses of a row move into its trunk.
 
     Args:
         examples: rows, at least one.
         pad_token: id that fills the ends of short rows.
-        max_length: the model's context; no trunk with any one of its branches may be longer.
+        max_length: the model's context; the prompt must fit into it with any one response.
 
     Raises:
-        DataError: a response is empty or does not fit; nothing is ever cut silently.
+        DataError: a response is empty or does not fit; nothing is cut silently.
     """
     rows, sources, targets, weights, groups, bounds = [], [], [], [], [], [0]
     for row, example in enumerate(examples):
@@ -113,7 +113,7 @@ def collate(examples: list[Example], pad_token: int, max_length: int) -> Batch:
         for k, response in enumerate(example.responses):
             own = response.tokens[shared:]
             at = len(tokens)  # slot of the branch's first own token
-            # slots that predict: through the shared tokens, the trunk's last, then the branch
+            # predicting slots: from the prompt's last to the trunk's last, then the branch's
             predictor = [*range(len(example.prompt) - 1, start), *range(at, at + len(own) - 1)]
             for slot, token, weight in zip(
                     predictor, response.tokens, response.weight, strict=True):
@@ -142,7 +142,7 @@ def collate(examples: list[Example], pad_token: int, max_length: int) -> Batch:
 
 
 def micro_batches(model: LLaVA, examples: list[Example], size: int) -> list[Batch]:
-    """Make batches of `size` rows, rows of like length together, so that little is padding."""
+    """Make batches of `size` rows; rows of similar length go together, which saves padding."""
     return shared_batches(partial(collate_for, model), sorted(examples, key=row_length), size)
 
 
@@ -171,9 +171,9 @@ def check_lengths(
 
 
 def row_length(example: Example) -> int:
-    """Count the slots of the example's row; what its responses share counts once."""
-    again = (len(example.responses) - 1) * common_prefix(example.responses)
-    return len(example.prompt) + sum(len(r.tokens) for r in example.responses) - again
+    """Count the slots of the example's row; the prefix that its responses share counts once."""
+    saved = (len(example.responses) - 1) * common_prefix(example.responses)
+    return len(example.prompt) + sum(len(r.tokens) for r in example.responses) - saved
 
 
 def split(items: Sequence, size: int) -> list[Sequence]:
@@ -184,14 +184,14 @@ def split(items: Sequence, size: int) -> list[Sequence]:
 class Epochs:
     """Examples in a seeded order, a new one every epoch. The step number decides the batch.
 
-    Rows of one batch are of like length, so that little of it is padding: the shuffled examples are
-    sorted by length within pools of POOL batches, cut into batches, and the batches shuffled.
+    To save padding, rows of one batch have similar lengths: the shuffled examples are sorted by
+    length within pools of POOL batches, cut into batches, and the batches shuffled.
     """
 
-    POOL = 16  # a larger pool saves little padding and makes batches more alike across epochs
+    POOL = 16  # a larger pool hardly saves more padding and makes epochs more alike
 
     def __init__(self, examples: list, config, seed: int, length: Callable = row_length):
-        """Take batch_size, epochs and steps from `config`; `length` is of an example."""
+        """Take batch_size, epochs and steps from `config`; `length` measures an example."""
         self.all, self.batch_size, self.seed = examples, config.batch_size, seed
         self.steps = config.steps or math.ceil(config.epochs * len(examples) / config.batch_size)
         self._lengths = [length(example) for example in examples]
@@ -219,17 +219,17 @@ class Epochs:
 
 
 def prompt_text(question: str, image: bool = True) -> str:
-    """Return the vicuna_v1 conversation up to where the assistant speaks."""
+    """Return the vicuna_v1 conversation up to the assistant's turn."""
     return f"{SYSTEM} USER: {IMAGE + chr(10) if image else ''}{question} ASSISTANT:"
 
 
 def reward_request(facts: Sequence[str] = ()) -> str:
-    """Return the question behind an answer to be judged, with the image's captions."""
+    """Return the question that follows an answer to be judged, with the image's captions."""
     return "Is this true?" + (f" Facts: {'; '.join(facts)}." if facts else "")
 
 
 def prompt_tokens(tokenizer: Tokenizer, text: str, patches: int) -> list[int]:
-    """Encode begin-of-sequence and `text`, every `<image>` as one token per image feature."""
+    """Encode begin-of-sequence and `text`; `<image>` becomes one token per image feature."""
     ids = []
     for token in tokenizer.encode(text, bos=True):
         ids.extend([token] * (patches if token == tokenizer.image_token else 1))
@@ -237,7 +237,7 @@ def prompt_tokens(tokenizer: Tokenizer, text: str, patches: int) -> list[int]:
 
 
 def turn(tokenizer: Tokenizer, given: str, answer: str, weight: float = 1.0) -> Response:
-    """Return a branch that is given `given` and learns `answer` and end-of-sequence."""
+    """Return a branch that begins with `given` and learns only `answer` and end-of-sequence."""
     before, after = tokenizer.encode(given), tokenizer.encode(answer, eos=True)
     return Response(before + after, [0.0] * len(before) + [weight] * len(after))
 
@@ -245,7 +245,7 @@ def turn(tokenizer: Tokenizer, given: str, answer: str, weight: float = 1.0) -> 
 def trunk_tokens(
     tokenizer: Tokenizer, history: Sequence[Turn], question: str, patches: int
 ) -> list[int]:
-    """Encode earlier turns and the question, up to where the assistant speaks.
+    """Encode earlier turns and the question, up to the assistant's turn.
 
     Args:
         patches: image features before the first question; 0 for text alone.
@@ -258,7 +258,7 @@ def trunk_tokens(
 
 
 def next_question(question: str) -> str:
-    """Return a later turn of the vicuna_v1 conversation; `</s>` alone stands before it."""
+    """Return a later turn of the vicuna_v1 conversation; it follows `</s>` directly."""
     return f"USER: {question} ASSISTANT:"
 
 
@@ -285,10 +285,10 @@ def pair_tokens(
 def conversation_tokens(
     conversation: Conversation, tokenizer: Tokenizer, patches: int
 ) -> tuple[list[int], list[Response]]:
-    """Encode the first question, and one response that learns every answer, given the others.
+    """Encode the first question as the prompt, and the rest as one response.
 
-    Both together are the tokens of the whole conversation as LLaVA's preprocess_v1 makes them, and
-    so are those that are learnt: each answer and its end-of-sequence.
+    All tokens equal those of LLaVA's preprocess_v1, and so do those that are learnt: each answer
+    and its end-of-sequence.
     """
     patches = 0 if conversation.image is None else patches
     (question, answer), *later = conversation.turns
@@ -304,7 +304,7 @@ def segments(response: Response, tokenizer: Tokenizer) -> list[tuple[str, float]
     for end in range(1, len(response.tokens) + 1):
         if end < len(response.tokens) and response.weight[end] == response.weight[start]:
             continue
-        whole = tokenizer.decode(response.tokens[:end])  # so that no character is cut in two
+        whole = tokenizer.decode(response.tokens[:end])  # a cut could split a character
         shown = whole[len(text) :] + "</s>" * (response.tokens[end - 1] == tokenizer.eos_token)
         found.append((shown, response.weight[start]))
         text, start = whole, end

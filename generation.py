@@ -1,6 +1,6 @@
 """Decoding: a prompt is computed once, and its samples are decoded as branches of it.
 
-The keys and values of a batch lie in buffers of fixed size, a slot per token:
+The keys and values of a batch lie in buffers of fixed size, one slot per token:
 
     slot      0 .. width - 1      width, +1, ..       ..                       .. slots - 1
               prompt (trunk)      step 0: sample 1..k | step 1: sample 1..k |  ..  | unused
@@ -26,9 +26,9 @@ from model import LLaVA, TextConfig, product_dtype, rotary
 from parallel import Draws
 from vision import ImageSettings, preprocess
 
-SLOTS = 64  # buffers are multiples of this, so that prompts of like length share a compiled step
-MANY_STEPS = 4096  # fewer do not repay compilation (a guess; to be measured on a GPU)
-CHECK_EVERY = 16  # steps on a GPU between questions whether all are done: each waits for the device
+SLOTS = 64  # buffers are multiples of this: prompts of similar length share a compiled step
+MANY_STEPS = 4096  # fewer do not repay compilation (a guess, not measured)
+CHECK_EVERY = 16  # steps on a GPU between checks whether all rows have ended: each check waits
 
 
 class KVCache:
@@ -51,7 +51,7 @@ class KVCache:
         return self.cos[position].unsqueeze(1), self.sin[position].unsqueeze(1)
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these: (rows,) indices or bool."""
+        """Keep these rows alone: (rows,) indices or bool."""
         self.k, self.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
 
 
@@ -83,15 +83,15 @@ def generate(
     """Decode a batch of prompts: each prompt is computed once, its samples are branches of it.
 
     Args:
-        images: as for `LLaVA.embed`, for those prompts that have an image, in order.
+        images: as for `LLaVA.embed`, of the prompts that have an image, in order.
         prompts: 1-D token tensors, image tokens expanded.
-        max_new_tokens: the limit; a whole answer ends with end-of-sequence.
+        max_new_tokens: per completion; one that ends earlier ends with end-of-sequence.
         temperature: 0 takes the most likely token; above 0 samples from softmax(logits / t).
-        samples: answers per prompt.
-        generator: of the draws; `Draws` if these prompts are a part of a batch.
+        samples: completions per prompt.
+        generator: makes the draws; `Draws` if these prompts are a part of a batch.
         on_token: called with each step's (B, samples) tokens, for streaming; padding after the end.
         compiled: decode with `torch.compile`, as CUDA graphs on a GPU (see `worth_compiling`).
-        on_logp: called once with (R,) float32 log-probabilities of the answers' tokens, one answer
+        on_logp: called once with (R,) float32 log-probabilities of the new tokens, one completion
             after another, at the temperature (1 if that is 0).
 
     Returns:
@@ -99,21 +99,21 @@ def generate(
         of a prompt do not depend on when the others end.
 
     Raises:
-        ValueError: a prompt leaves no room for an answer within the model's context.
+        ValueError: a prompt leaves no room in the model's context.
     """
     context, width = model.config.text.max_position_embeddings, max(map(len, prompts))
     steps = min(max_new_tokens, context - width)
     if steps < 1:
         raise ValueError(f"a prompt of {width} tokens leaves no room for an answer in a context of "
                          f"{context}")
-    answers, logp = decode_steps(
+    completions, logp = decode_steps(
         model, *prefill(model, images, prompts, samples, steps), width, steps, temperature,
         generator, on_token, compiled, on_logp is not None)
-    inside = answers != model.config.pad_token
-    with torch.inference_mode(False):  # tensors made here can be trained on again
+    inside = completions != model.config.pad_token
+    with torch.inference_mode(False):  # autograd accepts the tensors made here
         if on_logp:
             on_logp(logp[inside])
-        return [row[kept] for row, kept in zip(answers.flatten(0, 1), inside.flatten(0, 1))]
+        return [row[kept] for row, kept in zip(completions.flatten(0, 1), inside.flatten(0, 1))]
 
 
 def decode_steps(
@@ -121,9 +121,9 @@ def decode_steps(
     generator: torch.Generator | Draws | None, on_token: Callable | None, compiled: bool,
     keep_logp: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Decode every sample, padded after its end, and its log-probabilities if kept.
+    """Return all samples' tokens, padded after their end, and log-probabilities (0 if not kept).
 
-    Both (B, samples, steps).
+    Both are (B, samples, steps).
     """
     config, device = model.config, logits.device
     rows, samples = now.finished.shape
@@ -131,8 +131,8 @@ def decode_steps(
     banned = torch.zeros(logits.shape[-1], device=device)
     banned[[config.image_token, config.pad_token]] = -torch.inf  # never sampled
     own_slot_mask = now.mask.new_full((samples, samples), -torch.inf).fill_diagonal_(0)
-    answers = now.row.new_full((rows, samples, steps), config.pad_token)
-    logp = torch.zeros(answers.shape, device=device)
+    completions = now.row.new_full((rows, samples, steps), config.pad_token)
+    logp = torch.zeros(completions.shape, device=device)
     for step in range(steps):
         draw = None
         if isinstance(generator, Draws):
@@ -140,12 +140,12 @@ def decode_steps(
         elif temperature > 0:
             draw = torch.rand((rows, samples), generator=generator, device=device)[now.row]
         token = sample_token(logits + banned, temperature, draw)
-        answers[now.row, :, step] = token.masked_fill(now.finished, config.pad_token)
-        if keep_logp:  # of all tokens, as in training: those never sampled keep their share
+        completions[now.row, :, step] = token.masked_fill(now.finished, config.pad_token)
+        if keep_logp:  # over all tokens, as in training: banned ones keep their probability
             every = (logits.float() / (temperature or 1.0)).log_softmax(-1)
             logp[now.row, :, step] = every.gather(-1, token[..., None]).squeeze(-1)
         if on_token:
-            on_token(answers[:, :, step])
+            on_token(completions[:, :, step])
         now.finished |= token == config.eos_token
         if step + 1 == steps:
             break
@@ -163,13 +163,13 @@ def decode_steps(
             model, token, now.position, now.slots, now.mask[..., :filled], now.cache)
         now.position += 1
         now.slots += samples
-    return answers, logp
+    return completions, logp
 
 
 def prefill(
     model: LLaVA, images: Tensor | None, prompts: list[Tensor], samples: int, steps: int
 ) -> tuple[Tensor, Decoding]:
-    """Compute the prompts: logits (B, samples, V) of the first new token, and where it will go."""
+    """Compute the prompts; return the first new token's logits (B, samples, V) and the state."""
     device = model.head.weight.device
     length = torch.tensor([len(prompt) for prompt in prompts], device=device)
     tokens = nn.utils.rnn.pad_sequence(
@@ -203,7 +203,7 @@ def decode(
 
 
 def worth_compiling(device: torch.device, steps: float = math.inf) -> bool:
-    """Return whether so many decoding steps repay compiling one: on a GPU, thousands do."""
+    """Return whether this many decoding steps repay compiling one: on a GPU, thousands do."""
     return device.type == "cuda" and steps >= MANY_STEPS
 
 
@@ -225,16 +225,16 @@ def compiled_decode(cache: KVCache) -> Callable:
 
 
 def sample_token(logits: Tensor, temperature: float, draw: Tensor | None) -> Tensor:
-    """Choose a token per row of (n, samples, V) logits: the likeliest, or where `draw` falls.
+    """Choose a token for each sample of (n, samples, V) logits.
 
     Args:
         temperature: 0 takes the most likely token.
-        draw: (n, samples) uniform in [0, 1), if the temperature is above 0.
+        draw: (n, samples) uniform in [0, 1), which picks the token if the temperature is above 0.
     """
     if temperature == 0:
         return logits.argmax(-1)
     reached = (logits / temperature).softmax(-1).cumsum(-1)
-    # 1 - draw is above 0: a token of probability 0 is never where the sum first reaches it.
+    # 1 - draw is above 0: the sum never first reaches it at a token of probability 0.
     wanted = (1 - draw)[..., None] * reached[..., -1:]
     return torch.searchsorted(reached, wanted).squeeze(-1)
 
@@ -274,12 +274,12 @@ def answers(
     Args:
         images: one per question: Pillow images, or features (N, patches, D_vision) of the tower.
         questions: without `<image>` and template; both are added.
-        max_new_tokens: the limit of an answer.
+        max_new_tokens: per answer.
         temperature: 0 is greedy; above 0 draws from a generator seeded by (seed, batch index).
         samples: answers per question.
-        batch_size: questions per batch; prompts of about one length go together.
+        batch_size: questions per batch; prompts of similar length go together.
         progress: label of a progress bar; None shows none.
-        compiled: see `generate`; None: if it pays.
+        compiled: see `generate`; None leaves it to `worth_compiling`.
 
     Returns:
         len(questions) * samples texts in the order of the questions, samples of one side by side.

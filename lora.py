@@ -1,7 +1,7 @@
 """LoRA: named low-rank adapters over frozen linear layers (Hu et al. 2021, arXiv 2106.09685).
 
-Several adapters can lie over one base: with `--lora` PPO's policy, reward model and critic (if
-there is one) are adapters, the reference is the base itself, and memory holds the base once.
+Several adapters can share one base: with `--lora`, PPO's policy, reward model and critic (if any)
+are adapters, the reference is the base itself, and memory holds the base once.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class LoRALinear(nn.Linear):
         return y
 
     def merged(self, name: str) -> Tensor:
-        """Add one adapter's update to the weight, in float32: (out, in)."""
+        """Return the weight (out, in) plus one adapter's update, summed in float32."""
         weight = sharding.whole(self.weight)
         return (weight.float() + self.adapters[name].delta()).to(weight.dtype)
 
@@ -68,7 +68,7 @@ def add_adapter(
     Args:
         rank, alpha: the update is B A * alpha / rank, with A of `rank` rows.
         targets: last parts of module names, or whole names.
-        seed: A is drawn from a generator of its own; B starts at zero.
+        seed: decides the random start of A; B starts at zero.
 
     Raises:
         ValueError: no such layer, or the name is taken.
@@ -106,7 +106,7 @@ def merge_adapter(model: nn.Module, name: str) -> None:
 
 @contextlib.contextmanager
 def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Compute with one adapter, or with none (None); restores the previously active one."""
+    """Compute with one adapter, or with none (None); then restore the one active before."""
     chosen = set(lora_layers(model, name)) if name is not None else set()
     before = [(m, m.active) for m in model.modules() if isinstance(m, LoRALinear)]
     for module, _ in before:
@@ -119,7 +119,7 @@ def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
 
 
 def same_adapter(block: nn.Module):
-    """For `torch.utils.checkpoint`: recompute with the adapter that was active in forward.
+    """Make `torch.utils.checkpoint` recompute with the adapter that was active in forward.
 
     The backward pass usually runs after the `use_adapter` block has ended. Without this it would
     recompute with the adapter that is active by then, and the gradients would silently be wrong.
@@ -129,16 +129,16 @@ def same_adapter(block: nn.Module):
 
 
 def select_trainable(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
-    """Freeze everything but what will be trained, and return that.
+    """Freeze all weights except those to train, and return these.
 
     Args:
         adapter: train this adapter alone; None trains the base: decoder, head and projector. The
             vision tower is always frozen.
     """
     for path, weight in model.named_parameters():
-        if adapter is not None:
-            weight.requires_grad_(f".adapters.{adapter}." in path)
+        if adapter is None:
+            trained = ".adapters." not in path and not path.startswith("vision_tower.")
         else:
-            base = ".adapters." not in path and not path.startswith("vision_tower.")
-            weight.requires_grad_(base)
+            trained = f".adapters.{adapter}." in path
+        weight.requires_grad_(trained)
     return [weight for weight in model.parameters() if weight.requires_grad]

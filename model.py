@@ -62,11 +62,11 @@ class LLaVAConfig:
 class Head(nn.Linear):
     """The vocabulary matrix, which a loss can use without ever holding the logits.
 
-    A module and not a bare weight, because sharded training gathers weights in `forward`.
+    A module, not a bare weight, because sharded training gathers weights in `forward`.
     """
 
     def forward(self, hidden: Tensor, function: Callable | None = None, *arguments):
-        """Return logits (..., V) of hidden states (..., D), or what a function makes of both.
+        """Return logits (..., V) of hidden states (..., D), or the result of a function.
 
         Args:
             function: called as `function(hidden, weight, *arguments)` with the gathered weight
@@ -86,7 +86,7 @@ def product_dtype(weight: Tensor) -> torch.dtype:
 
 
 def attention_mask(branch: Tensor) -> Tensor:
-    """Causal mask over the shared prefix (the trunk) and a token's own branch.
+    """Return the causal mask over the shared prefix (the trunk) and a token's own branch.
 
     Args:
         branch: (B, T): 0 trunk, 1.. branches, -1 padding.
@@ -110,7 +110,7 @@ def rotary(position: Tensor, head_dim: int, theta: float, dtype: torch.dtype):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the halves (a, b) of every head to (a cos - b sin, b cos + a sin).
 
-    In place: nothing else reads x. Halves are paired and not neighbours, as in transformers; `sin`
+    In place: nothing else reads x. Halves are paired, not neighbours, as in transformers; `sin`
     carries the minus.
     """
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
@@ -130,7 +130,7 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask, cache=None):
         """x (B, T, D); mask (B, 1, T, S) bool or added to the scores, None for plain causal.
 
-        cache: (keys, values, slots): x's own go to slots (T,); attention covers the first S slots.
+        cache: (keys, values, slots): x fills the slots (T,); attention covers the first S slots.
         """
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # (B, heads, T, hd)
@@ -176,7 +176,7 @@ class Block(nn.Module):
 
 
 def add(x: Tensor, update: Tensor) -> Tensor:
-    """Return x + update, in the update's memory where that holds it (under autocast: half)."""
+    """Return x + update, in the update's memory unless its dtype differs (under autocast: half)."""
     return update.add_(x) if update.dtype == x.dtype else x + update
 
 
@@ -194,7 +194,7 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, x, position, mask=None, cache=None, slots=None):
-        if mask is not None and mask.dtype == torch.bool:  # converted once and not in every layer
+        if mask is not None and mask.dtype == torch.bool:  # convert once, not in every layer
             zeros = torch.zeros_like(mask, dtype=product_dtype(self.embed_tokens.weight))
             mask = zeros.masked_fill_(~mask, -torch.inf)
         if cache is None:
@@ -240,7 +240,7 @@ class LLaVA(nn.Module):
         return self.vision_tower(pixels, self.config.vision_feature_layer)[:, 1:]
 
     def embed(self, images: Tensor | None, tokens: Tensor) -> Tensor:
-        """Token embeddings (B, T, D) with the image tokens' places taken by projected features.
+        """Return token embeddings (B, T, D), with projected features in place of image tokens.
 
         Args:
             images: (M, 3, H, W) pixels, or (M, patches, D_vision) features cached from a frozen
@@ -250,7 +250,7 @@ class LLaVA(nn.Module):
         x = self.decoder.embed_tokens(tokens)
         learns = torch.is_grad_enabled() and self.projector.linear_1.weight.requires_grad
         elsewhere = learns and sum(parallel.total([images is not None])) > 0
-        if images is None and elsewhere:  # take part in the projector's gradient all the same
+        if images is None and elsewhere:  # take part in the projector's gradient anyway
             blank = x.new_zeros(1, self.config.vision.hidden_size)
             return x + 0 * self.projector(blank).sum()
         if images is None:
@@ -263,7 +263,7 @@ class LLaVA(nn.Module):
             torch._assert_async(count == len(features), "not as many image tokens as features")
         elif not here.is_meta and count != len(features):
             raise ValueError(f"{count} image tokens for {len(features)} image features")
-        # x[here] = features, but for the size of `here` known beforehand: works without values too
+        # x[here] = features, with the size of `here` known beforehand: works on meta tensors, too
         place = here.nonzero_static(size=len(features)).squeeze(1)
         return x.flatten(0, 1).index_copy(0, place, features.to(x.dtype)).view_as(x)
 
@@ -272,7 +272,7 @@ class LLaVA(nn.Module):
         branch: Tensor | None = None, mask: Tensor | None = None, cache=None,
         slots: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, (B, T, D).
+        """Return the hidden states (B, T, D) after the final norm.
 
         Args:
             images: see `embed`.
@@ -290,9 +290,9 @@ class LLaVA(nn.Module):
         return self.decoder(self.embed(images, tokens), position, mask, cache, slots)
 
     def response_states(self, batch) -> Tensor:
-        """Hidden states (R, D) that predict the response tokens of a `data.Batch`.
+        """Return the hidden states (R, D) that predict the response tokens of a `data.Batch`.
 
-        No others meet the vocabulary matrix.
+        Only these meet the vocabulary matrix.
         """
         hidden = self(batch.images, batch.tokens, batch.position, batch.branch)  # (B, T, D)
         return hidden.flatten(0, 1)[batch.source]
@@ -310,7 +310,7 @@ class LLaVA(nn.Module):
 def add_layers(model: LLaVA, layers: int, seed: int = 0) -> None:
     """Put more decoder layers on top, in place.
 
-    Their output matrices are 0 (the others drawn from the seed): they start as the identity.
+    Their output matrices are 0, the others are drawn from the seed: they start as the identity.
     """
     text = model.config.text
     new = nn.ModuleList(Block(text) for _ in range(layers))
@@ -324,7 +324,7 @@ def add_layers(model: LLaVA, layers: int, seed: int = 0) -> None:
 
 
 def init_weights(model: nn.Module, seed: int) -> None:
-    """Random weights for a model that is not loaded: normal with deviation 1 / sqrt(fan-in)."""
+    """Draw the weights of a new model: normal with standard deviation 1 / sqrt(fan-in)."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         with torch.no_grad():

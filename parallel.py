@@ -1,10 +1,10 @@
 """Several processes, started by torchrun: their shares of the work, and how they end.
 
-A global batch is cut into as many micro-batches for every process (`shares`), which all take part
-in the same collectives. A micro-batch's loss is weighted by its share of all processes' tokens or
-pairs (`total`), and gradients are summed (sharding.py): loss, gradient norm, metrics and updates do
-not depend on the number of processes, but for rounding. What else is computed in parts comes
-together in `gather`. The first process alone writes files (`once`) and prints.
+Every process gets equally many micro-batches of a global batch (`shares`), as all take part in the
+same collectives. A micro-batch's loss is weighted by its share of all processes' tokens or pairs
+(`total`), and gradients are summed (sharding.py): loss, gradient norm, metrics and updates do not
+depend on the number of processes, except for rounding. `gather` collects all other results that are
+computed in parts. Only the first process writes files (`once`) and prints.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ _joined: dict = {}  # what `join` sets up: mesh, dtype of products, store, watch
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return this process's number, from 0."""
     return dist.get_rank() if _joined else 0
 
 
 def world() -> int:
-    """The number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if _joined else 1
 
 
@@ -45,7 +45,7 @@ def mesh() -> DeviceMesh:
 
 
 def product_dtype() -> torch.dtype | None:
-    """The dtype of matrix products, where it is not that of the weights."""
+    """Return the dtype of matrix products, or None if it is that of the weights."""
     return _joined["products"]
 
 
@@ -53,7 +53,7 @@ def product_dtype() -> torch.dtype | None:
 
 
 def launched() -> bool:
-    """Whether torchrun started this process as one of several."""
+    """Return whether torchrun started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
@@ -64,17 +64,17 @@ def mute() -> None:
 
 
 def join(device: str, bfloat16: Callable[[str], bool]) -> None:
-    """Join the other processes of torchrun; a process without any stays as it is.
+    """Join the other processes of torchrun; without torchrun, do nothing.
 
     Args:
         device: "cpu"; or "auto" or "cuda": a GPU for each process, where there are GPUs.
-        bfloat16: whether a type of device computes products in bfloat16.
+        bfloat16: tells whether a type of device computes products in bfloat16.
     """
     if not launched() or _joined:
         return
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     if device not in ("auto", kind):
-        raise ValueError(f"--device {device}: torchrun gives every process a {kind} of its own")
+        raise ValueError(f"--device {device}: torchrun gives each process its own {kind} device")
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, mine, count = next(iter(rendezvous("env://")))
@@ -88,7 +88,7 @@ def join(device: str, bfloat16: Callable[[str], bool]) -> None:
 
 
 def leave() -> None:
-    """End together."""
+    """Wait for the other processes, and end the group."""
     if _joined:
         dist.barrier()
         _joined["done"].set()
@@ -119,7 +119,7 @@ def fail(message: str, code: int) -> int:
 
 
 def lost(error: Exception) -> bool:
-    """Whether an error means that another process is gone."""
+    """Return whether an error means that another process is gone."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
@@ -127,10 +127,10 @@ def lost(error: Exception) -> bool:
 
 
 def shares(rows: Sequence, size: int) -> list[tuple[Sequence, bool]]:
-    """Cut rows into parts of at most `size`, and return this process's: as many on every process.
+    """Cut rows into parts of at most `size`, and return this process's, equally many on each.
 
-    A part that counts is (rows, True). Where there are too few rows it is (some row, False): it is
-    computed, since the others wait in the same collectives, and left out.
+    A part that counts is (rows, True). A process that would lack rows gets (some row, False): it
+    computes that part, since the others wait in the same collectives, and discards the result.
     """
     if world() == 1:
         return [(rows[i : i + size], True) for i in range(0, len(rows), size)]
@@ -141,7 +141,7 @@ def shares(rows: Sequence, size: int) -> list[tuple[Sequence, bool]]:
 
 
 def gather(results: list) -> list:
-    """All parts' results in order, on every process, from those of this process's `shares`."""
+    """Return all parts' results in order, on every process, given those of its own `shares`."""
     if world() == 1:
         return results
     found: list = [None] * world()
@@ -155,9 +155,9 @@ def gather(results: list) -> list:
 def in_parts(
     function: Callable[[Sequence], object], rows: Sequence, size: int, description: str = ""
 ) -> list:
-    """What a function returns for parts of at most `size` rows, in order, on every process.
+    """Return a function's results for parts of at most `size` rows, in order, on every process.
 
-    Each process computes its share. `description` is for a progress bar; "": none.
+    Each process computes its share. `description` labels a progress bar; "" shows none.
     """
     bar = tqdm(shares(rows, size), description, disable=None if description else True, leave=False)
     found = [(function(part), counts) for part, counts in bar]
@@ -168,11 +168,11 @@ def by_length(
     function: Callable[[Sequence], Tensor], rows: Sequence, size: int, length: Callable,
     entries: Callable,
 ) -> Tensor:
-    """What a function returns for rows, computed in parts of like length: little is padding.
+    """Return a function's results for rows, computed in parts of similar length to save padding.
 
     Args:
         function: rows -> (..., E), the entries of each row after those of the row before.
-        length, entries: of a row, the number of its slots and of its entries in E.
+        length, entries: return a row's number of slots, and of its entries in E.
 
     Returns:
         (..., E) in the order of the rows, whatever order they were computed in.
@@ -184,7 +184,7 @@ def by_length(
 
 
 def once(function: Callable):
-    """Let the first process call a function, and return its result on all."""
+    """Call a function on the first process alone, and return its result on all."""
     if world() == 1:
         return function()
     box = [function() if rank() == 0 else None]
@@ -193,7 +193,7 @@ def once(function: Callable):
 
 
 def total(values: Iterable[float]) -> list[float]:
-    """Sums over the processes, in float64."""
+    """Return sums over the processes, in float64."""
     if world() == 1:
         return list(map(float, values))
     numbers = torch.tensor(list(values), dtype=torch.float64)
@@ -202,19 +202,19 @@ def total(values: Iterable[float]) -> list[float]:
 
 
 def rows_of(length: int) -> slice:
-    """This process's rows of so many, which are cut as DTensor cuts a dimension."""
+    """Return this process's share of `length` rows, cut as DTensor cuts a dimension."""
     step = math.ceil(length / world())
     return slice(min(step * rank(), length), min(step * (rank() + 1), length))
 
 
 class Draws:
-    """Random numbers of some rows of a batch: the same whichever process decodes a row."""
+    """Random numbers for some rows of a batch, the same whichever process decodes a row."""
 
     def __init__(self, generator: torch.Generator, batch: int, rows: slice):
         self.generator, self.batch, self.rows, self.steps = generator, batch, rows, 0
 
     def __call__(self, samples: int) -> Tensor:
-        """(rows, samples) numbers in [0, 1)."""
+        """Return (rows, samples) numbers in [0, 1)."""
         self.steps += 1
         shape, device = (self.batch, samples), self.generator.device
         return torch.rand(shape, generator=self.generator, device=device)[self.rows]

@@ -1,4 +1,4 @@
-"""Which tokens of a corrected response a person changed (RLHF-V, arXiv 2312.00849, section 3.2).
+"""Find the tokens that a person changed in a response (RLHF-V, arXiv 2312.00849, section 3.2).
 
 The corrected and the original response are aligned token by token. Common runs of a few tokens are
 unchanged; everything between them, on either side, is a corrected segment.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-COMPARISONS = 20_000_000  # of tokens, to align two responses: a few seconds
+COMPARISONS = 20_000_000  # of tokens, at most, to align two responses: a few seconds
 
 
 def segment_mask(
@@ -22,14 +22,14 @@ def segment_mask(
     Args:
         chosen, rejected: token ids of the corrected and of the original response.
         min_match: a common run shorter than this counts as changed, as in the released code.
-        replacements_only: the released code's habit: a segment that was purely inserted or
-            deleted keeps weight 1. The paper's Eq. 5, and the default here, counts it.
+        replacements_only: as in the released code, a segment that was only inserted or deleted
+            keeps weight 1. By default it counts, as in the paper's Eq. 5.
 
     Returns:
         bool (Tc,) and (Tr,), True = corrected segment.
 
     Raises:
-        ValueError: the comparison would take long.
+        ValueError: the comparison would take too long.
     """
     masks = torch.ones(len(chosen), dtype=torch.bool), torch.ones(len(rejected), dtype=torch.bool)
     a = b = 0  # where the current changed span begins, on either side
@@ -45,8 +45,8 @@ def segment_mask(
 def common_runs(first: Sequence[int], second: Sequence[int], least: int) -> list[difflib.Match]:
     """Return difflib's matching blocks of at least `least` tokens, in order.
 
-    difflib looks for the longest run, then for the longest on either side of it, and so on. Here
-    the search ends where the longest is too short, and COMPARISONS bound it: on texts that repeat
+    difflib finds the longest run, then the longest on either side of it, and so on. Here the search
+    stops where the longest run is too short, and COMPARISONS bounds it: on texts that repeat
     themselves it takes up to cubic time.
     """
     matcher = difflib.SequenceMatcher(None, first, second, autojunk=False)

@@ -4,12 +4,12 @@ Each process holds some rows of every weight, gradient and optimizer state. FSDP
 weights right before it is used, and frees it afterwards:
 
     attention, MLP, head    matrices: gathered in the dtype of products
-    adapters of a block     LoRA's float32 matrices, apart from the bfloat16 base beside them
+    adapters of a block     LoRA's float32 matrices, separate from the bfloat16 base
     root                    embedding, all norms, projector: as they are stored
     (replicated)            the frozen vision tower; the scalar head of a reward model
 
 FSDP reduce-scatters the gradients of its groups; `clip_gradients` all-reduces the others. With one
-process nothing is sharded, and every function returns its argument.
+process nothing is sharded.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ import parallel
 if parallel.launched():
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
     from torch.distributed.tensor import DTensor, Shard
-else:  # their import takes most of a second, and nothing is an instance of theirs
+else:  # importing them takes most of a second, and nothing is an instance of them
     DTensor = FSDPModule = ()
 
 
 def clip_gradients(weights: Sequence[nn.Parameter], limit: float) -> float:
-    """Scale gradients down to a norm of at most `limit`, and return the norm that they had.
+    """Scale gradients down to a norm of at most `limit`, and return their norm before.
 
     Replicated gradients are summed over the processes first, as FSDP has summed the others.
     """
@@ -50,7 +50,7 @@ def clip_gradients(weights: Sequence[nn.Parameter], limit: float) -> float:
 
 
 def shard(model: nn.Module) -> None:
-    """Let every process hold some rows of a LLaVA's weights, which may be on the meta device."""
+    """Shard a LLaVA's weights by rows; they may be on the meta device."""
     for block in model.decoder.layers:
         group(block.self_attn)
         group(block.mlp)
@@ -60,7 +60,7 @@ def shard(model: nn.Module) -> None:
 
 
 def shard_adapter(model: nn.Module, name: str) -> None:
-    """Do the same for an adapter, before the model's first forward pass."""
+    """Shard an adapter in the same way, before the model's first forward pass."""
     for block in model.decoder.layers if parallel.world() > 1 else ():
         adapters = [module for path, module in block.named_modules()
                     if path.endswith(f".adapters.{name}")]
@@ -69,7 +69,7 @@ def shard_adapter(model: nn.Module, name: str) -> None:
 
 
 def group(modules: nn.Module | list[nn.Module], **options) -> None:
-    """Make the weights of modules one FSDP group, whose gradients are summed and not averaged."""
+    """Make the weights of modules one FSDP group, whose gradients are summed, not averaged."""
     dtype = options.pop("gathered_dtype", parallel.product_dtype())
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     fully_shard(
@@ -84,30 +84,30 @@ def is_sharded(weight: Tensor) -> bool:
 
 
 def local(weight: Tensor) -> Tensor:
-    """What this process holds of a weight; shares its memory."""
+    """Return this process's part of a weight, in the same memory."""
     return weight.to_local() if is_sharded(weight) else weight
 
 
 def whole(weight: Tensor) -> Tensor:
-    """All of a weight, gathered from the processes, which must all ask for it."""
+    """Return all of a weight, gathered from the processes, which must all call this."""
     return weight.full_tensor() if is_sharded(weight) else weight
 
 
 def place(rows: Tensor, like: "DTensor") -> "DTensor":
-    """This process's rows as a sharded tensor of the shape of another."""
+    """Return this process's rows as a sharded tensor of the shape of another."""
     return DTensor.from_local(rows, parallel.mesh(), [Shard(0)], run_check=False,
                               shape=like.shape, stride=like.stride())
 
 
 def cut(weight: Tensor, like: Tensor) -> Tensor:
-    """A whole weight, or this process's rows of it where another is sharded."""
+    """Return a whole weight, or this process's rows of it where `like` is sharded."""
     if not is_sharded(like):
         return weight
     return place(weight[parallel.rows_of(len(weight))].clone(), like)
 
 
 def duplicate(model: nn.Module) -> nn.Module:
-    """A deep copy, which FSDP cannot make itself; the frozen tower stays shared."""
+    """Return a deep copy, which FSDP itself cannot make; a sharded model shares its tower."""
     if parallel.world() == 1:
         return copy.deepcopy(model)
     with torch.device("meta"):

@@ -1,8 +1,8 @@
 """The vision tower: a transformer in CLIP's layout, and how an image becomes its input.
 
 LLaVA-1.5 uses CLIP ViT-L/14 at 336 pixels (Radford et al. 2021, arXiv 2103.00020) and takes the
-patch features of the second-to-last layer. Everything that differs between that tower
-and the small one of the built-in world is a number in `VisionConfig`.
+patch features of the second-to-last layer. The small tower of the built-in world differs only in
+the numbers of its `VisionConfig`.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class ImageSettings:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """Return CLIP's own approximation of GELU."""
+    """Return CLIP's approximation of GELU."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -99,7 +99,7 @@ class ViT(nn.Module):
         self.post_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor, layer: int = -2) -> Tensor:
-        """Hidden states of one layer, class token first.
+        """Return the hidden states of one layer, class token first.
 
         Args:
             pixels: (B, 3, image_size, image_size), normalised.
@@ -123,10 +123,10 @@ class ViT(nn.Module):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, with whatever is transparent on white, as transformers 5 does it.
+    """Convert to RGB, with transparent parts on white, as transformers 5 does.
 
-    (Older releases and the original LLaVA drop the alpha channel, which reveals colours that no
-    viewer of the picture ever shows.)
+    Older releases and the original LLaVA drop the alpha channel, which reveals colours that no
+    image viewer shows.
     """
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
@@ -137,15 +137,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def scale_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """Short edge to `size`, then the middle; rounded as in transformers' CLIP processor."""
+    """Scale the short edge to `size`, crop the middle; round as transformers' CLIP processor."""
     short = min(image.size)
     width, height = (int(size * side / short) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     if width * height <= 2 * Image.MAX_IMAGE_PIXELS:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         return image.crop((left, top, left + size, top + size))
-    # Scaling an image a few pixels wide would take gigabytes. Its middle alone costs nothing, but
-    # Pillow rounds the box, so that single values may differ by one level (of 255).
+    # Scaling a long strip would take gigabytes. Its middle alone costs nothing, but Pillow rounds
+    # the box, so single values may differ by one level (of 255).
     across, down = image.width / width, image.height / height
     box = (left * across, top * down, (left + size) * across, (top + size) * down)
     box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
@@ -166,10 +166,10 @@ def pad_and_scale(image: Image.Image, size: int, colour: tuple[int, int, int]) -
 def preprocess(
     image: Image.Image, size: int, mean=CLIP_MEAN, std=CLIP_STD, mode: str = "pad"
 ) -> Tensor:
-    """Make a picture the tower's input.
+    """Turn a picture into the tower's input.
 
     Args:
-        image: any Pillow image, upright: an EXIF rotation belongs to reading the file.
+        image: any Pillow image, upright: whoever reads a file applies its EXIF rotation.
         size: side of the square result, in pixels.
         mean, std: per channel, of values in 0..1.
         mode: "pad" puts the picture in the middle of a square of the mean colour (LLaVA-1.5's own
