@@ -4299,16 +4299,16 @@ BAD_ROWS = {
             ("question", "<image> or <image>?", "'question' should be a text with at most one"),
             ("history", [["Where?"]], "history should be a list of [question, answer]"),
             ("image", None, "'image' is missing"), ("image", "no.jpg", "no image 'no.jpg'"),
-            ("image", ["ok.jpg"], "be the name of one"), ("image", "a\0b", "is no file name"),
-            ("image", "a" * 5000, "no file name"), ("image", "../rows.jsonl", "lies outside"),
-            ("image", "loop.jpg", "no image 'loop.jpg'|no file name"),
+            ("image", ["ok.jpg"], "be the name of one"), ("image", "a\0b", "is not a file name"),
+            ("image", "a" * 5000, "not a file name"), ("image", "../rows.jsonl", "lies outside"),
+            ("image", "loop.jpg", "no image 'loop.jpg'|not a file name"),
             ("chosen", "\ud800", "half a"),
         )],
         *[(GOOD | {"image": None, "question": None, key: value}, phrase) for key, value, phrase in (
             ("images", ["ok.jpg", "b.jpg"], "a list of one image"),
             ("prompt", [user("A?"), user("B?")], "alternate between user and assistant"),
             ("prompt", [{"role": "system", "content": "Hi"}], "of role 'system', not 'user'"),
-            ("prompt", [{"content": "Hi"}], "a field has a value that it cannot have"),
+            ("prompt", [{"content": "Hi"}], "a field has an invalid value"),
             ("text", '{"question": "What', "text is not valid JSON"),
         )],
         (b'{"image": "ok.jpg", "image": "b.jpg"}', "'image' is given twice"),
@@ -4805,7 +4805,7 @@ BAD_MODELS = {
             ("image_token_index", 900, "image_token is 900, not one of 0 to 831"),
             ("image_token_index", 790, "belongs to another model"),
             ("image_token_index", 810, "has 800 pieces.*places <image> at 810"),
-            ("vision_config", 7, "a value that it cannot have"),
+            ("vision_config", 7, "an invalid value"),
             ("pad_token_id", [1], "is .1., not"), ("projector_hidden_act", [], "is .., but only"),
         )],
         *[({"text_config": {key: value}}, phrase) for key, value, phrase in (
@@ -4815,16 +4815,16 @@ BAD_MODELS = {
             ("num_attention_heads", 0, "is 0, not"), ("num_attention_heads", 5, "multiple of its"),
             ("num_hidden_layers", 2 * 10**9, "is 2000000000, not a positive int up to 1000"),
             ("hidden_size", 192.0, "is 192.0, not"), ("rms_norm_eps", 1e999, "is inf, not a posit"),
-            ("rope_parameters", 5, "a value that it cannot have"), ("vocab_size", True, "True, no"),
+            ("rope_parameters", 5, "an invalid value"), ("vocab_size", True, "True, no"),
         )],
     ],
     "tokenizer.model": [(None, "not a sentencepiece .*No such"), (b"v", "not a sentencepiece")],
     "preprocessor_config.json": [
         (b'{"crop_size": {"height": 224, "width": 28}}', "'height': 224.*but the tower takes 28"),
         (b'{"image_mean": [0.5]}', "image_mean is .0.5., not three"), (b"[" * 10**5, "too deeply"),
-        (b'{"image_std": [1, 1, null]}', "a value that it cannot have")],
-    "tokenizer_config.json": [(b'{"added_tokens_decoder": 7}', "a value that it cannot have")],
-    "added_tokens.json": [(b'{"a": {}}', "a value that it cannot have")],
+        (b'{"image_std": [1, 1, null]}', "an invalid value")],
+    "tokenizer_config.json": [(b'{"added_tokens_decoder": 7}', "an invalid value")],
+    "added_tokens.json": [(b'{"a": {}}', "an invalid value")],
 }
 
 
@@ -4935,7 +4935,7 @@ def test_adapters_come_from_their_seed_and_bad_ones_are_refused(hub_folder, hub_
                    lambda path: load_adapter(hub_model, path, "b"))
     with torch.no_grad():
         half.head.weight.add_(1)
-    with pytest.raises(ValueError, match="other base weights than these, those of my-llava"):
+    with pytest.raises(ValueError, match="trained on other base weights, those of my-llava"):
         load_adapter(half, tmp_path / "a", "b")
     for targets, name, phrase in ((["qproj"], "b", "called qproj"), (["q_proj"], "a", "already")):
         with pytest.raises(ValueError, match=phrase):

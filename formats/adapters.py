@@ -1,7 +1,7 @@
 """LoRA adapters in PEFT's format: `peft` loads ours over the public model, and we load its own.
 
-An adapter is right only over the base that it was trained on. Ours carry the base's fingerprint in
-the file's metadata and are refused over any other.
+An adapter fits only the base that it was trained on. Ours carry the base's fingerprint in the
+file's metadata and are refused over any other.
 """
 
 from pathlib import Path
@@ -19,18 +19,18 @@ from lora import LoRALinear, add_adapter, lora_layers
 from model import LLaVA
 
 WRAPPER = "base_model.model."  # PEFT's prefix of module paths
-# The only settings that LoRA here computes; the first is the meaning of an absent field.
+# The only supported settings; the first stands for an absent field.
 SUPPORTED = {
     "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "use_rslora": (False,),
     "fan_in_fan_out": (False,), "lora_bias": (False,), "modules_to_save": (None, []),
     "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
-    # PiSSA, OLoRA and their like also change the base's weights.
+    # PiSSA, OLoRA and similar methods also change the base's weights.
     "init_lora_weights": (True, False, None, "gaussian"),
 }
 
 
 def save_adapter(model: LLaVA, name: str, path: Path | str, base: str | Path = "") -> None:
-    """Write one adapter as a folder, which appears when it is complete.
+    """Write one adapter as a folder, which appears only when it is complete.
 
     Args:
         base: folder or hub name of the base model, for `peft` and for the record.
@@ -40,14 +40,14 @@ def save_adapter(model: LLaVA, name: str, path: Path | str, base: str | Path = "
     for key, weight in model.state_dict().items():
         layer, found, side = key.partition(f".adapters.{name}.")
         if found:
-            # The second spelling is that of the modules of transformers >= 4.52.
+            # The second spelling names the modules of transformers >= 4.52.
             targets[layer] = layouts.public_names(layer)[1]
             weight = sharding.whole(weight).cpu().contiguous()
             tensors[f"{WRAPPER}{targets[layer]}.lora_{side}.weight"] = weight
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
         "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none",
-        # Whole paths and not bare names, which would also match the vision tower's projections.
+        # Whole paths: bare names would also match the vision tower's projections.
         "target_modules": list(targets.values()),
         "inference_mode": True, "fan_in_fan_out": False, "init_lora_weights": True,
     }
@@ -63,11 +63,11 @@ def load_adapter(model: LLaVA, path: Path | str, name: str, sharded: bool = True
     """Add an adapter from a folder to a model, under the given name.
 
     Args:
-        sharded: where there are several processes, each keeps its rows; False: each keeps all.
+        sharded: with several processes, each keeps its rows; False: each keeps all.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or broken, the adapter was trained over
-            another base, or it uses a setting that LoRA here does not compute.
+        FileNotFoundError, ValueError: a file is missing or broken, the adapter was trained on
+            another base, or it uses an unsupported setting.
     """
     file, settings = Path(path) / "adapter_model.safetensors", Path(path) / "adapter_config.json"
     config = read_json(settings)
@@ -88,7 +88,7 @@ def load_adapter(model: LLaVA, path: Path | str, name: str, sharded: bool = True
                 shapes[f"{layer}.lora_B.weight"] = (module.out_features, rank)
     found = match(f"{file}: an adapter for another model ({base})", shapes, weights, WRAPPER)
     if metadata.get("base") not in (None, fingerprint(model)):
-        raise ValueError(f"{file}: trained over other base weights than these, those of {base}")
+        raise ValueError(f"{file}: trained on other base weights, those of {base}")
     add_adapter(model, name, rank, alpha, sorted(layers))
     with torch.no_grad():
         for layer, module in layers.items():

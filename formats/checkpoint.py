@@ -3,8 +3,8 @@
 A model's folder holds config.json, safetensors (one file, or shards with an index), tokenizer.model
 and small files for `transformers`. `layouts.py` has the public names, `files.py` reads and writes
 files. This file accounts for every weight: one that is missing, left over or of another shape is an
-error that names it. A model on the CPU in its stored dtype needs no copy of its weights, any other
-target a single one.
+error that names it. Loading to the CPU in the stored dtype copies no weights, loading to any other
+target copies them once.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def find_device(name: str | None) -> torch.device:
-    """Return the device of a name, of None or "auto" a GPU if there is one; or a ValueError."""
+    """Return the named device (None, "auto": a GPU if there is one); ValueError if it is absent."""
     if name in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):  # torch has no single kind of error for this
+    except (RuntimeError, AssertionError):  # torch raises either
         raise ValueError(f"--device {name}: this torch installation has no such device") from None
 
 
@@ -56,9 +56,9 @@ def load_llava(
         device, dtype: where the weights go, straight from the mapped file; dtype None keeps the
             stored one. On the CPU in the stored dtype the parameters *are* the mapped file, which
             never changes: writing to a parameter copies its page.
-        tower: folder of the CLIP of an original LLaVA model. It gives the tower's shape, and its
-            weights if the model's own files do not include them.
-        sharded: where there are several processes, each reads and keeps its rows of the weights.
+        tower: folder of an original LLaVA model's CLIP. It gives the tower's shape, and its weights
+            if the model's own files do not include them.
+        sharded: with several processes, each reads and keeps its rows of the weights.
 
     Raises:
         FileNotFoundError, ValueError: one sentence that names the file and the fault.
@@ -99,7 +99,7 @@ def fill(
     model: LLaVA, found: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype,
     original: bool,
 ) -> None:
-    """Give a model on the meta device its weights, of sharded ones this process's rows."""
+    """Load weights into a model on the meta device; of sharded ones, only this process's rows."""
     parts = {name for name, weight in model.state_dict().items() if sharding.is_sharded(weight)}
     early = parts.difference(VOCABULARY if original else ())  # cut before they are read
 
@@ -144,9 +144,9 @@ def match(
     """Return stored weights under our names.
 
     Args:
-        fault: what is wrong with the file if anything is: the beginning of the error message.
-        shapes: of every weight there should be, by our name.
-        weights: what is stored, by `prefix` and public name.
+        fault: the beginning of the error message.
+        shapes: of every weight that should be stored, by our name.
+        weights: the stored ones, by `prefix` and public name.
 
     Raises:
         ValueError: lists every missing, unexpected and misshapen weight.
@@ -193,7 +193,7 @@ def read_tokenizer(folder: Path, config: LLaVAConfig) -> Tokenizer:
 
 
 def read_image_settings(folder: Path, tower: Path | None, size: int, pad: bool) -> ImageSettings:
-    """Read the processor's file of the model or else of its tower; without any, CLIP's settings."""
+    """Read the processor's file of the model, or else of its tower; without any, take CLIP's."""
     files = [folder / "preprocessor_config.json", folder / "processor_config.json"]
     files += [tower / "preprocessor_config.json"] if tower else []
     file = next((file for file in files if file.exists()), files[0])
@@ -203,9 +203,9 @@ def read_image_settings(folder: Path, tower: Path | None, size: int, pad: bool) 
 def complete_original(state: dict[str, Tensor], config: LLaVAConfig) -> None:
     """Add the weights that the original LLaVA lacks and the llava-hf layout needs.
 
-    New vocabulary rows are the mean of the old ones, so that they are never likely. The one-layer
-    projector of LLaVA v1 becomes the first of two layers with nothing between them, the second
-    the identity: the only form of it that the llava-hf layout can express.
+    New vocabulary rows are the mean of the old ones, so they are never likely. The one-layer
+    projector of LLaVA v1 becomes the first of two layers without an activation, the second the
+    identity: the llava-hf layout cannot express it otherwise.
     """
     for name in VOCABULARY:
         rows = state[name]
@@ -240,7 +240,7 @@ def fingerprint(model: LLaVA) -> str:
 
 
 def not_finite(weights: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Return the names of weights with NaN or infinity, of sharded ones in this process's rows."""
+    """Return the names of weights with NaN or infinity (if sharded: in this process's rows)."""
     mine = ((name, sharding.local(weight.detach())) for name, weight in weights)
     return [name for name, weight in mine
             if weight.numel() and not all(end.isfinite() for end in weight.aminmax())]
@@ -250,14 +250,14 @@ def save_llava(
     model: LLaVA, tokenizer: Tokenizer, settings: ImageSettings, path: Path | str,
     adapter: str | None = None, shard_bytes: int = SHARD_BYTES, dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model in the llava-hf layout, with all that `transformers` needs to open it.
+    """Write a model in the llava-hf layout, with every file that `transformers` needs to open it.
 
     Args:
         tokenizer: its sentencepiece model is written back byte for byte.
         path: the folder; it appears when it is complete, and replaces an earlier model there.
             One that holds anything else is a ValueError.
         adapter: name of the LoRA adapter to merge into the written weights, one layer at a time;
-            the model itself keeps it apart. None writes the base alone.
+            the model itself does not change. None writes the base alone.
         shard_bytes: weights beyond this size are split over several files.
         dtype: of the written weights; None: of the model's.
     """
@@ -276,15 +276,15 @@ def save_llava(
                 layouts.public_names(name)[0]: merged(model, name, weights[name], adapter).to(dtype)
                 for name in group}
             if parallel.rank():
-                continue  # it only helps to gather the weights
+                continue  # this process only helps to gather the weights
             save_file(tensors, out / f"model{part}.safetensors", {"format": "pt"})
             weight_map |= dict.fromkeys(tensors, f"model{part}.safetensors")
         if parallel.rank():
             return
         if len(groups) > 1:
             size = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
-            total = {"total_size": size}
-            contents["model.safetensors.index.json"] = {"metadata": total, "weight_map": weight_map}
+            contents["model.safetensors.index.json"] = {
+                "metadata": {"total_size": size}, "weight_map": weight_map}
         for name, content in contents.items():
             write_atomic(out / name, content)
         write_atomic(out / "tokenizer.model", tokenizer.model_proto)

@@ -1,8 +1,8 @@
-"""Rows of other tools, in the fields that `readers.py` reads.
+"""Convert rows of other tools to the fields that `readers.py` reads.
 
     RLHF-V            text = JSON of question, chosen, rejected
     RLAIF-V           image_path instead of image
-    datasets          image = {"path"}: the file is named, its bytes are not stored
+    datasets          image = {"path"}: the file's name without its bytes
     TRL and others    images = [one]; prompt, chosen, rejected or messages as chats: lists of
                       {"role": "user" or "assistant", "content": text, or parts with type and text}
 """
@@ -20,7 +20,7 @@ SPEAKERS = {"user": "human", "assistant": "gpt"}
 
 @contextlib.contextmanager
 def wrong_types(name: str) -> Iterator[None]:
-    """Make a DataError of what a row's values of wrong types make code raise."""
+    """Turn the errors that a row's values of wrong types cause into a DataError."""
     try:
         with understood(name):
             yield
@@ -33,7 +33,7 @@ def wrong_types(name: str) -> Iterator[None]:
 def plain(name: str, row: dict) -> dict:
     """Return a row with the fields of the public data sets."""
     row = dict(row)
-    json.dumps(row, default=str, ensure_ascii=False).encode()  # UnicodeError: no valid text
+    json.dumps(row, default=str, ensure_ascii=False).encode()  # UnicodeError: invalid text
     if str(row.get("text")).lstrip().startswith("{") and not row.get("question"):
         try:
             row |= parse_json(row["text"].encode())

@@ -1,7 +1,7 @@
 """Features of the frozen vision tower: computed once per image, in batches, before the first step.
 
 Rows that show the same image share its features. Up to LIMIT bytes of features stay in memory; more
-go to a memory-mapped file in the run's folder, which ends with the process, killed or not.
+go to a memory-mapped file in the run's folder, which vanishes with the process, even a killed one.
 """
 
 import collections
@@ -23,19 +23,19 @@ from formats.rows import DataError, Source, image_content, open_image
 from model import LLaVA, product_dtype
 from vision import ImageSettings, preprocess
 
-LIMIT = 1_000_000_000  # bytes of features that are kept in memory
+LIMIT = 1_000_000_000  # bytes of features kept in memory
 BATCH = 32  # rows per pass through the tower
 THREADS = min(16, os.cpu_count() or 4)  # that decode and resize images
 
-Named = Sequence[tuple[str, Source | None]]  # of each row: file and row number; its image
+Named = Sequence[tuple[str, Source | None]]  # per row: file and row number, and the image
 
 
 @dataclass
 class Features:
     """The features of rows: `features[i]` is (patches, D_vision), or None if there is no image."""
 
-    store: Tensor  # (images, patches, D_vision) on the CPU, each different image once
-    entries: list[int | str | None]  # of each row: place in the store, error message, or no image
+    store: Tensor  # (images, patches, D_vision) on the CPU, each distinct image once
+    entries: list[int | str | None]  # per row: place in the store, error message, or None
 
     def __getitem__(self, row: int) -> Tensor | None:
         """Return a row's features; DataError if its image could not be read."""
@@ -46,7 +46,7 @@ class Features:
 
 
 def size(model: LLaVA, named: Named) -> tuple[int, int, int]:
-    """Return (images, patches, D_vision), the most that the store of these rows needs."""
+    """Return (images, patches, D_vision), the largest store that these rows can need."""
     images = len({source for _, source in named if source is not None})
     return images, model.config.vision.patches, model.config.vision.hidden_size
 
@@ -73,17 +73,17 @@ def encode_images(
 
 
 def mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a tensor in a file without a name; ValueError if the disk has no room for it."""
+    """Return a tensor in an unlinked file; ValueError if the disk has no room for it."""
     file, count = folder / "features.bin", math.prod(shape)
     parallel.once(lambda: reserve(file, count * dtype.itemsize))
     store = torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)
-    parallel.total([0])  # until every process has it open
+    parallel.total([0])  # wait until every process has it open
     parallel.once(file.unlink)
     return store
 
 
 def reserve(file: Path, size: int) -> None:
-    """Make a file of so many bytes, so that a full disk is an error here and no crash later."""
+    """Allocate a file of `size` bytes, so that a full disk is an error here, not a crash later."""
     with file.open("wb") as out:
         try:
             os.posix_fallocate(out.fileno(), 0, size)
@@ -97,7 +97,7 @@ def reserve(file: Path, size: int) -> None:
 def fill(
     store: Tensor, model: LLaVA, settings: ImageSettings, named: Named, stop: bool
 ) -> list[int | str | None]:
-    """Write the features of every different image into the store; return `Features.entries`."""
+    """Write the features of every distinct image into the store; return `Features.entries`."""
     entries: list[int | str | None] = []
     known: dict = {None: None}  # image -> its place in the store, or why it cannot be read
     used, size = 0, BATCH * parallel.world()
@@ -127,7 +127,7 @@ def decode_ahead(
 ) -> Iterator[tuple[Named, list, dict[object, Tensor | str]]]:
     """Yield rows, their images' keys, and the tower's input for this process's new ones.
 
-    Threads read and decode the images of the next rows meanwhile.
+    Meanwhile, threads read and decode the images of the next rows.
     """
     seen, ahead = {None}, collections.deque()
     with ThreadPoolExecutor(THREADS) as pool:
@@ -147,7 +147,7 @@ def decode_ahead(
 
 
 def identify(source: Source | None) -> tuple[object, Path | bytes | DataError]:
-    """Return what tells images apart (a path, or a hash of the bytes), and what to open."""
+    """Return an image's key (its path, or a hash of its bytes), and what to open, or the error."""
     try:
         content = image_content("", source)
     except DataError as error:  # no image, or a bad one
@@ -157,9 +157,9 @@ def identify(source: Source | None) -> tuple[object, Path | bytes | DataError]:
 
 def tower_input(image: Path | bytes | DataError, settings: ImageSettings) -> Tensor | str:
     """Return pixels (3, size, size), or an error message that lacks only the row's name."""
+    if isinstance(image, DataError):
+        return str(image)
     try:
-        if isinstance(image, DataError):
-            raise image
         picture = open_image("", image)
     except DataError as error:
         return str(error)

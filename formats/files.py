@@ -2,7 +2,7 @@
 
 A file or folder written here is complete or absent: it is made under another name, forced onto the
 disk, and renamed. Weights are memory-mapped: the disk is read only when a value is used. A pickle
-is opened as plain tensors and values only, so that it cannot run code.
+may hold plain tensors and values only, so it cannot run code.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def error_message(error: Exception, folder: Path | str = "") -> str:
     """Format an error as one line: ours unchanged, the system's as file and reason.
 
     Args:
-        folder: what was being written, where the system's error does not say.
+        folder: where the run writes, for a system's error that names no file.
     """
     text = str(error)
     if isinstance(error, OSError) and error.errno:
@@ -37,13 +37,13 @@ def error_message(error: Exception, folder: Path | str = "") -> str:
 
 
 def brief(value: object) -> str:
-    """Return a value's repr for an error message, at most 80 characters of it."""
+    """Return a value's repr for an error message, cut to 80 characters."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def parse_json(content: bytes) -> object:
-    """Parse JSON in UTF-8; ValueError also for a key given twice, and for nesting too deep."""
+    """Parse JSON in UTF-8; ValueError also for a duplicate key and for too deep nesting."""
     try:
         return json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique)
     except RecursionError:
@@ -51,7 +51,7 @@ def parse_json(content: bytes) -> object:
 
 
 def unique(pairs: list[tuple[str, object]]) -> dict:
-    """Return a dict of pairs; ValueError for a key that comes twice."""
+    """Return a dict of pairs; ValueError for a duplicate key."""
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
@@ -64,7 +64,7 @@ def read_json(path: Path, optional: bool = False) -> dict:
     if optional and not path.exists():
         return {}
     try:
-        if path.exists() and not path.is_file():  # such as a pipe, which could block for ever
+        if path.exists() and not path.is_file():  # a pipe could block for ever
             raise ValueError("not a regular file")
         values = parse_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -86,7 +86,7 @@ def sync(path: Path) -> None:
 
 
 def write_atomic(path: Path | str, content: str | bytes | dict | list) -> None:
-    """Write text, bytes or JSON so that a reader, or a crash, finds the old content or the new."""
+    """Write text, bytes or JSON; readers find the old content or the new, even after a crash."""
     path = Path(path)
     if not isinstance(content, str | bytes):
         content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -126,7 +126,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
         shutil.rmtree(old, ignore_errors=True)
         sync(path.parent)
-    except SafetensorError:  # all that can go wrong while it writes
+    except SafetensorError:  # how safetensors reports a full disk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -136,8 +136,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def lock_folder(folder: Path, wait: bool = False) -> Iterator[None]:
     """Make a folder and lock it against other processes; remove it afterwards if it is empty.
 
-    The system's lock on the folder itself ends with its process, so a killed one leaves none. A
-    folder that another process holds, unless to wait is asked for, or a file, is a ValueError.
+    The system drops the lock when this process ends, even if killed. Raises ValueError for a file,
+    and, unless `wait`, for a folder that another process has locked.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose another --out")
@@ -151,13 +151,13 @@ def lock_folder(folder: Path, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # not empty, as a rule
+        with contextlib.suppress(OSError):  # usually it is not empty
             folder.rmdir()
         os.close(handle)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, which disappears at once: it is renamed first."""
+    """Delete a file or a folder; renamed first, it disappears at once."""
     doomed = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.rename(doomed)
     if doomed.is_dir() and not doomed.is_symlink():
@@ -174,21 +174,21 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def understood(file: Path | str) -> Iterator[None]:
-    """Make a ValueError that names the file of what its values of wrong types make code raise."""
+    """Turn the errors that values of wrong types cause into a ValueError that names the file."""
     try:
         yield
     except (TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{file}: a field has a value that it cannot have "
+        raise ValueError(f"{file}: a field has an invalid value "
                          f"({type(error).__name__}: {brief(str(error))}); copy it again") from None
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file so that equal contents are equal bytes.
+    """Write a safetensors file; equal contents give equal bytes.
 
-    The library puts several metadata into a random order; here they are sorted.
+    The library writes the metadata's keys in random order; here they are sorted.
     """
     content = save(tensors, metadata)
-    start = 8 + int.from_bytes(content[:8], "little")  # of the numbers
+    start = 8 + int.from_bytes(content[:8], "little")  # of the tensors' data
     header = json.loads(content[8:start])
     header["__metadata__"] = dict(sorted(metadata.items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
@@ -207,7 +207,7 @@ def open_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def open_pickle(file: Path) -> dict:
-    """Return a pickle of plain values, its tensors memory-mapped; ValueError for any other file."""
+    """Return a pickle of plain values, its tensors memory-mapped; ValueError for other files."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # from the system, zip, pickle or torch

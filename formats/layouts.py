@@ -1,13 +1,13 @@
 """The public files of a LLaVA model: names of tensors, config.json, processor and tokenizer files.
 
-`checkpoint.py` moves the weights; this file holds what is spelled in public files, and the small
-files from which `transformers` builds tokenizer and image processor.
+`checkpoint.py` moves the weights; this file has the names in public files, and the small files from
+which `transformers` builds tokenizer and image processor.
 
-The tensors of one model have been named in three ways. All are read, the first is written:
+The tensors of a model have three public spellings. All are read, the first is written:
 
-    llava-hf                language_model.model.layers.0...    what the hub holds
-    transformers >= 4.52    model.language_model.layers.0...    what its module tree looks like
-    original LLaVA          model.layers.0..., model.mm_projector.0...; the tower inside or apart
+    llava-hf                language_model.model.layers.0...    files on the hub
+    transformers >= 4.52    model.language_model.layers.0...    its module tree
+    original LLaVA          model.layers.0..., model.mm_projector.0...; with or without the tower
 """
 
 import re
@@ -74,8 +74,8 @@ CLIP = {
     "num_attention_heads": 12, "image_size": 224, "patch_size": 32,
 }
 OPENAI_TOWERS = {"clip-vit-large-patch14-336": 336, "clip-vit-large-patch14": 224}  # pixels
-LIMITS, LAYERS = {int: 2**24, float: 1e12}, 1000  # of sensible numbers
-# The only values that model.py computes; the first is the meaning of an absent field.
+LIMITS, LAYERS = {int: 2**24, float: 1e12}, 1000  # the largest sensible numbers
+# The only values that model.py supports; the first stands for an absent field.
 MODEL_VALUES = {  # of config.json and its text_config
     "model_type": ("llama", "llava", "llava_llama"), "hidden_act": ("silu",),
     "attention_bias": (False,), "mlp_bias": (False,), "tie_word_embeddings": (False,),
@@ -132,7 +132,7 @@ def vision_config(file: Path, values: dict) -> VisionConfig:
 
 
 def in_range(file: Path, config: LLaVAConfig) -> LLaVAConfig:
-    """Return the config; ValueError for a token beyond the vocabulary, a layer beyond the tower."""
+    """Return the config; ValueError for a token or layer that the model does not have."""
     depth, last = config.vision.num_hidden_layers, config.text.vocab_size - 1
     ranges = dict.fromkeys(("image_token", "pad_token", "eos_token"), (0, last))
     ranges["vision_feature_layer"] = (-depth - 1, depth)
@@ -160,8 +160,8 @@ def llava_hf_config(file: Path, values: dict) -> LLaVAConfig:
 def original_config(file: Path, values: dict, tower: Path | None) -> LLaVAConfig:
     """Return the shapes in an original LLaVA's config.json.
 
-    That code marks images by a negative id outside the vocabulary. Here, as in llava-hf, `<image>`
-    and padding get the next two rows, and the vocabulary is rounded up to a multiple of 64.
+    The original code marks images by a negative id. Here, as in llava-hf, `<image>` and padding get
+    the two rows after the vocabulary, which is rounded up to a multiple of 64.
 
     Args:
         tower: folder of the model's CLIP.
@@ -185,12 +185,12 @@ def original_config(file: Path, values: dict, tower: Path | None) -> LLaVAConfig
 
 
 def image_settings(file: Path, values: dict, size: int, pad: bool) -> ImageSettings:
-    """Return how pictures become pixels, from a processor's file.
+    """Return the image settings in a processor's file.
 
     Args:
         values: the file's content; {} stands for CLIP's settings.
         size: the tower's input size in pixels; a file with another one is an error.
-        pad: whether to pad to a square if the file leaves it open.
+        pad: whether to pad to a square if the file does not say.
     """
     values = values.get("image_processor", values)
     pad = bool(values.get("do_pad", pad))
@@ -313,7 +313,7 @@ def fast_tokenizer(sp: SentencePieceProcessor, added: list[dict]) -> dict:
     """Return a sentencepiece BPE model as tokenizer.json, which opens without sentencepiece.
 
     sentencepiece merges the pair whose piece has the best score, tokenizer.json the pair that comes
-    first in a list. The list is therefore every way to cut a piece in two, ordered by score.
+    first in a list. The list therefore has every way to cut a piece in two, ordered by score.
     """
     vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
     score = [sp.get_score(i) for i in range(sp.vocab_size())]

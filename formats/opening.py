@@ -1,4 +1,4 @@
-"""Whatever a user calls a model: its own folder, that of a run, or an adapter over its base."""
+"""Open what a user may call a model: its own folder, a run's, or an adapter over its base."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def open_model(
 
 
 def parameter_count(path: Path | str, tower: Path | str | None = None) -> int:
-    """Return the size of a model from its config.json alone."""
+    """Count a model's parameters from its config.json alone."""
     folder = model_folder(path)
     if base := base_of(folder):
         return parameter_count(base, tower)

@@ -9,10 +9,10 @@
     prompts for PPO, GRPO (JSON) image, conversations, caption_type, length_bonus  -> Prompt
     image_to_caption.json        {file name: [captions]}                           -> read_captions
 
-`dialects.py` brings other tools' rows to these forms. The fields of a row decide which it is. A
-preference also serves as a conversation (with its better response), and any row as a prompt. A row
-that cannot be used is an error that names file and row: nothing is cut, guessed or dropped
-silently. Tokens come later, in data.py.
+`dialects.py` converts other tools' rows. The fields of a row decide its form. A preference also
+serves as a conversation (with its better response), and any row as a prompt. A row that cannot be
+used is an error that names file and row: nothing is cut, guessed or dropped silently. Tokens come
+later, in data.py.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,9 +28,9 @@ from formats.tokenizer import IMAGE
 
 Patterns = Sequence[str | Path]  # files or glob patterns
 Folder = str | Path | None  # of images; None: the folder of the file with the row
-Skip = list[str] | None  # collects messages about bad rows, which are left out; None raises them
+Skip = list[str] | None  # collects errors of bad rows, which are left out; None raises them
 Turn = tuple[str, str]  # a question and its answer
-RATIONALE = "aok_"  # LLaVA-RLHF's captions of "aok_x.jpg": why an option of a question is right
+RATIONALE = "aok_"  # in LLaVA-RLHF, "aok_x.jpg" has captions that say why an option is right
 TRUTHS = {1: None, 2: "A", 3: "B", 4: "C", 5: "D", 6: "no", 7: "yes"}  # by caption_type
 
 
@@ -75,7 +75,7 @@ class Conversation(Record):
 
 @dataclass(frozen=True)
 class Prompt(Record):
-    """A question about an image, and what LLaVA-RLHF's rewards use (arXiv 2309.14525)."""
+    """A question about an image, and fields for LLaVA-RLHF's rewards (arXiv 2309.14525)."""
 
     question: str
     caption_type: int = 1  # the kind of question, a key of TRUTHS
@@ -88,7 +88,7 @@ class Prompt(Record):
 
     @property
     def facts_prefix(self) -> str:
-        """What its facts are found by: a rationale's for questions with options."""
+        """Prefix of the image's name in `captions_of`: RATIONALE for questions with options."""
         return RATIONALE if self.truth in ("A", "B", "C", "D") else ""
 
 
@@ -100,19 +100,19 @@ def read_pairs(patterns: Patterns, images: Folder = None, skip: Skip = None) -> 
 def read_conversations(
     patterns: Patterns, images: Folder = None, skip: Skip = None
 ) -> list[Conversation]:
-    """Read conversations to learn; of a preference the better response."""
+    """Read conversations to learn; a preference gives its better response."""
     return read_records(make_conversation, patterns, images, skip)
 
 
 def read_prompts(patterns: Patterns, images: Folder = None, skip: Skip = None) -> list[Prompt]:
-    """Read questions to answer: the first of every row."""
+    """Read the first question of every row."""
     return read_records(make_prompt, patterns, images, skip)
 
 
 def read_records(make: Callable, patterns: Patterns, images: Folder, skip: Skip) -> list:
-    """Return `make(name, row, folder of images)` of every row of every file.
+    """Return `make(name, row, folder of images)` for every row of every file.
 
-    A bad file, bad rows that are not skipped, and no usable row at all are a DataError.
+    Raises DataError for a bad file, for bad rows that are not skipped, or if no row is usable.
     """
     if images and not Path(images).is_dir():
         raise DataError(f"{images}: no such folder")
@@ -137,7 +137,7 @@ def read_records(make: Callable, patterns: Patterns, images: Folder, skip: Skip)
 
 
 def latest_corrections(rows: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
-    """Yield rows; of annotate.py's lines the last of each id, unless it accepts or skips."""
+    """Yield rows; of annotate.py's, only the last line of each id, if that is a correction."""
     last = {}
     for name, row in rows:
         if isinstance(row, dict) and "annotator" in row:
@@ -166,10 +166,9 @@ def captions_of(
     """
     path = Path(image.name if isinstance(image, ParquetImage) else image)
     path = path.with_name(prefix + path.name)
-    parts = path.parts
-    for i in range(len(parts)):
-        if "/".join(parts[i:]) in captions:
-            return captions["/".join(parts[i:])]
+    for i in range(len(path.parts)):
+        if (end := "/".join(path.parts[i:])) in captions:
+            return captions[end]
     raise DataError(f"{name}: no captions for image {brief(str(path))}")
 
 
@@ -239,7 +238,7 @@ def make_prompt(name: str, row: dict, images: str | Path) -> Prompt:
 
 
 def text_of(name: str, row: dict, key: str) -> str:
-    """Return a text field without the white space around it."""
+    """Return a text field without surrounding white space."""
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{name}: field {key!r} is missing or empty")
@@ -249,7 +248,7 @@ def text_of(name: str, row: dict, key: str) -> str:
 
 
 def question_of(name: str, row: dict) -> str:
-    """Return the question of a plain row without its `<image>`, which it need not have."""
+    """Return the question of a plain row, without `<image>` if it has one."""
     key = "prompt" if row.get("prompt") and not row.get("question") else "question"
     text = text_of(name, row, key)
     question = text.replace(IMAGE, "").strip()
@@ -306,7 +305,7 @@ def turns_of(name: str, messages: list[dict], image: bool) -> list[Turn]:
 
 
 def image_of(name: str, row: dict, images: str | Path, needed: bool = True) -> Source | None:
-    """Return where a row's image is; None if it has none and needs none."""
+    """Return where a row's image is; None for a row that has none and needs none."""
     image = row.get("image")
     if needed and not image:
         raise DataError(f"{name}: field 'image' is missing or empty")

@@ -1,8 +1,8 @@
 """From files to rows and pictures: JSON lines, JSON arrays, parquet, and the images they name.
 
-The content of a file decides which of these it is, never its name. Images stay on disk until they
-are opened: a row holds a file name or a place in a parquet file, so data sets of any size fit in
-memory. `readers.py` interprets the rows.
+The content of a file decides its format; of names, only `.parquet` counts. Images stay on disk
+until they are opened: a row holds a file name or a place in a parquet file, so data sets of any
+size fit in memory. `readers.py` interprets the rows.
 """
 
 import contextlib
@@ -22,13 +22,12 @@ from PIL import Image, ImageOps
 from formats.files import brief, parse_json
 from vision import to_rgb
 
-FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders that ever open a user's file
-# A small file can hold a gigantic picture. Pillow only warns of one, and whether a warning becomes
-# an error is a setting that all threads share; so `open_image` compares the size itself.
+FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders that open a user's file
+# A small file can hold a gigantic picture, of which Pillow only warns. Turning warnings into errors
+# is a setting that all threads share, so `open_image` checks the size itself.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
-
-LISTED = 20  # bad rows are listed at once, up to this number
+LISTED = 20  # bad rows in one message, at most
 
 
 class DataError(ValueError):
@@ -37,7 +36,7 @@ class DataError(ValueError):
 
 @contextlib.contextmanager
 def skipping(skip: list[str] | None) -> Iterator[None]:
-    """Collect the block's DataError in `skip`, or let it pass if that is None."""
+    """Collect the block's DataError in `skip`; raise it if that is None."""
     try:
         yield
     except DataError as error:
@@ -54,7 +53,7 @@ def report_skipped(skip: list[str] | None) -> None:
 
 
 def refuse(bad: list[str], least: int = 1) -> None:
-    """Raise a DataError of at least `least` messages about bad rows; it lists LISTED of them."""
+    """Raise a DataError that lists bad rows, up to LISTED, if there are at least `least`."""
     if len(bad) == 1 == least:
         raise DataError(bad[0])
     if len(bad) >= least:
@@ -67,7 +66,7 @@ def refuse(bad: list[str], least: int = 1) -> None:
 
 
 def find_files(patterns: Sequence[str | Path]) -> list[Path]:
-    """Return the files of names and glob patterns, those of one pattern in alphabetical order."""
+    """Return the files that match names or glob patterns, each pattern's in alphabetical order."""
     paths = []
     for pattern in patterns:
         whole = Path(pattern).exists()  # it may contain [brackets]
@@ -86,8 +85,8 @@ def find_files(patterns: Sequence[str | Path]) -> list[Path]:
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     """Return (name, row) of each row of a parquet file, a JSON array or JSON lines.
 
-    A name is file and row number, counted from 1. A row that cannot be read comes as a DataError in
-    its place; a file that is broken as a whole raises one.
+    A name is file and row number, counted from 1. A DataError stands in place of a row that cannot
+    be read; a file that is broken as a whole raises one.
     """
     with path.open("rb") as file:
         start = file.read(4096)
@@ -98,7 +97,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def whole_rows(path: Path, kinds: type | tuple[type, ...] = dict) -> Iterator[tuple[str, object]]:
-    """Yield what `read_rows` does; a DataError for a row that is none or not of these kinds."""
+    """Yield the rows of `read_rows`; raise DataError for a bad row, or one not of these kinds."""
     for name, row in read_rows(path):
         if isinstance(row, DataError):
             raise row
@@ -134,9 +133,9 @@ def open_parquet(path: Path):
     except ImportError:
         raise DataError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from None
     try:
-        # A part of a column at a time; unless told so, pyarrow holds the whole row group.
+        # Read a part of a column at a time; by default pyarrow holds the whole row group.
         return parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
-    except Exception as error:  # pyarrow has many
+    except Exception as error:  # pyarrow raises many types
         raise DataError(f"{path}: not a complete parquet file ({error})") from None
 
 
@@ -149,7 +148,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
     column = next((name for name in ("image", "images") if binary.match(kinds.get(name, ""))), None)
     leaf = next((leaf for leaf in leaves if re.fullmatch(rf"{column}(\..*)?\.bytes", leaf)), column)
     for group in range(table.num_row_groups):
-        # An image file of `datasets` may also be named only, its bytes null.
+        # `datasets` may also store only an image's path, with null bytes.
         embedded = column and not all_null(table, group, leaves.index(leaf))
         columns = [each for each in leaves if not (embedded and each == leaf)]
         try:
@@ -172,7 +171,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def all_null(table, group: int, leaf: int) -> bool:
-    """Return whether a column of a row group of a parquet file holds nothing."""
+    """Return whether a column of a parquet file's row group holds only nulls."""
     column = table.metadata.row_group(group).column(leaf)
     return column.statistics is not None and column.statistics.null_count == column.num_values
 
@@ -206,7 +205,7 @@ Source = Path | ParquetImage  # where an image is
 class StoredImages:
     """The images of a row group, which may exceed memory: a few are held at a time.
 
-    Asked for in order, each is read once; an earlier one starts again at the group's first.
+    In order, each is read once; a step back starts again at the group's first.
     """
 
     def __init__(self, file: Path, group: int, column: str):
@@ -238,13 +237,13 @@ def stored_images(file: Path, changed: int, group: int, column: str) -> StoredIm
 
 
 def image_path(name: str, image: str, images: str | Path | None) -> Path:
-    """Return the file of an image name; it must lie inside the folder of images."""
+    """Return the file that an image name means; it must lie inside the folder of images."""
     folder = Path(images or ".").resolve()
     try:
         path = (folder / str(image)).resolve()
         there = path.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, a loop
-        raise DataError(f"{name}: image {brief(image)} is no file name "
+        raise DataError(f"{name}: image {brief(image)} is not a file name "
                         f"({getattr(error, 'strerror', None) or brief(str(error))})") from None
     if not path.is_relative_to(folder):
         raise DataError(f"{name}: image {brief(image)} lies outside the image folder {folder}")

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write into it, what is deleted there, and when it is finished."""
+"""The folder of a run: when a run may write there, what it replaces, and when it is finished."""
 
 import contextlib
 import platform
@@ -14,12 +14,12 @@ from config import TRANSIENT, VERSION, Run, Training
 from formats.files import read_json, remove, remove_leftovers, write_atomic
 from formats.state import latest_state
 
-# What a run writes into its folder, and all that is ever deleted there. config.json proves that the
+# All that a run writes into its folder; nothing else is deleted there. config.json proves that the
 # folder is a run's, so it goes last.
 WRITTEN = ("checkpoint-*", "model", "adapter", "tensorboard", "*_head.safetensors", "request.txt",
            "features.bin", "metrics.jsonl", "samples.jsonl", "pairs.json", "reference.json",
            "results.json", "report.html", "config.json")
-ASIDE = ".replaced"  # folder in it: what a new run will replace as soon as it begins to train
+ASIDE = ".replaced"  # subfolder for the old files that a new run replaces once it begins to train
 
 
 def settings_of(run: Run, config: Training) -> dict:
@@ -28,7 +28,7 @@ def settings_of(run: Run, config: Training) -> dict:
 
 
 def settings_of_run(folder: Path) -> dict | None:
-    """Return the settings of the run in a folder; None if there is no config.json of ours."""
+    """Return the settings of the run in a folder; None if its config.json is absent or not ours."""
     with contextlib.suppress(ValueError, OSError, LookupError, TypeError):
         content = read_json(folder / "config.json")
         if "plumbline" in content["versions"] and isinstance(content["settings"], dict):
@@ -43,10 +43,10 @@ def is_finished(folder: Path) -> bool:
 
 
 def set_aside(folder: Path, run: Run, config: Training) -> None:
-    """Move what a run wrote into ASIDE, nothing else, and nothing that this run reads.
+    """Move the files that a run wrote, and nothing else, into ASIDE.
 
     Raises:
-        ValueError: an input of this run is among it.
+        ValueError: an input of this run is among them.
     """
     written = [path for pattern in WRITTEN for path in sorted(folder.glob(pattern))]
     names = ("model", "tower", "images", "reward_model", "held_out_reward_model", "captions",
@@ -56,15 +56,15 @@ def set_aside(folder: Path, run: Run, config: Training) -> None:
         inside = [each / "model"] if (each / "model").is_dir() else []  # of a run's folder
         for place in (each, *inside):
             if any(place.resolve().is_relative_to(path.resolve()) for path in written):
-                raise ValueError(f"{each} is an input of this run and in {folder}, which it would "
-                                 "overwrite; choose another --out")
+                raise ValueError(f"{each} is an input of this run, which would overwrite it in "
+                                 f"{folder}; choose another --out")
     (folder / ASIDE).mkdir()
     for path in written:
         path.rename(folder / ASIDE / path.name)
 
 
 def restore(folder: Path) -> None:
-    """Put back what was set aside, over what a run has written that has not begun."""
+    """Put back the files set aside, over those of a run that did not begin to train."""
     if (aside := folder / ASIDE).exists():
         for path in sorted(aside.iterdir()):
             if (new := folder / path.name).exists():
@@ -75,7 +75,7 @@ def restore(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[None]:
-    """Delete what was set aside if all goes well in this block; else put it back."""
+    """Delete the files set aside if this block succeeds; else put them back."""
     try:
         yield
     except BaseException:
@@ -87,9 +87,9 @@ def replacing(folder: Path) -> Iterator[None]:
 
 
 def open_folder(folder: Path, run: Run, config: Training, about: str, reads: str) -> bool | None:
-    """Prepare the output folder and write its config.json; what was there is set aside.
+    """Prepare the output folder and write its config.json; set an old run's files aside.
 
-    Returns True if the run resumes, None if it is finished already and there is nothing to do.
+    Return True if the run resumes, False if it starts anew, None if it has finished already.
     """
     settings, file = settings_of(run, config), folder / "config.json"
     remove_leftovers(folder)
@@ -110,7 +110,7 @@ def open_folder(folder: Path, run: Run, config: Training, about: str, reads: str
                 f"{folder} holds an unfinished run; --resume continues, --overwrite restarts it")
     if run.resume and is_finished(folder):
         return None
-    resume = run.resume and state is not None  # else nothing was saved: from the start
+    resume = run.resume and state is not None  # nothing saved: start anew
     if not resume:
         if is_finished(folder):
             print(f"{folder}: replacing the finished run", file=sys.stderr)

@@ -1,11 +1,11 @@
 """Resume states: all that an interrupted run needs, in one folder without pickled code.
 
     checkpoint-<step>/
-      state.json                           numbers, strings, lists; where a tensor was, its name
+      state.json                           numbers, strings, lists; a tensor's name in its place
       state.safetensors                    those tensors
       weights-00001-of-00003.safetensors   the rows of sharded tensors that process 1 of 3 held
 
-Any number of processes can continue: each reads the rows that it needs from whichever files.
+Any number of processes can resume: each reads the rows that it needs, whichever files hold them.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def save_state(folder: Path | str, state: dict, weights: dict[str, Tensor] | Non
         weights: large tensors by name, of which every process may hold some rows.
 
     Raises:
-        ValueError: the state holds something that only unpickling code could restore.
+        ValueError: the state holds a value that only unpickling code could restore.
     """
     tensors: dict[str, Tensor] = {}
     plain = take_tensors(state, "state", tensors)
@@ -42,7 +42,7 @@ def save_state(folder: Path | str, state: dict, weights: dict[str, Tensor] | Non
             for name, weight in (weights or {}).items()
             if sharding.is_sharded(weight) or parallel.rank() == 0}
     part = f"weights-{parallel.rank() + 1:05}-of-{parallel.world():05}.safetensors"
-    with contextlib.ExitStack() as stack:  # the folder's new name comes last, when all have written
+    with contextlib.ExitStack() as stack:  # renames the folder at the end, when all have written
         out = parallel.once(lambda: stack.enter_context(atomic_folder(Path(folder))))
         save_file({name: rows for name, rows in mine.items() if rows.numel()}, out / part)
         sync(out / part)
@@ -105,7 +105,7 @@ def load_state(folder: Path | str) -> tuple[dict, dict[str, StoredRows]]:
     """Return what `save_state` wrote: the state on the CPU, and the weights to be read in part.
 
     Raises:
-        ValueError: the state is not there, or its files are broken.
+        ValueError: the state is missing, or its files are broken.
     """
     folder = Path(folder)
     weights: dict[str, StoredRows] = {}

@@ -2,14 +2,12 @@
 
 The convention is that of the original LLaVA code and of transformers' legacy LlamaTokenizer: the
 text around every `<image>` is tokenized piece by piece, and each piece begins with sentencepiece's
-dummy space. `<image>` and `<pad>` come behind the sentencepiece vocabulary, as in the llava-hf
-models.
+dummy space. `<image>` and `<pad>` follow the sentencepiece vocabulary, as in the llava-hf models.
 
-What this file does differently, and why:
-
-1. `</s>`, `<s>`, `<unk>` and `<pad>` written in a text are ordinary characters, so no text can end
-   an answer or hide from the loss. All other ids equal those of transformers' AutoTokenizer. (The
-   class LlamaTokenizer of transformers 5, called by name, merges spaces in another way.)
+What this file does differently, and why: `</s>`, `<s>`, `<unk>` and `<pad>` written in a text are
+ordinary characters, so no text can end an answer or hide from the loss. All other ids equal those
+of transformers' AutoTokenizer. (The class LlamaTokenizer of transformers 5, called by name, merges
+spaces differently.)
 """
 
 import io
@@ -24,7 +22,7 @@ import sentencepiece
 from formats.files import write_atomic
 
 IMAGE = "<image>"
-SYSTEM = (  # LLaVA's vicuna_v1: what every conversation begins with
+SYSTEM = (  # begins every conversation of LLaVA's vicuna_v1
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."
 )
@@ -43,7 +41,7 @@ class Tokenizer:
         self.pad_token = size + 1 if pad_token is None else pad_token
         self.bos_token, self.eos_token = self.sp.bos_id(), self.sp.eos_id()
         self.vocab_size = max(size, self.image_token + 1, self.pad_token + 1)
-        shared = list(range(size)).__getitem__  # an int per id: 8 bytes per token of a row, not 36
+        shared = list(range(size)).__getitem__  # one int per id: 8 bytes per token, not 36
         self._pieces = lru_cache(maxsize=65536)(
             lambda text: tuple(map(shared, self.sp.encode(text))))
 
@@ -71,13 +69,13 @@ class Tokenizer:
 
 
 def sentencepiece_model(file: Path, content: dict) -> bytes:
-    """Return the sentencepiece model that a tokenizer.json was made from, but for its scores.
+    """Return the sentencepiece model that a tokenizer.json was made from, except for its scores.
 
     sentencepiece merges the pair whose piece has the best score, tokenizer.json the pair that comes
     first in a list: places in the list serve as scores.
 
     Raises:
-        ValueError: it is no BPE with byte fallback, as LLaMA's is.
+        ValueError: it is not a BPE with byte fallback, as LLaMA's is.
     """
     model = content["model"]
     bpe = model.get("type") == "BPE" and model.get("byte_fallback")
@@ -110,7 +108,7 @@ def sentencepiece_model(file: Path, content: dict) -> bytes:
 def train_tokenizer(texts: Iterable[str], path: Path | str, vocab_size: int = 800) -> None:
     """Train a small sentencepiece model with LLaMA's settings: BPE, byte fallback, raw text.
 
-    Deterministic: the result depends on the texts alone, as only one thread trains.
+    The result depends on the texts alone, as only one thread trains.
     """
     proto = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
