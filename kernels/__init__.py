@@ -3,12 +3,12 @@
     token_logp(hidden, weight, target)             log p(target) per row, differentiable
     ddpo_loss(hidden, weight, target, ...)         the segment-weighted DDPO loss, fused
 
-`model.Head` calls such a function as `function(hidden, weight, *arguments)`, with the weight
-gathered and in the products' dtype, and accepts any function of your own in their place. `ddpo.py`
-computes its loss in plain PyTorch from `token_logp`; `ddpo_loss` is tested equal to it.
+`model.Head` calls either as `function(hidden, weight, *arguments)`, with the weight gathered and in
+the products' dtype, and accepts your own function in their place. `ddpo.py` computes its loss in
+plain PyTorch from `token_logp`; `ddpo_loss` is tested equal to it.
 
 Read `reference.py` first (the mathematics in plain PyTorch), then `fused.py` (how the work is cut),
-then the Triton kernels. Both functions take the same two choices, made here and nowhere else:
+then the Triton kernels. Both functions take the same two options, which only this file resolves:
 
 * method, how the gradients are computed (`fused.py`): "chunks" (default, fastest) or "slices"
   (lowest memory). A pass without gradients needs neither: kernel A leaves no logits at all.
@@ -40,7 +40,7 @@ def token_logp(
     target: (R,) long, the tokens.
     method, backend: see the top of this file; None takes the default.
 
-    Returns (R,) float32 natural-log probabilities, differentiable once by hidden and weight.
+    Returns (R,) float32 log-probabilities, differentiable once with respect to hidden and weight.
     Raises ValueError for shapes, dtypes or devices that disagree, a target outside the vocabulary,
     and hidden states or weights that are not finite.
     """
@@ -71,16 +71,16 @@ def ddpo_loss(
     beta: above 0, in 1 / score; the paper's 0.5 with normalize=True.
     normalize: True divides a response's weighted sum by its sum of weights (Eq. 5); False leaves
         the sum (the paper's released code).
-    anchor: not below 0, weight of the chosen responses' negative log-likelihood per token.
-    bounds: (2P + 1,) the row where each response begins, and R, if the caller knows them. A GPU is
-        then waited for once, at the end, and not twice; target's and group's values go unchecked.
+    anchor: at least 0, weight of the chosen responses' negative log-likelihood per token.
+    bounds: (2P + 1,) the row where each response begins, and R, if the caller knows them. The call
+        then waits for a GPU once, not twice, and leaves the values of target and group unchecked.
 
-    Returns, all float32: the loss, a scalar, mean over pairs, differentiable once by hidden and
-    weight (the forward computes its gradients and backward uses them up); rewards of the chosen
-    and of the rejected responses, beta (score - reference), (P,) each; scores (2P,). The last
-    three are for logging and carry no gradient.
-    Raises ValueError as `token_logp`, and for empty responses, groups out of order or range, and a
-    reference of odd length.
+    Returns, all float32: the loss, a scalar, mean over pairs, differentiable once with respect to
+    hidden and weight (the forward computes the gradients, the backward uses them up); rewards of
+    the chosen and of the rejected responses, beta (score - reference), (P,) each; scores (2P,). The
+    last three are for logging and carry no gradient.
+    Raises ValueError like `token_logp`, and for empty responses, groups out of order or range, and
+    a reference of odd length.
     """
     method, ops = choose_method(method), choose_backend(backend, hidden)
     checks.check_tensors(
@@ -109,7 +109,7 @@ def ddpo_loss(
 
 
 def operands(*tensors: Tensor) -> list[Tensor]:
-    """Return the tensors contiguous and, under no_grad, detached: autograd functions ignore it."""
+    """Return contiguous tensors, detached under no_grad, which autograd functions ignore."""
     tensors = [tensor.contiguous() for tensor in tensors]
     return tensors if torch.is_grad_enabled() else [tensor.detach() for tensor in tensors]
 

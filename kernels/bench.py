@@ -3,7 +3,7 @@
     python kernels/bench.py                          the loss head (bench_head.py)
     python kernels/bench.py --step                   a whole DDPO step (bench_step.py)
     python kernels/bench.py --generate --random      generation (bench_generate.py)
-    python kernels/bench.py --gpu --out gpu.json     all that a GPU decides (bench_gpu.py)
+    python kernels/bench.py --gpu --out gpu.json     all that needs a GPU (bench_gpu.py)
 
 `--help` after any of them lists its options.
 """

@@ -1,9 +1,9 @@
 """Compare `generation.generate` with transformers' `generate`: tokens per second, same weights.
 
-Both write completions of exactly so many new tokens (end-of-sequence is switched off) to questions
-about drawn scenes: first one completion per prompt, then four samples per prompt, as rollouts and
-rankings draw them. The two take turns; the table shows medians of time and of the turns' ratios,
-and the seconds of the very first run, in which `--compiled` compiles.
+Both write completions of a fixed length (end-of-sequence is switched off) to questions about drawn
+scenes: first one completion per prompt, then four samples per prompt, as rollouts and rankings draw
+them. The two take turns; the table shows medians of time and of the turns' ratios, and the seconds
+of the very first run, in which `--compiled` compiles.
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ BASE = Path(__file__).resolve().parent.parent / "world" / "base"
 @dataclasses.dataclass
 class Options:
     model: str = option(str(BASE), "a folder in llava-hf's layout")
-    random: bool = option(False, "a tiny random model instead")
+    random: bool = option(False, "use a tiny random model instead")
     batch: int = option(16, "completions, a multiple of 4", least=4)
-    tokens: int = option(64, "new ones of each completion", least=1)
-    compiled: bool = option(False, "our compiled decoding as well")
+    tokens: int = option(64, "new tokens per completion", least=1)
+    compiled: bool = option(False, "also measure our compiled decoding")
     device: str = option("cuda" if GPU else "cpu", "where to run", choices=("cuda", "cpu"))
     repeats: int = option(7, "measured turns", least=1)
 
@@ -62,7 +62,7 @@ def theirs(
 def compare(
     options: Options, model: LLaVA, tokenizer: Tokenizer, settings: ImageSettings, samples: int
 ) -> Iterator[Row]:
-    """Yield the rows of completions of drawn scenes, `samples` to each prompt."""
+    """Yield the table's rows for `samples` completions of each prompt."""
     tokens, count, like = options.tokens, options.batch // samples, model.head.weight
     pictures = [world.draw(world.make_scene(f"bench {i}"), settings.size) for i in range(count)]
     pixels = pixels_of(pictures, settings).to(like)

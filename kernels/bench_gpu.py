@@ -1,8 +1,8 @@
-"""Measure all that a GPU decides in one command: correctness, loss head, training, decoding.
+"""Measure all that needs a GPU in one command: correctness, loss head, training, decoding.
 
-The parts run one after another, each in a process and a folder of its own, at most eight minutes in
+The parts run one after another, each in its own process and folder, for at most eight minutes in
 all. A part is a function of the sizes that yields rows; the first line of its docstring is the
-title of its table. One that fails or takes too long leaves its error and the rows it had.
+title of its table. If one fails or takes too long, its error and the rows so far are reported.
 
 The random model has the shape of LLaVA-1.5 7B. Shares of time come from steps that wait for the
 device after each part; all other figures from steps that do not.
@@ -54,7 +54,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured on a GPU; the tests measure less on a CPU."""
+    """Sizes to measure on a GPU; the tests use smaller ones on a CPU."""
 
     device: str = "cuda"
     model: LLaVAConfig = field(default_factory=LLaVAConfig)
@@ -64,7 +64,7 @@ class Sizes:
     question: int = 40  # tokens
     response: int = 100
     rank: int = 64
-    batches: tuple[int, ...] = (1, 16)  # completions that are decoded at a time
+    batches: tuple[int, ...] = (1, 16)  # completions decoded at a time
     new_tokens: int = 64
     compiled: tuple[bool, ...] = (False, True)
     repeats: int = 5
@@ -137,7 +137,7 @@ def lora_steps(sizes: Sizes) -> Iterator[Row]:
 def full_steps(sizes: Sizes) -> Iterator[Row]:
     """DDPO steps that train decoder, projector and head."""
     if sizes.device == "cuda" and torch.cuda.get_device_properties(0).total_memory < FULL:
-        raise RuntimeError(f"takes a GPU with {FULL / 2**30:.0f} GiB")
+        raise RuntimeError(f"needs a GPU with {FULL / 2**30:.0f} GiB")
     yield from steps(sizes, 0)
 
 
@@ -162,7 +162,7 @@ def steps(sizes: Sizes, rank: int) -> Iterator[Row]:
 
 
 def step_flops(loop: Loop) -> int:
-    """Count the FLOPs of a step that recomputes nothing: a pair's times the pairs, all as long."""
+    """Count the FLOPs of a step without recomputing: one pair's times the pairs, equally long."""
     config = loop.algorithm.config
     loop.algorithm.config = replace(config, micro_batch=1)
     pair = loop.algorithm.batches(0)[0].to(loop.start.device)
@@ -173,7 +173,7 @@ def step_flops(loop: Loop) -> int:
 
 
 def time_shares(loop: Loop, device: str) -> dict[str, float]:
-    """Return per cent of a step by part, each of which waits for the device."""
+    """Return the parts' shares of a step in per cent; each part waits for the device."""
     marks, model = [], loop.start.model
     mark = lambda *_: marks.append(now(device))
     hooks = [model.register_forward_pre_hook(mark), model.head.register_forward_pre_hook(mark),
@@ -212,7 +212,7 @@ def decoding(sizes: Sizes) -> Iterator[Row]:
 
 
 def token_seconds(run: Callable, device: str) -> float:
-    """Return the mean seconds from one token to the next, not waiting for the device between."""
+    """Return the mean seconds from one token to the next, without waits for the device between."""
     first, tokens = [], []
 
     def mark(new: Tensor) -> None:
@@ -237,12 +237,12 @@ def ppo_rollout(sizes: Sizes) -> Iterator[Row]:
     yield {"prompts": count, "seconds": took, "tokens/s": tokens / took, "first run, s": first}
 
 
-PARTS = {  # and the most seconds that each takes
+PARTS = {  # and their limits in seconds
     check_kernels: 40, loss_head: 90, world_run: 90, lora_steps: 60, full_steps: 60, decoding: 90,
     ppo_rollout: 50,
 }
 
-# ------------------------------------------------------------------------------ what the parts use
+# ----------------------------------------------------------------------------- tools of the parts
 
 
 def make_model(sizes: Sizes, dtype: torch.dtype) -> LLaVA:
@@ -253,7 +253,7 @@ def make_model(sizes: Sizes, dtype: torch.dtype) -> LLaVA:
 
 
 def make_start(sizes: Sizes, rank: int) -> Start:
-    """Return what `recipes` makes of a model's folder."""
+    """Make a `Start` with a random model, as `recipes` does from a folder."""
     run = Run(lora=rank, dtype="bfloat16", device=sizes.device)
     model = make_model(sizes, torch.bfloat16 if rank else torch.float32)
     start = Start(run, model, None, ImageSettings(sizes.model.vision.image_size), Path("."))

@@ -9,7 +9,7 @@ gradient for the vocabulary matrix, which LoRA leaves frozen. The columns are
   the head is frozen), median of the turns' ratios.
 * MB: highest memory beside inputs and gradients (CUDA's allocator; the profiler's record on a CPU).
 * off by: distance of dH (of log p in the first job) from the eager row's, relative to its norm. In
-  half precision a percent is rounding; more means that a row did not do the job.
+  half precision one per cent is rounding; more means a wrong result.
 """
 
 import sys
@@ -91,7 +91,7 @@ def make_cases() -> dict[str, dict[str, Callable]]:
 
 
 def make_floor(x: Inputs, gradients: bool) -> Callable[[], None]:
-    """Return the matrix products that the job cannot do without, and nothing else."""
+    """Return a function that computes only the matrix products that the job needs."""
     hidden, weight = x.hidden.detach(), x.weight.detach()
     dz = torch.empty(len(hidden), len(weight), dtype=hidden.dtype, device=hidden.device)
 
@@ -120,7 +120,7 @@ def run_job(job: str, function: Callable, x: Inputs) -> Tensor:
 
 
 def peak_memory(run: Callable, x: Inputs) -> float:
-    """Return the highest bytes allocated during a run, less the gradients that it leaves."""
+    """Return the most bytes allocated during a run, less those of the gradients it leaves."""
     x.hidden.grad = x.weight.grad = None
     if x.hidden.is_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -142,7 +142,7 @@ def peak_cpu_memory(run: Callable) -> int:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference, relative to that of what is expected."""
+    """Return the norm of the difference, relative to the norm of `expected`."""
     return ((found.float() - expected).norm() / expected.norm()).item()
 
 
@@ -171,7 +171,7 @@ def job_rows(
             times = take_turns({name: run, "floor": floor}, options.repeats, options.device)
             slower = ratio(times[name], times["floor"])
             yield row | {"ms": 1e3 * median(times[name]), "x floor": slower} | memory
-        except Exception as error:  # the table goes on
+        except Exception as error:  # continue with the next row
             yield row | {"error": f"{type(error).__name__}: {error}".splitlines()[0][:80]}
 
 

@@ -1,14 +1,14 @@
 """Compare a whole DDPO step with TRL's DPOTrainer: the same LLaVA weights and pairs, on a CPU.
 
 The pairs are descriptions of drawn scenes and their corrections. A trunk is about six times as long
-as a response, as with photos, and the vocabulary is small, so that the head alone does not decide.
-Both train decoder, head and projector in float32 with AdamW and freeze the vision tower.
+as a response, as with photos, and the vocabulary is small, so that the head does not dominate. Both
+train decoder, head and projector in float32 with AdamW and freeze the vision tower.
 
-Each side is a process of its own, and the two take turns. A step begins with the rows and ends with
+The two sides run in their own processes and take turns. A step begins with the rows and ends with
 the new weights. Memory is the process's highest resident size, less its size after the imports. The
-work that ours does once (features of the images, the reference's scores) is timed apart; the table
-adds a third of it to each step, for three epochs. TRL has no such part: it refuses precomputed
-reference scores for images.
+work that ours does once (features of the images, the reference's scores) is timed separately; the
+table adds a third of it to each step, for three epochs. TRL has no equivalent: it refuses
+precomputed reference scores for images.
 """
 
 import json
@@ -73,8 +73,8 @@ def resident(kind: str) -> int:
     return 1024 * int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-# `ours` and `trl` are the two processes. Each sends a dict of facts when it is ready, makes a step
-# and sends True for every True that it receives, and after False sends its highest memory in bytes.
+# `ours` and `trl` run in the two processes. Each sends a dict of facts when it is ready, makes a
+# step and sends True for every True that it receives, and after False sends its peak memory.
 
 
 def ours(link: Connection, folder: Path, pairs: int, checkpointing: bool) -> None:
@@ -160,7 +160,7 @@ def compare(folder: Path, options: Options, checkpointing: bool) -> Iterator[Row
         _, links[name] = start_process(side, folder, options.pairs, checkpointing)
         facts[name] = links[name].recv()
     if any(fact["tokens"] != facts[own]["tokens"] for fact in facts.values()):
-        raise RuntimeError("the two sides were given different tokens")
+        raise RuntimeError("the two sides train on different tokens")
     if not checkpointing:
         print("{parameters:.1f} M parameters; trunk {trunk:.0f} tokens, responses {response:.0f}"
               .format_map(facts[own]), end="\n\n")

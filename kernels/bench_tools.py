@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's name, timing by turns, tables, a random model."""
+"""Tools of the benchmarks: the machine's name, timing in turns, tables, a random model."""
 
 import datetime
 import importlib.metadata
@@ -22,7 +22,7 @@ from world import pretraining
 
 GPU = torch.cuda.is_available()
 WARM_UP = 2  # turns that are not measured
-Row = dict[str, object]  # of a table: a value per column
+Row = dict[str, object]  # of a table: column -> value
 
 
 def machine(device: str, *packages: str) -> str:
@@ -45,7 +45,7 @@ def version(package: str) -> str:
 
 
 def now(device: str) -> float:
-    """Return the time at which the device has done all work so far, in seconds."""
+    """Wait until the device has done all work so far, and return the time in seconds."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -59,7 +59,7 @@ def seconds(function: Callable[[], object], device: str) -> float:
 
 
 def take_turns(runs: Mapping[str, Callable], repeats: int, device: str) -> dict[str, list[float]]:
-    """Return the seconds of each run, by turn. A machine that is busy for a while slows all."""
+    """Return the seconds of each run, by turn. In turns, a busy machine slows all runs alike."""
     turns = [[seconds(run, device) for run in runs.values()] for _ in range(WARM_UP + repeats)]
     return dict(zip(runs, map(list, zip(*turns[WARM_UP:]))))
 

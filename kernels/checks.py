@@ -1,6 +1,6 @@
 """Input checks: raise a ValueError that names the row, before a kernel reads past the end.
 
-Reading a value from a GPU waits for the device, so each function copies all it asks for at once.
+Reading a value from a GPU waits for the device, so each function copies all it needs at once.
 Tensors on the meta device, on which FLOPs are counted at full size, have no values and pass.
 """
 
@@ -36,10 +36,10 @@ def check_values(
     target: Tensor, vocabulary: int, group: Tensor | None = None, groups: int = 0,
     bounds: list[int] | None = None,
 ) -> tuple[Tensor, list[int]]:
-    """Check token ids and, if given, the response of each row; with `bounds` these alone.
+    """Check token ids and, if given, the response of each row; with `bounds`, check only those.
 
     Returns the row where each group begins and where the last one ends, (G + 1,), on the device
-    and as a list. On the meta device the rows count as evenly divided among the groups.
+    and as a list. On the meta device the groups divide the rows evenly.
     """
     if target.is_meta:
         bounds = [len(target) * k // max(groups, 1) for k in range(groups + 1)]
@@ -60,7 +60,7 @@ def check_values(
 def read_bounds(
     target: Tensor, vocabulary: int, group: Tensor | None, groups: int, edges: Tensor
 ) -> list[int]:
-    """Return edges as a list, read from the device together with what is wrong with the values."""
+    """Return edges as a list, copied from the device together with the outcome of the checks."""
     outside = (target < 0) | (target >= vocabulary)
     rules = [("target", target, outside, f"is outside the vocabulary of {vocabulary} tokens")]
     if group is not None:
@@ -79,7 +79,7 @@ def read_bounds(
 
 
 def check_results(logp: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    """Check that log-probs (R,), which NaN or infinity in an input always reaches, are finite."""
+    """Check that log-probs (R,) are finite; NaN or infinity in an input always reaches them."""
     if logp.is_meta or bool(logp.isfinite().all()):
         return
     row = first(~logp.isfinite())

@@ -111,7 +111,7 @@ class Pairs(NamedTuple):
     count: int  # pairs of the whole batch, over which the loss is a mean
 
     def part(self, rows: slice) -> "Pairs":
-        """Return the pairs whose rows these are."""
+        """Return the pairs in these rows."""
         first, last = self.bounds.index(rows.start), self.bounds.index(rows.stop)
         edges = self.edges[first : last + 1] - rows.start
         bounds = [bound - rows.start for bound in self.bounds[first : last + 1]]
@@ -149,7 +149,7 @@ class DDPOLoss(torch.autograd.Function):
 
 
 def preference_of(logp: Tensor, pairs: Pairs, unit: Tensor) -> tuple[Results, Tensor]:
-    """Return the pairs' results, and dL/dlogp / unit, (R,)."""
+    """Return the pairs' results, and (dL/dlogp) / unit, (R,)."""
     scores = segment_sum(logp * pairs.row_weight, pairs.edges)
     loss, rewards, slope = preference(scores, pairs.reference, pairs.beta, pairs.count)
     scale = spread(slope / unit, pairs.edges, len(logp)) * pairs.row_weight
@@ -237,7 +237,7 @@ def pair_chunks(bounds: list[int], most_rows: int) -> list[slice]:
 
 
 def ddpo_by_slices(inputs: Inputs, pairs: Pairs, unit: Tensor) -> tuple[Results, Gradients]:
-    """Do as ddpo_by_chunks: first all scores, in a pass that keeps no logits, then gradients."""
+    """Return the same as `ddpo_by_chunks`, but score all pairs first, in a pass without logits."""
     logp, lse = logp_without_logits(inputs)
     results, scale = preference_of(logp, pairs, unit)
     return results, by_slices(inputs, lse, scale)
@@ -279,11 +279,11 @@ def slice_columns(hidden: Tensor) -> int:
 
 
 def logits_buffer(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Allocate (rows, columns). Rows start at multiples of 64 numbers: tensor cores and wide loads
-    need aligned rows, even for a vocabulary of 32,003.
+    """Allocate (rows, columns), each row at a multiple of 64 numbers, even if V is 32,003.
 
-    The padding is zero because a matmul may read it: oneDNN's AMX kernels (torch 2.13, bfloat16
-    and float16) multiply the numbers past the end of a row by zero, and NaN times zero is NaN."""
+    Tensor cores and wide loads need aligned rows. The padding is zero, as a matmul may read it:
+    oneDNN's AMX kernels (torch 2.13, bfloat16 and float16) multiply the numbers past the end of a
+    row by zero, and NaN times zero is NaN."""
     padded = -(-columns // 64) * 64
     buffer = torch.empty(rows, padded, dtype=like.dtype, device=like.device)
     buffer[:, columns:] = 0
@@ -306,8 +306,7 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def segment_sum(values: Tensor, edges: Tensor) -> Tensor:
-    """Sum values (R,) between consecutive edges (G + 1,), in a fixed order, unlike index_add on a
-    GPU."""
+    """Sum values (R,) between edges (G + 1,), in a fixed order, unlike index_add on a GPU."""
     return torch.segment_reduce(values, "sum", offsets=edges, initial=0.0, unsafe=True)
 
 
@@ -317,8 +316,7 @@ def spread(per_group: Tensor, edges: Tensor, rows: int) -> Tensor:
 
 
 def gradient_unit(pairs: Pairs) -> Tensor:
-    """Return a power of two above 16 times the largest row coefficient, beta row_weight / P, or
-    that of the anchor.
+    """Return a power of two of at least 16 times the largest row coefficient, the anchor's too.
 
     The forward computes the gradients before it knows their factor (a loss scale, 1 / accumulation
     steps), and a coefficient near 1e-5 times probabilities near 1e-4 vanishes in float16. So the

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def inverse_size(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps), (..., 1)."""
+    """Return 1 / sqrt(mean(x^2) + eps), (..., 1)."""
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
     return square.div_(x.shape[-1]).add_(eps).rsqrt_()
 
@@ -34,7 +34,7 @@ class Normalise(torch.autograd.Function):
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm, which is fused on GPUs, but on a CPU keeps a second copy of x for backward."""
+    """nn.RMSNorm, but with `Normalise` on a CPU, where torch keeps a second copy of x."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, eps = self.weight, self.eps
@@ -61,7 +61,7 @@ class GatedSiLU(torch.autograd.Function):
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, SwiGLU's product (arXiv 2002.05202)."""
+    """Return silu(gate) * up, SwiGLU's product (arXiv 2002.05202)."""
     if torch.is_grad_enabled():
         return GatedSiLU.apply(gate, up)
     return F.silu(gate).mul_(up)

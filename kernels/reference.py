@@ -6,9 +6,9 @@ A language model turns a hidden state h (D numbers) into a distribution over V t
     p_v = exp(z_v) / sum_u exp(z_u)    softmax
     log p_t = z_t - lse,               lse = log sum_u exp(z_u)
 
-Two numbers per token are enough, z_t and lse, although the logits are 32,000 numbers. A batch of
-32 preference pairs has about R = 6,400 response tokens: its logits fill 410 MB in bfloat16, and
-the usual trainer holds them several times over, in float32, for the prompt as well.
+Of 32,000 logits per token, two numbers are enough: z_t and lse. A batch of 32 preference pairs has
+about R = 6,400 response tokens: its logits fill 410 MB in bfloat16, and the usual trainer holds
+them several times over, in float32, for the prompt as well.
 
 **Online softmax.** lse does not need all logits at once. With m the largest logit seen so far and
 s = sum exp(z - m) over those seen, a further block of logits changes the pair (m, s) to
@@ -23,8 +23,8 @@ gradient by logits is
 
     dz_r = (onehot(t_r) - p_r) g_r           and so     dH = dz W,     dW = dz^T H.
 
-p_r = exp(z_r - lse_r) is all that has to be known of the softmax: given lse, the gradient of any
-block of the logits follows from that block alone.
+The softmax enters only as p_r = exp(z_r - lse_r): given lse, the gradient of any block of the
+logits follows from that block alone.
 
 **DDPO.** Equation 5 of RLHF-V (arXiv 2312.00849) scores a response by segment weights w_i, which
 are gamma in corrected segments and 1 elsewhere:
@@ -65,7 +65,7 @@ def ddpo_loss(
     hidden: Tensor, weight: Tensor, target: Tensor, segment_weight: Tensor, group: Tensor,
     reference: Tensor, beta: float, normalize: bool = True, anchor: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the same as `kernels.ddpo_loss`, by autograd over all logits."""
+    """Return the results of `kernels.ddpo_loss`, by autograd over all logits."""
     logp = token_logp(hidden, weight, target)  # (R,)
     weight_sum = torch.zeros_like(reference).index_add(0, group, segment_weight)  # (G,)
     scores = torch.zeros_like(reference).index_add(0, group, segment_weight * logp)
@@ -103,7 +103,7 @@ def logp_rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient_rows_(logits: Tensor, lse: Tensor, target: Tensor, scale: Tensor) -> Tensor:
-    """Overwrite logits (r, v) by (onehot(target) - softmax) * scale, computed in float32.
+    """Overwrite logits (r, v) with (onehot(target) - softmax) * scale, computed in float32.
 
     `logits` may be some of the vocabulary's columns; `target` counts from the first of them, and
     a target outside (negative, or >= v) has no onehot here. lse and scale: (r,) float32.

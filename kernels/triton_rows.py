@@ -1,8 +1,8 @@
 """The softmax half of B and C (Triton): logits to log-probs, and to their gradient in place.
 
-Training uses the logits twice more, as dz in dH = dz W and dW = dz^T H. The library computes the
-matrix products, which no hand-written kernel beats. These two kernels do the work between the
-products. They are bound by memory, so they read the logits twice and write them once:
+Training uses the logits twice more, as dz in dH = dz W and dW = dz^T H. The library computes these
+matrix products; the two kernels here do the work between them. They are bound by memory, so they
+read the logits only twice and write them once:
 
     logits (r, V)   +----------------------------------+
     row 0           |  block 0 | block 1 | ...  |  ////|  logp_rows: one program per row walks
@@ -67,7 +67,7 @@ def logp_rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient_rows_(logits: Tensor, lse: Tensor, target: Tensor, scale: Tensor) -> Tensor:
-    """Overwrite logits by (onehot - softmax) * scale; see `reference.gradient_rows_`."""
+    """Overwrite logits with (onehot - softmax) * scale; see `reference.gradient_rows_`."""
     r, V = logits.shape
     with torch.cuda.device_of(logits):
         gradient_rows_kernel[(r, triton.cdiv(V, BLOCK))](
