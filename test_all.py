@@ -2200,7 +2200,8 @@ def test_readme_quotes_the_claims():
     less, _ = tally.difference(runs, overlooked, "DDPO + anchor", "SFT", definitions.ANY)
     assert f"overlooks 30 % of what is false, DDPO leaves {shown(*less)} points less" in readme
     assert f"PPO with facts leaves {left('with facts')} % of the descriptions" in readme
-    assert f"and {left('with facts, twice as long')} % with `--epochs 2`" in readme
+    assert f"({left('with facts, one pass')} % after one pass over the prompts)" in readme
+
 
 
 def test_claims_are_command_lines_and_compare_their_arms():
