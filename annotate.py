@@ -10,8 +10,10 @@ Corrections go into answers.corrections.jsonl, which `train.py --algo ddpo --dat
 people annotate, each adds ?annotator=NAME to the address and gets the answers in another order.
 """
 
+import shlex
 import signal
 import sys
+
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -140,12 +142,14 @@ def serve(given: Namespace) -> None:
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            images = given.images or given.answers.parent
-            model = "".join(f" --{name} {value}" for name in ("model", "tower")
-                            if (value := getattr(given, name)) and not given.world)
-            after = f"; next: python train.py --algo ddpo --data {path} --images {images}{model}"
+            options = {"data": path, "images": given.images or given.answers.parent}
+            options |= {} if given.world else {"model": given.model, "tower": given.tower}
+            words = " ".join(f"--{name} {shlex.quote(str(value))}"
+                             for name, value in options.items() if value)
+            after = f"; next: python train.py --algo ddpo {words}"
             written = path.exists() and path.stat().st_size
             print(f"\nall corrections are saved{after if written else ''}")
+
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -451,6 +451,12 @@ def test_what_a_kill_leaves_is_not_in_the_way(photos, tmp_path, run_train):
     out, settings = tmp_path / "run", ("--steps", 3, "--log_every", 1)
     (out / ".checkpoint-3.123.tmp").mkdir(parents=True)
     (out / ".config.json.123.tmp").write_text("{")  # killed before it had its name
+    for name in (".model.12.tmp", ".model.12.old.tmp"):  # killed between two renames
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name[-7:-4]).touch()
+    files.remove_leftovers(tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.glob("*model*/*")] == ["model/old"]
+
     command = own_data(photos, out, *settings)
     run_train(*command)
     files_of = lambda: {path.name for path in out.iterdir()}
@@ -463,7 +469,21 @@ def test_what_a_kill_leaves_is_not_in_the_way(photos, tmp_path, run_train):
     assert [line["step"] for line in read_log(out)] == [1, 2, 3]
 
 
+def test_who_waits_for_a_folder_that_is_removed_locks_a_new_one(tmp_path):
+    def collect():
+        with files.lock_folder(tmp_path / "data", wait=True):
+            (tmp_path / "data" / "rows").touch()
+
+    with ThreadPoolExecutor() as pool:
+        with files.lock_folder(tmp_path / "data"):  # fails, and leaves nothing
+            waiting = pool.submit(collect)
+            time.sleep(0.2)
+        waiting.result(timeout=10)
+    assert (tmp_path / "data" / "rows").exists()
+
+
 @pytest.mark.parametrize("limit, save_every", [(300, 2), (300_000, 2), (300_000, 9)])
+
 def test_a_full_disk_is_one_sentence(photos, tmp_path, limit, save_every):
     """Files cannot grow beyond a limit: settings, checkpoint, model. With room the run resumes."""
     command = list(map(str, own_data(
@@ -561,6 +581,10 @@ def test_tensorboard_has_what_the_log_has(photos, tmp_path, monkeypatch, run_tra
 
 def test_corrections_are_true_and_reproducible(tmp_path):
     start = load_llava(ROOT / "world" / "base", dtype=torch.float32)
+    for make in (feedback.corrections, feedback.rankings):
+        with pytest.raises(ValueError, match="0 <= 2 <= 1"):
+            make(*start, tmp_path / "c", 20, 4, noise=2)
+    assert not (tmp_path / "c").exists()
     one, two = (feedback.corrections(*start, tmp_path / name, 20, 4) for name in "ab")
     assert one.read_text() == two.read_text()
     for pair in read_pairs([one], one.parent / "images"):
@@ -2479,6 +2503,8 @@ def test_suite_compares_models(run_bench):
     responses = json.loads(Path("out/one/amber_responses.json").read_text())
     assert [[*row] for row in responses] == [["id", "response"]] * 8
     assert list(metrics.model_names(["runs/a/model", "b/", "c/a"])) == ["runs_a_model", "b", "c_a"]
+    with pytest.raises(ValueError, match="name every model once: /a/x, a/x"):
+        metrics.model_names(["/a/x", "a/x"])
 
 
 def test_help_states_the_defaults():
@@ -2527,6 +2553,7 @@ BENCH_COMMANDS = {"AMBER": "--amber set/amber --answers",
     ("VQA given.jsonl", 0, r"accuracy +8\.3 "),  # one in six, and none
     ("CHAIR --synonyms set/chair/synonyms.txt", 0, r"official syn(.|\n)*objhal/mention +50\.0"),
     ("CHAIR", 0, "words of this project"), ("CHAIR --synonyms broken", 1, "words separated by"),
+    ("--mmhal odd.json --replies far.json", 1, "row 1: judge_prompt should be"),
     ("MMHAL", 2, "needs --judge_prompt"), ("MMHAL --judge_prompt none.py", 1, "no such file"),
     ("MMHAL --judge_prompt given.jsonl", 1, "has no template with 4 places"),
     ("MMHAL --judge_prompt broken", 1, "not a Python"), ("AMBER given.jsonl", 1, "row 1: expected"),
@@ -2543,6 +2570,9 @@ def test_given_answers_are_scored_or_a_sentence_says_why_not(run_bench, command,
     write_lines("all.json", rows)
     write_lines("twice.json", rows[0], rows[0])
     write_lines("far.json", {"id": 99, "response": "No"})
+    template = Path("set/mmhal/response_template.json").read_text().splitlines()
+    write_lines("odd.json", *(json.loads(row) | {"judge_prompt": []} for row in template))
+
     Path("broken").write_text("words (")
     measured = {}, [{"scene": i} for i in range(2)]
     evaluation.write_results("one/results.json", {"before": measured, "after": measured})
@@ -2738,6 +2768,12 @@ def test_the_file_survives(page, monkeypatch):
     assert (reply.status, reply.content["error"]) == (507, "not saved: disk full")
     assert at.out.read_bytes() == before
     monkeypatch.undo()
+    for image in at.photos.iterdir():
+        image.unlink()
+    reply = at.ask(f"/image/{item['answer']['id']}")
+    assert (reply.status, reply.content["error"]) == (
+        500, "cannot be read: No such file or directory")
+
     page.stop()
     for tail, kept in ((b'{"id": "half', b""), (before.strip(), before)):
         at.out.write_bytes(before + tail)
@@ -2763,6 +2799,13 @@ def test_agreement_and_adjudication(page, capsys):
     assert re.search(r"ann - bo +69 +95.7% +0.55", report)  # 3 in dispute: "on the left"
     assert re.search(r"all, both ways +138 +95.7% +0.55", report)
     assert "corrections: 1" in report and f"{two}  1.png: ann accepted, bo corrected" in report
+    written = at.out.read_bytes()
+    for edit in ({"chosen": 5}, {"chosen": None}, {"seconds": "12"}):
+        at.out.write_bytes(files.jsonl([at.lines()[0] | edit]).encode())
+        assert annotate.main(["--agreement", str(at.out)]) == 1
+        assert "row 1: not a line of annotate.py" in capsys.readouterr().err
+        at.out.write_bytes(written)
+
     at = page(3, tokens=False, adjudicate=True)
     item = at.ask("/item").content
     assert (item["total"], item["answer"]["id"], len(item["versions"])) == (1, two, 2)
@@ -2951,7 +2994,8 @@ def test_a_killed_server_loses_nothing(browser, tmp_path):
     assert out.read_bytes().startswith(saved)
     assert "red car" not in json.loads(out.read_bytes()[len(saved) :])["chosen"]
     server.send_signal(signal.SIGINT)
-    assert "train.py --algo ddpo --data" in server.communicate(timeout=20)[0]
+    (shown,) = re.findall("train.py (.*)", server.communicate(timeout=20)[0])
+    assert train.parse(shlex.split(shown))[0].data == [str(out)]
     assert server.returncode == 0
 
 
@@ -3285,6 +3329,8 @@ def test_world_ranking():
 
 
 def test_world_answers_agree_with_the_truth():
+    with pytest.raises(ValueError, match="a scene has about .* different questions, not 3000"):
+        world.questions(world.make_scene(0), random.Random(0), 3000)
     for seed in range(200):
         scene, rng = world.make_scene(seed), random.Random(seed)
         asked = world.questions(scene, rng, 12) + world.questions(scene, rng, 6, held_out=True)
@@ -4133,6 +4179,11 @@ def test_memory_of_one_gpu_is_that_of_the_tensors(tokenizer, tmp_path, lora):
     assert found["gradients"] == bytes_of(w.grad for w in weights if w.grad is not None)
 
 
+def test_bytes_are_readable():
+    assert [*map(memory.readable, (999, 999_700, 25e8, 25e11))] == [
+        "999 bytes", "1 MB", "2.5 GB", "2.5 TB"]
+
+
 def test_memory_in_the_readme():
     readme = " ".join((ROOT / "README.md").read_text().split())
     for name, shape in memory.SHAPES.items():
@@ -4285,6 +4336,8 @@ def test_captions_are_found_by_file_name(tmp_path):
         assert readers.captions_of("row 1", image, captions) == texts
     with pytest.raises(DataError, match="row 1: no captions for image .*c.jpg"):
         readers.captions_of("row 1", tmp_path / "c.jpg", captions)
+    with pytest.raises(DataError, match="row 1: the image has no file name"):
+        readers.captions_of("row 1", replace(stored, name=""), captions)
     with pytest.raises(DataError, match="'ok.jpg' should have a list of captions"):
         readers.read_captions(json_file(tmp_path, {"ok.jpg": "A car."}))
 
@@ -4312,7 +4365,7 @@ BAD_ROWS = {
             ("prompt", [{"content": "Hi"}], "a field has an invalid value"),
             ("text", '{"question": "What', "text is not valid JSON"),
         )],
-        (b'{"image": "ok.jpg", "image": "b.jpg"}', "'image' is given twice"),
+        (b'{"image": "ok.jpg", "image": "b.jpg"}', "'image' is given more than once"),
         ({"image": "ok.jpg", "x" * 9000: 1}, "no preference among its fields"),
         ({"image": "ok.jpg", "label": 1}, "no preference among its fields (image, label)"),
         (chat("<image>?", "Yes."), "a conversation has no two answers to compare"),
@@ -4457,6 +4510,17 @@ def test_other_parquet_files(image_folder):
     two = inside | {"images": inside["images"] * 2}
     with pytest.raises(DataError, match="row 1: 2 images; a row has one"):
         read_pairs([write_parquet(path, two)])
+    write_parquet(path, inside, inside | {"images": [None]})
+    pair, empty = read_pairs([path])
+    assert pair.image.read() and (empty.image.name, empty.image.read()) == ("", None)
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    large = arrow.large_list(arrow.struct({"bytes": arrow.binary(), "path": arrow.string()}))
+    plain = arrow.list_(arrow.binary())
+    for kind, images in ((large, inside["images"]), (plain, [image_bytes(4)])):
+        table = arrow.table({**{name: [value] for name, value in GOOD.items() if name != "image"},
+                             "images": arrow.array([images, images], kind)[:1]})
+        parquet.write_table(table, path)
+        assert read_pairs([path])[0].image.read() == image_bytes(4)
     write_parquet(path, rlhf_v(0), rlhf_v(1, text='{"question": "What'))
     with pytest.raises(DataError, match="a.parquet row 2: text is not valid JSON"):
         read_pairs([path])
@@ -4823,6 +4887,7 @@ BAD_MODELS = {
     "preprocessor_config.json": [
         (b'{"crop_size": {"height": 224, "width": 28}}', "'height': 224.*but the tower takes 28"),
         (b'{"image_mean": [0.5]}', "image_mean is .0.5., not three"), (b"[" * 10**5, "too deeply"),
+        (b'{"rescale_factor": 1.0}', "rescale_factor is 1.0, but only 0.0039"),
         (b'{"image_std": [1, 1, null]}', "an invalid value")],
     "tokenizer_config.json": [(b'{"added_tokens_decoder": 7}', "an invalid value")],
     "added_tokens.json": [(b'{"a": {}}', "an invalid value")],

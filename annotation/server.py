@@ -80,7 +80,10 @@ class Handler(BaseHTTPRequestHandler):
         except (ConnectionError, TimeoutError):
             self.close_connection = True
         except OSError as error:
-            self.send_error(507, f"not saved: {error.strerror}")
+            post = self.command == "POST"
+            self.send_error(507 if post else 500,
+                            f"{'not saved' if post else 'cannot be read'}: {error.strerror}")
+
 
     do_POST = do_GET
 

@@ -78,8 +78,12 @@ def read_lines(path: Path, content: bytes) -> list[dict]:
     for number, text in enumerate(content.splitlines(), 1):
         try:
             line = parse_json(text)
-            if FIELDS - line.keys() or not all(isinstance(line[name], str) for name in TEXTS):
+            texts = TEXTS if line.get("status") == "skipped" else (*TEXTS, "chosen")
+            if FIELDS - line.keys() or type(line["seconds"]) not in (int, float) or not all(
+                    isinstance(line[name], str) for name in texts):
                 raise ValueError
+
+
             lines.append(line)
         except (ValueError, AttributeError):
             raise DataError(f"{path} row {number}: not a line of annotate.py; repair it, or move "

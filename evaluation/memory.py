@@ -80,10 +80,11 @@ def readable(number: float) -> str:
     """Format a number of bytes."""
     if number < 1000:
         return f"{number} bytes"
-    for unit in ("kB", "MB", "GB"):
+    for unit in ("kB", "MB", "GB", "TB"):
         number /= 1000
-        if number < 1000:
+        if round(number) < 1000:
             break
+
     return f"{number:.3g} {unit}"
 
 

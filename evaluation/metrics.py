@@ -133,15 +133,17 @@ def model_names(paths: Sequence[str]) -> dict[str, str]:
     """Return {name: path}: the folder's own name, or the whole path where two share it.
 
     Raises:
-        ValueError: a path comes twice.
+        ValueError: a path, or a name made of one, comes twice.
     """
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"name every model once: {', '.join(paths)}")
     last = [[part for part in Path(path).parts if part != "model"][-1:] for path in paths]
-    return {
+    named = {
         name[0] if name and last.count(name) == 1 else path.strip("/").replace("/", "_"): path
         for name, path in zip(last, paths)
     }
+    if len(named) < len(paths):
+        raise ValueError(f"name every model once: {', '.join(paths)}")
+    return named
+
 
 
 def comparison(scores: dict[str, dict], differences: dict[str, dict] | None = None) -> str:

@@ -118,8 +118,11 @@ def notes(parts: Sequence[Part], tokens: dict[str, int], scores: dict[str, dict]
     for part in parts:
         found[part.name] = part.note(tokens[part.name])
         if not any(each.startswith(f"{part.name}/") for own in scores.values() for each in own):
-            found[part.name] += ("; no scores yet: give each model's mmhal_*_prompts.jsonl to a "
-                                 "judge, put its replies in mmhal_replies.jsonl there, run again")
+            found[part.name] += (
+                "; no scores yet: give each model's mmhal_*_prompts.jsonl to a judge, put its "
+                "replies in mmhal_replies.jsonl there, run again" if part.name == "mmhal"
+                else "; no scores: no model answered a row")
+
     return found
 
 

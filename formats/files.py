@@ -11,8 +11,11 @@ import fcntl
 import glob
 import json
 import os
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
+
 from pathlib import Path
 
 import torch
@@ -54,8 +57,8 @@ def unique(pairs: list[tuple[str, object]]) -> dict:
     """Return a dict of pairs; ValueError for a duplicate key."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"{brief(twice)} is given twice")
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{brief(twice)} is given more than once")
     return found
 
 
@@ -110,8 +113,7 @@ def jsonl(rows: Iterable) -> str:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the name `path` once it is complete on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a killed run
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
@@ -141,13 +143,17 @@ def lock_folder(folder: Path, wait: bool = False) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(f"{folder}: another run is using it; choose another --out") from None
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(handle)
+            raise ValueError(f"{folder}: another run is using it; choose another --out") from None
+        if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
+            break
+        os.close(handle)  # the process that had the lock has removed the folder
     try:
         yield
     finally:
@@ -166,10 +172,18 @@ def remove(path: Path) -> None:
         doomed.unlink()
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files and folders of killed processes."""
-    for leftover in folder.glob(".*.[0-9]*.tmp"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Delete the temporary files and folders of killed processes, of all names or of one.
+
+    A folder that was moved aside comes back if the one to replace it did not take its name.
+    """
+    for leftover in folder.glob(f".{glob.escape(name) or '*'}.[0-9]*.tmp"):
+        replaced = re.fullmatch(r"\.(.*)\.\d+\.old\.tmp", leftover.name)
+        if replaced and not (path := folder / replaced[1]).exists():
+            leftover.rename(path)
+        else:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
 
 
 @contextlib.contextmanager

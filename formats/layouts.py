@@ -87,7 +87,9 @@ MODEL_VALUES = {  # of config.json and its text_config
 VISION_VALUES = {"model_type": ("clip_vision_model",), "hidden_act": ("quick_gelu", *ACTIVATIONS)}
 IMAGE_VALUES = {
     "resample": (3,), "do_rescale": (True,), "do_normalize": (True,), "do_resize": (True,),
+    "rescale_factor": (1 / 255,),
 }
+
 
 
 def require_supported(file: Path, values: dict, allowed: dict[str, tuple]) -> None:

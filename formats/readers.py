@@ -165,7 +165,10 @@ def captions_of(
         prefix: before the file's name in `captions`: RATIONALE, or "".
     """
     path = Path(image.name if isinstance(image, ParquetImage) else image)
+    if not path.name:
+        raise DataError(f"{name}: the image has no file name to find its captions by")
     path = path.with_name(prefix + path.name)
+
     for i in range(len(path.parts)):
         if (end := "/".join(path.parts[i:])) in captions:
             return captions[end]

@@ -144,9 +144,10 @@ def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
     table, number = open_parquet(path), 0
     kinds = {f.name: str(f.type) for f in table.schema_arrow}
     leaves = [table.schema.column(i).path for i in range(len(table.schema))]
-    binary = re.compile(r"(list<\w+: )?(struct<(.*, )?bytes: )?(large_)?binary")
+    binary = re.compile(r"((large_)?list<\w+: )?(struct<(.*, )?bytes: )?(large_)?binary")
     column = next((name for name in ("image", "images") if binary.match(kinds.get(name, ""))), None)
-    leaf = next((leaf for leaf in leaves if re.fullmatch(rf"{column}(\..*)?\.bytes", leaf)), column)
+    inside = [leaf for leaf in leaves if f"{leaf}.".startswith(f"{column}.")]
+    leaf = next((leaf for leaf in inside if leaf.endswith(".bytes")), *inside[:1] or [None])
     for group in range(table.num_row_groups):
         # `datasets` may also store only an image's path, with null bytes.
         embedded = column and not all_null(table, group, leaves.index(leaf))
@@ -165,7 +166,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
                 if len(cells) > 1:
                     row = DataError(f"{name}: {len(cells)} images; a row has one")
                 else:
-                    file_name = (cells or [{}])[0].get("path") or row.get("image_path") or ""
+                    file_name = ([*cells, {}][0] or {}).get("path") or row.get("image_path") or ""
                     row["image"] = ParquetImage(path, group, i, str(file_name), column)
             yield name, row
 
@@ -194,7 +195,8 @@ class ParquetImage:
         with READING:
             cell = stored_images(self.file, changed, self.group, self.column)[self.row]
         if isinstance(cell, list):
-            cell = cell[0] if cell else None
+            cell = cell[0] if len(cell) == 1 else None
+
         content = cell.get("bytes") if isinstance(cell, dict) else cell
         return content if isinstance(content, bytes) else None
 

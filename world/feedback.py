@@ -61,10 +61,10 @@ def corrections(
     Raises:
         ValueError: a rate is out of range, or the model hardly hallucinates.
     """
-    (folder / "images").mkdir(parents=True, exist_ok=True)
     if not 0 <= overlook < 1 or not 0 <= noise <= 1:
         raise ValueError(
             f"--overlook and --noise are shares: 0 <= {overlook} < 1, 0 <= {noise} <= 1")
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     rng, annotator = Random(f"corrections {seed}"), Random(f"annotator {seed}")
     rows, asked, chunk = [], 0, min(CHUNK, 8 * count)
     while len(rows) < count:
@@ -106,9 +106,13 @@ def rankings(
         The path of `preferences.json`.
 
     Raises:
-        ValueError: the model's completions of one prompt hardly ever differ in merit.
+        ValueError: the rate is out of range, or the model's completions of one prompt hardly ever
+            differ in merit.
     """
+    if not 0 <= noise <= 1:
+        raise ValueError(f"--noise is a share: 0 <= {noise} <= 1")
     (folder / "images").mkdir(parents=True, exist_ok=True)
+
     rng = Random(f"rankings {split} {seed}")
     rows, captions, asked, chunk = [], {}, 0, min(CHUNK, 8 * count)
     while len(rows) < count:

@@ -120,12 +120,22 @@ def comparison_question(scene: Scene, rng: Random, prompts: Prompts) -> Question
 
 
 def questions(scene: Scene, rng: Random, count: int, held_out: bool = False) -> list[Question]:
-    """Ask `count` different questions (about 30 make sense), topics in TOPICS' proportions."""
+    """Ask `count` different questions (about 30 make sense), topics in TOPICS' proportions.
+
+    Raises:
+        ValueError: there are not so many about the scene.
+    """
     asked: dict[str, Question] = {}
+    repeated = 0
     while len(asked) < count:
         new = question(scene, weighted_choice(rng, TOPICS), rng, held_out)
+        repeated = repeated + 1 if new.text in asked else 0
+        if repeated > 1000:
+            raise ValueError(f"a scene has about {len(asked)} different questions, not {count}")
+
         asked.setdefault(new.text, new)
     return list(asked.values())
+
 
 
 def answer_is_right(question: Question, answer: str) -> bool:
