@@ -276,7 +276,9 @@ def pair_tokens(
         try:
             masks = segment_mask(*texts, min_match, replacements_only)
         except ValueError as error:
-            raise DataError(f"{pair.name}: {error}") from None
+            raise DataError(f"{pair.name}: {error}; shorten them or leave the row out "
+                            "(--skip_bad_rows)") from None
+
         weights = [torch.where(mask, gamma, 1.0).tolist() for mask in masks]
     prompt = trunk_tokens(tokenizer, pair.history, pair.question, patches)
     return prompt, list(map(Response, texts, weights))

@@ -78,7 +78,8 @@ def make_parser(**options) -> ArgumentParser:
     add("--temperature", type=number(float, 0), metavar="T",
         help="0: greedy; default: 0, with --best_of 1")
     add("--batch_size", type=count, default=16, metavar="N", help="questions at a time [16]")
-    add("--seed", type=int, default=0, metavar="N", help="of sampling and intervals [0]")
+    add("--seed", type=number(int, 0), default=0, metavar="N", help="of sampling and intervals [0]")
+
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="of computation; auto: as stored, but float32 for float16 on a CPU")
@@ -118,9 +119,8 @@ import torch
 
 import evaluation
 import generation
-from evaluation import benchmarks, best_of, judge, metrics, parts, suite
+from evaluation import benchmarks, best_of, builtin, judge, metrics, parts, suite
 from evaluation.answers import ImageQuestion, answer_file, read_questions
-from evaluation.builtin import SCENES
 from evaluation.parts import LONG_TOKENS, Part
 from formats.checkpoint import find_device, fingerprint
 from formats.files import error_message, understood, write_atomic
@@ -153,7 +153,7 @@ def run_world(args: Namespace) -> None:
     results = evaluation.read_scenes(path) if is_run and path.exists() else {}
     before = results.get("before")
     measured = len((before or results["after"])[1]) if results else None
-    scenes = args.scenes or measured or SCENES
+    scenes = args.scenes or measured or builtin.SCENES
     if measured not in (None, scenes):
         raise ValueError(f"{path} has measures of {measured} scenes, which do not compare with "
                          f"--scenes {scenes}; leave --scenes out, or move the file away")
@@ -161,6 +161,9 @@ def run_world(args: Namespace) -> None:
         path = output_file(args, "results.json", folder)
         before = results.get("after" if args.best else "before")
         results = {"before": before} if before else {}
+    here = builtin.questionnaire(builtin.held_out(scenes), args.seed)
+    if before and builtin.asked(before[1]) != builtin.asked(here):
+        raise ValueError(f"{path}: the measures to compare with have another --seed; leave it out")
     after = evaluation.measure_world(*load(args, args.run), scenes, args.seed, args.best)
     print(evaluation.table(before and before[0], after[0]))
     if is_run or args.best or args.output:
@@ -201,7 +204,10 @@ def answer(args: Namespace, questions: list[ImageQuestion], path: Path, limit: i
     if args.dtype != "auto":
         how += f" dtype={args.dtype}"
     best, samples = args.best, args.best_of or 1
-    how += f" {best.label}" if best else ""
+    if best:
+        how += f" {best.label}"
+        questions = best.with_captions(questions, args.skipped)
+
     steps = len(questions) / args.batch_size * limit
     compiled = generation.worth_compiling(model.head.weight.device, steps)
 
@@ -222,17 +228,21 @@ def run_data(args: Namespace) -> None:
     """Answer every row of the files."""
     paths = find_files(args.data)
     metrics.refuse_twins(path.stem for path in paths)
-    for path in paths:
-        questions = read_questions(path, args.images or str(path.parent), args.prompt, args.skipped)
-        answer(args, questions, output_file(args, f"{path.stem}.jsonl"),
+    questions = {path: read_questions(path, args.images or str(path.parent), args.prompt,
+                                      args.skipped) for path in paths}
+    for path, asked in questions.items():
+        answer(args, asked, output_file(args, f"{path.stem}.jsonl"),
                args.max_new_tokens or LONG_TOKENS)
 
 
 def run_short(args: Namespace) -> None:
     """Score POPE, or questions with short answers, on each of the files of questions."""
     make = parts.pope_part if args.pope else parts.vqa_part
-    score(args, [make(path, args.images, args.suffix, args.skipped)
-                 for path in find_files(args.pope or args.vqa)])
+    paths = find_files(args.pope or args.vqa)
+
+    if args.answers and len(paths) > 1:
+        raise ValueError("--answers goes with one file of questions")
+    score(args, [make(path, args.images, args.suffix, args.skipped) for path in paths])
 
 
 def run_chair(args: Namespace) -> None:
@@ -251,14 +261,17 @@ def score(args: Namespace, chosen: Sequence[Part]) -> list[dict]:
 
     every = []
     metrics.refuse_twins(part.file for part in chosen)
-    for part in chosen:
+    questions = [[] if args.answers else part.ask() for part in chosen]  # bad ones fail first
+    loaded = None if args.answers else load(args, args.model)
+    for part, asked in zip(chosen, questions):
         tokens = args.max_new_tokens or part.tokens
         if args.answers:
             with understood(args.answers):
                 rows = part.given(Path(args.answers))
         else:
             path = output_file(args, f"{part.file}.jsonl")
-            rows = list(map(part.clean, answer(args, part.ask(), path, tokens)))
+            rows = list(map(part.clean, answer(args, asked, path, tokens, loaded)))
+
         if rows:
             note = part.note(None if args.answers else tokens)
             print_scores(args, part, part.measure(rows, args.seed)[0], note)

@@ -56,8 +56,8 @@ def common_runs(first: Sequence[int], second: Sequence[int], least: int) -> list
         comparisons += sum(len(matcher.b2j.get(token, ())) for token in first[start:stop])
         if comparisons > COMPARISONS:
             raise ValueError("chosen and rejected are too long, or repeat themselves too often, to "
-                             "find what was corrected; shorten them or leave the row out "
-                             "(--skip_bad_rows)")
+                             "find what was corrected")
+
         run = matcher.find_longest_match(start, stop, begin, end)
         if run.size >= least:
             found.append(run)

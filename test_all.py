@@ -69,6 +69,7 @@ import train
 import world
 from algorithm import Data, Start
 from annotation import server as page_server, store as corrections
+from annotation import agreement
 from annotation.agreement import kappa
 from annotation.diff import Units, compare
 from claims import __main__ as claims_command, definitions, page as claims_page, results as tally
@@ -1770,12 +1771,19 @@ def test_chair_reads_instances_captions_and_plain_files(tmp_path):
     for name, content in (("boxes", boxes), ("captions", texts)):
         write_lines(tmp_path / name, {"images": images, **content})
     write_lines(tmp_path / "plain", {"a.jpg": ["wooden chair", "lamp", "person"]})
-    truth, names = coco.read_objects(tmp_path.iterdir())
+    truth, names, _ = coco.read_objects(tmp_path.iterdir())
     assert truth == {"7": {"dog", "bear", "couch"}, "8": set(), "a.jpg": {"chair", "person"}}
     assert names == {"7": "COCO_val_07.jpg", "8": "8.jpg", "a.jpg": "a.jpg"}
-    for content in ({"a.jpg": "dog"}, {"annotations": [{"image_id": 7}]}):
+    images[0]["id"], images[1]["id"] = 8, 7  # numbers that are not those of the file names
+    write_lines(tmp_path / "boxes", {"images": images, **boxes})
+    truth, _, ids = coco.read_objects([tmp_path / "boxes"])
+    assert truth == {"7": set(), "8": {"dog", "bear"}} and ids == {"8": "7", "7": "8"}
+    for content, phrase in (
+            ({"a.jpg": "dog"}, "neither COCO annotations"),
+            ({"annotations": [{"image_id": 7}]}, "neither COCO annotations"),
+            ({"a/1.png": ["cat"], "b/1.png": ["dog"]}, "images 'a/1.png' and 'b/1.png' cannot")):
         write_lines(tmp_path / "wrong", content)
-        with pytest.raises(DataError, match="wrong: neither COCO annotations"):
+        with pytest.raises(DataError, match=f"wrong: {phrase}"):
             coco.read_objects([tmp_path / "wrong"])
 
 
@@ -1861,6 +1869,9 @@ def test_builtin_by_hand():
     assert three("accuracy") == [0, 0.5, 0] and three("yes_ratio") == [0.5, 0, 0.5]
     # beside the point: 3; wrong: 0 for counting and for the adversarial object; else 6
     assert builtin.world_ratings(record) == [3, 0, 6, 0, 6, 6, 6, 6]
+    wrong["question/number"] = "At the top left."  # names no number
+    record, = scored_records([kitchen], world.describe, answer)
+    assert builtin.world_ratings(record) == [3, 0, 6, 3, 6, 6, 6, 6]
     rows = ["farm,duck,duck cow", "farm,cow,cow duck duck", "park,kite,kite duck", "park,ball,kite"]
     records = [{"type": setting, "truth": [truth], "mentions": mentions.split()}
                for setting, truth, mentions in (row.split(",") for row in rows)]
@@ -1902,6 +1913,11 @@ def evaluated_runs(tiny_world, tokenizer, tmp_path_factory):
                            {"image_id": "1.png", "answer": "A cat and a dog"}],
         "others.jsonl": [{"id": 9, "image": "9.png", "reply": "", "text": "Dogs"}],
         "unlabelled.jsonl": [{"image": "0.png", "question": "Is it?"}],
+        "shuffled.jsonl": [{"question_id": 6 - i, "text": "No"} for i in range(7)],
+        "unread.jsonl": [{"image": "0.png", "text": "No dog."},
+                         {"image": "1.png", "error": "cannot be read", "caption": "a dog"}],
+        "two.jsonl": [{"image": f"{i}.png", "text": "?", "label": "no"} for i in range(2)],
+        "gone.json": [{"0.png": ["dog"], "gone.png": ["cat"]}],
         "few/metrics.jsonl": [{"step": 1}]}.items():
         write_lines(folder / name, *rows)
     return folder
@@ -1935,6 +1951,11 @@ def run_evaluate(evaluated_runs, tmp_path, monkeypatch, capsys):
     ("--compare bad none", 1, "first run: python evaluate.py none"),
     ("--compare bad images", 1, "measure again"),
     ("--chair truth.json --answers others.jsonl", 1, "nothing is known about image '9'"),
+    ("--chair truth.json --answers unread.jsonl", 0, r"chair_s +0\.0(.|\n)*coverage +100\.0"),
+    ("--pope two.jsonl --answers unread.jsonl", 0, r"accuracy +100\.0"),
+    ("--pope rows.jsonl --answers shuffled.jsonl", 1, "row 1: answers question_id 6, where rows"),
+    ("--pope rows.jsonl two.jsonl --answers unread.jsonl", 1, "goes with one file of questions"),
+    ("--model one --chair gone.json --images images", 1, "row|gone.json: no image 'gone.png'"),
     ("--mmhal template.json --replies others.jsonl", 1, "prompt 9, but there are only 7"),
     ("--mmhal template.json --replies wrong.jsonl", 1, "row 1: expected"),
     ("--mmhal truth.json --replies replies.jsonl", 1, "row 1: no image_id"),
@@ -1971,6 +1992,10 @@ def test_evaluate_asks_a_model(run_evaluate):
     assert person.strip() == read_lines("out/one.jsonl")[0]["answer"]
     run_evaluate(f"--model one --chair truth.json {asked}")
     assert [row["image"] for row in read_lines("out/chair.jsonl")] == ["0.png", "1.png"]
+    shown = run_evaluate(f"--model one --chair gone.json {asked} --output out2 --skip_bad_rows")
+    assert "1 rows left out" in shown and len(read_lines("out2/chair.jsonl")) == 1
+    run_evaluate(f"--model one --pope two.jsonl unlabelled.jsonl {asked} --output out3", 1)
+    assert not Path("out3").exists()  # bad rows fail before any question is answered
     for other in ("two", "one --seed 1"):
         assert "another model" in run_evaluate(f"--model {other} --chair truth.json {asked}", 1)
     run_evaluate(f"--model one --mmhal template.json --judge_prompt short {asked}")
@@ -2069,7 +2094,9 @@ def test_answer_file_resumes_where_it_was_stopped(run_evaluate):
     with pytest.raises(DataError, match="3.png"):
         answers.answer_file(respond, "m", questions, out, 2)
     Path("images/3.png").write_bytes(other)
-    assert answers.answer_file(respond, "m", questions, out, 2) == whole
+    seeds.clear()
+    assert answers.answer_file(respond, "m", questions, out, 2) == whole and seeds == [2]
+    assert out.read_bytes() == path.read_bytes()
     for by, asked in (("other", questions), ("m", questions[1:])):
         with pytest.raises(ValueError, match="other questions, or of another model or settings"):
             answers.answer_file(respond, by, asked, part, 2)
@@ -2080,6 +2107,7 @@ def test_questions_are_checked(run_evaluate):
            ({"image": "/etc/passwd"}, "outside the image folder"),
            ({"image": "none.png"}, "no image 'none.png'"),
            ({"question": "?"}, "'image' is missing"), ({"image": "0.png"}, "'question' is missing"),
+           ({"image": "0.png", "question": "?", "history": [["a", "b"]]}, "has earlier turns"),
            ({"image": "bad.png", "prompt": "?"}, "cannot read image bad.png")]
     asked = "--model one --data bad.jsonl --images images --output out --max_new_tokens 4"
     good = {"image": "0.png", "text": "POPE calls it so?"}
@@ -2440,7 +2468,7 @@ def test_chair_and_object_halbench_by_the_synonym_file(tmp_path):
         "chair_s": (2, 4), "chair_i": (2, 7), "coverage": (2, 5),  # the short answer counts
         "objhal/response": (1, 2), "objhal/mention": (1, 5), "objhal/coverage": (2, 5)}
     write_lines(tmp_path / "truth.json", {"1.jpg": ["seat", "table"]})
-    truth, _ = coco.read_objects([tmp_path / "truth.json"], table.kinds_of)
+    truth, _, _ = coco.read_objects([tmp_path / "truth.json"], table.kinds_of)
     assert truth == {"1": {"chair", "dining table"}}
 
 
@@ -2491,6 +2519,7 @@ def test_suite_compares_models(run_bench):
     assert re.search(r"mmhal/score \(of 6\) +0\.88 .* 2\.88 +\+2\.00 \[\+2\.00, \+2\.00\]", shown)
     found = json.loads(Path("out/suite.json").read_text())
     one, two = found["scores"]["one"], found["scores"]["half"]
+
     assert {name.split("/")[0] for name in one} == {"pope", "chair", "amber", "vqa", "mmhal"}
     assert one["amber/discriminative/existence/recall"]["always_no"] == 0.999  # 1 / 1.001
     assert "amber/generative/lexical/hal" in one and "official" in found["notes"]["mmhal"]
@@ -2502,6 +2531,11 @@ def test_suite_compares_models(run_bench):
     assert "good" in {cell.get("class") for cell in page.iter("td")}
     responses = json.loads(Path("out/one/amber_responses.json").read_text())
     assert [[*row] for row in responses] == [["id", "response"]] * 8
+    write_lines("out/one/mmhal_replies.jsonl", *replies[:6])
+    assert "2 replies without one rating count as 0 (to prompts 6, 7)" in run_bench(command)
+    Path("out/one/mmhal_official_prompts.jsonl").write_text("of other answers")
+    assert "mmhal_replies.old.jsonl: replies to other answers, not scored" in run_bench(command)
+
     assert list(metrics.model_names(["runs/a/model", "b/", "c/a"])) == ["runs_a_model", "b", "c_a"]
     with pytest.raises(ValueError, match="name every model once: /a/x, a/x"):
         metrics.model_names(["/a/x", "a/x"])
@@ -2562,6 +2596,7 @@ BENCH_COMMANDS = {"AMBER": "--amber set/amber --answers",
     ("--suite set", 2, "--suite needs --model"), ("--suite one --models two", 1, "no benchmark"),
     ("--suite set --models one one", 1, "every model once: one, one"),
     ("one --scenes 3", 1, "measures of 2 scenes, which do not compare with --scenes 3"),
+    ("one", 1, "the measures to compare with have another --seed"),
 ])
 def test_given_answers_are_scored_or_a_sentence_says_why_not(run_bench, command, status, pattern):
     write_lines("given.jsonl", {"image": "0.png", "answer": "b"},
@@ -2706,6 +2741,7 @@ def test_corrections_are_saved_and_read_by_training(page):
     assert (pair.chosen, pair.rejected) == (text, ANSWER)
     assert pair.image == at.photos / first["image"]
     plain = {key: first[key] for key in ("id", "image", "question", "chosen", "rejected")}
+    plain["annotator"] = "ann"  # not a line of ours
     at.out.write_text("".join(json.dumps(row) + "\n" for row in (
         first, plain, plain, {**first, "annotator": "bo", "chosen": "A car."})))
     assert [pair.chosen for pair in read_pairs([at.out], at.photos)] == [text, text, "A car."]
@@ -2774,13 +2810,32 @@ def test_the_file_survives(page, monkeypatch):
 
 
     page.stop()
+    for other in (b"some notes", b'[\n {"a": 1}\n]', before + b"of mine"):
+        at.out.write_bytes(other)
+        with pytest.raises(DataError, match="not a (file|line) of annotate.py"):
+            corrections.Store([], at.out)
+        assert at.out.read_bytes() == other
     for tail, kept in ((b'{"id": "half', b""), (before.strip(), before)):
         at.out.write_bytes(before + tail)
         corrections.Store([], at.out).file.close()
         assert at.out.read_bytes() == before + kept
 
 
+def test_odd_answers_can_be_corrected(page):
+    at = page(1, tokens=False, fields={"answer": "A street.\r\nA car."})
+    item = at.ask("/item").content
+    assert item["answer"]["text"] == "A street.\nA car."  # as the browser's text field has it
+    submit(at, item, "A street.\nA bus.")
+    assert at.lines()[-1]["rejected"] == "A street.\nA car."
+    at.out.unlink()
+    at = page(1, tokens=False, fields={"answer": "no " * 5000})
+    reply = submit(at, at.ask("/item").content, "no " * 5000 + "yes")
+    assert reply.status == 400 and "repeat themselves too often" in reply.content["error"]
+    assert not at.lines()
+
+
 def test_agreement_and_adjudication(page, capsys):
+
     marks = [(True, True)] * 20 + [(True, False)] * 5 + [(False, True)] * 10 + [(False, False)] * 15
     assert kappa(marks) == pytest.approx((0.7, 0.4)) and math.isnan(kappa([(True, True)])[1])
     at = page(3, tokens=False, overlap=1.0)
@@ -2799,7 +2854,11 @@ def test_agreement_and_adjudication(page, capsys):
     assert re.search(r"all, both ways +138 +95.7% +0.55", report)
     assert "corrections: 1" in report and f"{two}  1.png: ann accepted, bo corrected" in report
     written = at.out.read_bytes()
+    with pytest.raises(DataError, match="answer 1 about a.png: .* repeat themselves too often"):
+        agreement.false_units(Units(), {"id": "1", "image": "a.png", "status": "corrected",
+                                        "chosen": "no " * 5000 + "yes", "rejected": "no " * 5000})
     for edit in ({"chosen": 5}, {"chosen": None}, {"seconds": "12"}):
+
         at.out.write_bytes(files.jsonl([at.lines()[0] | edit]).encode())
         assert annotate.main(["--agreement", str(at.out)]) == 1
         assert "row 1: not a line of annotate.py" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from annotation.diff import Units
 from annotation.store import by_answer, differ, read_lines
+from formats.rows import DataError
 from segments import segment_mask
 
 
@@ -35,7 +36,12 @@ def false_units(units: Units, line: dict) -> list[bool]:
     """Return for every token of the original answer whether it was changed; [] if skipped."""
     if line["status"] == "skipped":
         return []
-    return segment_mask(units.ids(line["chosen"]), units.ids(line["rejected"]))[1].tolist()[:-1]
+    try:
+        masks = segment_mask(units.ids(line["chosen"]), units.ids(line["rejected"]))
+    except ValueError as error:
+        raise DataError(f"answer {line['id']} about {line['image']}: {error}") from None
+    return masks[1].tolist()[:-1]
+
 
 
 def table(rows: Sequence[Sequence]) -> str:

@@ -79,6 +79,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(*refusal.args)
         except (ConnectionError, TimeoutError):
             self.close_connection = True
+        except ValueError as error:  # of `compare`
+            self.send_error(400, f"{error}; skip the answer")
+
+
         except OSError as error:
             post = self.command == "POST"
             self.send_error(507 if post else 500,

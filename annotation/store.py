@@ -30,6 +30,7 @@ from formats.rows import DataError, whole_rows
 
 FIELDS = {"id", "image", "chosen", "rejected", "status", "segments", "annotator", "seconds"}
 TEXTS = ("id", "image", "rejected", "status", "annotator")
+BEGIN = b'{"id": "'  # of every line
 ANONYMOUS = "anonymous"  # the only annotator who gets the answers in the file's order
 
 
@@ -66,6 +67,8 @@ def read_answers(path: Path, images: str | Path | None) -> tuple[list[Answer], i
             raise DataError(f"{name}: field 'image' should name an image file")
         question, text = question_of(name, row), text_of(name, row, "answer")
         key, model = digest(row["image"], question, text), str(row.get("by", "")).partition(" ")[0]
+        text = text.replace("\r\n", "\n").replace("\r", "\n")  # as a browser's text field does
+
         found.setdefault(key, Answer(key, row["image"], file, question, text, model))
     if not found:
         raise DataError(f"{path}: no row with an answer to correct")
@@ -128,7 +131,7 @@ class Store:
             raise ValueError(f"{path}: another annotate.py is writing to it; stop it first, or "
                              "choose another --out") from None
         sync(path.parent)
-        lines = read_lines(path, self.mended())
+        lines = self.mended()
         self.mark = {"adjudicated": True} if adjudicate else {}
         self.versions = by_answer(lines) if adjudicate else {}  # the corrections to decide between
         self.answers = {answer.id: answer for answer in answers
@@ -140,18 +143,28 @@ class Store:
         self.open: dict[str, str] = {}  # the id that each annotator has on the page
         self.order = lru_cache(maxsize=64)(self._order)
 
-    def mended(self) -> bytes:
-        """Return the file's content; remove half a line at its end, which a killed process left."""
+    def mended(self) -> list[dict]:
+        """Read the file; remove half a line at its end, which a killed process left.
+
+        A file that is not ours stays as it is.
+        """
         self.file.seek(0)
         content = self.file.read()
         size = content.rfind(b"\n") + 1
+        end, half = content[size:], False
         try:
-            json.loads(content[size:] or "half a line")
-            self.file.write(b"\n")  # an editor omitted it
+            json.loads(end or "half a line")
         except ValueError:
+            half = True
+        lines = read_lines(self.path, content[:size] if half else content)
+        if half and end[: len(BEGIN)] != BEGIN[: len(end)]:
+            raise DataError(f"{self.path}: not a file of annotate.py; choose another --out")
+        if half:
             self.file.truncate(size)
-            content = content[:size]
-        return content
+        else:
+            self.file.write(b"\n")  # an editor omitted it
+        return lines
+
 
     def _order(self, annotator: str) -> list[str]:
         if annotator == ANONYMOUS:

@@ -1,7 +1,8 @@
 """Files of questions about images, and answers files that an interrupted command can resume."""
 
 import fcntl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
 from dataclasses import dataclass
 from functools import partial
 from glob import escape
@@ -51,6 +52,8 @@ def make_question(name: str, row: dict, images: str, prompt: str | None) -> Imag
     if not image or not question:
         missing = "question" if image else "image"
         raise DataError(f"{name}: field {missing!r} is missing or empty")
+    if row.get("history"):
+        raise DataError(f"{name}: has earlier turns; a question is asked without any")
     question = str(question).replace(IMAGE, "").strip()
     fields = {k: v for k, v in row.items() if isinstance(v, str | int | float) and k not in OWN}
     fields["question"] = question
@@ -58,13 +61,19 @@ def make_question(name: str, row: dict, images: str, prompt: str | None) -> Imag
     return ImageQuestion(name, image, question, fields)
 
 
-def read_answers(path: Path) -> list[dict]:
+def read_answers(path: Path, unreadable: bool = False) -> list[dict]:
     """Read answers that were made elsewhere: rows with "answer", and "name" for error messages.
 
     The answer may also be called caption or text; a row without any is a DataError.
+
+    Args:
+        unreadable: keep the rows, without "answer", of images that evaluate.py could not read.
     """
     rows = []
     for name, row in whole_rows(path):
+        if "error" in row and "answer" not in row:
+            rows += [{**row, "name": name}] * unreadable
+            continue
         texts = [row[k] for k in ("answer", "caption", "text") if isinstance(row.get(k), str)]
         if not texts:
             raise DataError(f"{name}: no answer, caption or text")
@@ -113,10 +122,18 @@ def answer_file(
         if len(rows) > len(wanted) or not all(fits):
             raise ValueError(f"{path} holds answers to other questions, or of another model or "
                              "settings; delete it or choose another --output")
-        whole = first_to_answer(questions, rows, skip)
-        if whole < len(wanted):
-            del rows[whole // batch_size * batch_size :]  # part of a batch is answered again
+        if len(rows) < len(wanted):
+            del rows[len(rows) // batch_size * batch_size :]  # a part of a batch: answered again
+        mended = sorted({i // batch_size * batch_size for i in readable(questions, rows, skip)})
+        for start in mended:
+            batch = slice(start, start + batch_size)
+            answer_batch(respond, questions[batch], wanted[batch], seed + start, skip)
+            rows[batch] = wanted[batch]
         lines = path.read_bytes().splitlines(keepends=True)
+        if mended:
+            lines = jsonl(rows).encode().splitlines(keepends=True)
+            file.truncate(0)
+            file.write(b"".join(lines))
         file.truncate(sum(map(len, lines[: len(rows)])))
         bar.update(len(rows))
         for start in range(len(rows), len(wanted), batch_size):
@@ -129,16 +146,15 @@ def answer_file(
     return rows
 
 
-def first_to_answer(
+def readable(
     questions: Sequence[ImageQuestion], rows: Sequence[dict], skip: list[str] | None
-) -> int:
-    """Return the first row without an answer whose image can be read now; len(rows) if none."""
+) -> Iterator[int]:
+    """Yield the places of rows without an answer whose images can be read now."""
     for i, (question, row) in enumerate(zip(questions, rows)):
         if "error" in row:
             with skipping(skip):
                 open_image(question.name, question.image)
-                return i
-    return len(rows)
+                yield i
 
 
 def answer_batch(

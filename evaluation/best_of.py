@@ -18,6 +18,8 @@ from data import split
 from evaluation.answers import ImageQuestion
 from formats.checkpoint import find_device, fingerprint
 from formats.readers import captions_of, read_captions
+from formats.rows import skipping
+
 from scoring import Judge, load_judge
 
 BATCH = 64  # questions whose answers are scored at a time
@@ -38,12 +40,26 @@ class BestOf:
         return (f"best_of={self.samples} facts={bool(self.judge.facts)} "
                 f"reward_model={fingerprint(self.judge.reward_model.model)}")
 
+    def facts(self, asked: ImageQuestion) -> Sequence[str]:
+        """Return the captions that the judge needs; DataError if they are missing."""
+        return captions_of(asked.name, asked.image, self.captions) if self.judge.facts else ()
+
+    def with_captions(
+        self, questions: Sequence[ImageQuestion], skip: list[str] | None
+    ) -> list[ImageQuestion]:
+        """Return the questions whose captions are known; `skip` as in `formats.rows.skipping`."""
+        known = []
+        for each in questions:
+            with skipping(skip):
+                self.facts(each)
+                known.append(each)
+        return known
+
     def answers(
         self, asked: Sequence[ImageQuestion], images: Sequence[Image.Image], texts: Sequence[str]
     ) -> list[str]:
-        """Choose answers to questions of a file; DataError if an image's captions are missing."""
-        facts = [captions_of(each.name, each.image, self.captions) if self.judge.facts else ()
-                 for each in asked]
+        """Choose answers to questions of a file."""
+        facts = [self.facts(each) for each in asked]
         return self.choose([each.question for each in asked], images, texts, facts)
 
     @torch.no_grad()

@@ -47,7 +47,7 @@ def measure_world(
     """Measure a model on held-out scenes, greedily and with wordings that training never uses.
 
     Args:
-        scenes: how many; scene i is `world.make_scene(i, "test")`.
+        scenes: how many; see `held_out`.
         seed: of the choice of questions, of sampling and of the bootstrap.
         best: chooses among several sampled answers to everything; None: decode greedily.
 
@@ -55,7 +55,7 @@ def measure_world(
         metrics, {name: {"value", "low", "high"}} (see `world_terms`); and a record per scene with
         its truth, the description with its false spans, all questions and answers.
     """
-    drawn = [world.make_scene(i, "test") for i in range(scenes)]
+    drawn = held_out(scenes)
     records = questionnaire(drawn, seed)
     pictures = [world.draw(scene, settings.size) for scene in drawn]
     features = generation.image_features(model, settings, pictures)
@@ -75,10 +75,10 @@ def measure_world(
             item["answer"] = text
 
     ask([*enumerate(records)], DESCRIPTION_TOKENS, "describing")
-    asked = [(i, item) for i, record in enumerate(records) for item in record["asked"].values()]
+    short = [(i, item) for i, record in enumerate(records) for item in record["asked"].values()]
     yes_or_no = lambda item: item["topic"] in ("exists", "comparison")
-    ask([(i, item) for i, item in asked if yes_or_no(item)], YES_OR_NO_TOKENS, "asking")
-    ask([(i, item) for i, item in asked if not yes_or_no(item)], SHORT_TOKENS, "asking")
+    ask([(i, item) for i, item in short if yes_or_no(item)], YES_OR_NO_TOKENS, "asking")
+    ask([(i, item) for i, item in short if not yes_or_no(item)], SHORT_TOKENS, "asking")
     for scene, record in zip(drawn, records):
         score_record(scene, record)
     return with_intervals(world_terms(records), seed), records
@@ -86,18 +86,19 @@ def measure_world(
 
 def compare_runs(runs: Sequence[str], seed: int = 0) -> str:
     """Format the runs' measures in results.json, and their paired differences to the first run."""
-    found, terms, asked = {}, {}, {}
+    found, terms, questions = {}, {}, {}
     for name, run in model_names(runs).items():
         path = Path(run) / "results.json"
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file; first run: python evaluate.py "
                                     f"{run} (of a plain model: --output {run})")
         found[name], records = read_scenes(path)["after"]
-        asked[name] = [(record["scene"], record["question"]) for record in records]
+        questions[name] = asked(records)
         terms[name] = world_terms(records)
     first, *others = found
     for name in others:
-        if asked[name] != asked[first]:
+        if questions[name] != questions[first]:
+
             raise ValueError(f"{name} and {first} were measured on different scenes; "
                              "measure both again with the same --scenes and --seed")
     return comparison(found, {name: paired(terms[first], terms[name], seed) for name in others})
@@ -109,6 +110,15 @@ def read_scenes(path: Path) -> dict[str, tuple[dict, list[dict]]]:
     if not all("scene" in record for _, records in results.values() for record in records):
         raise ValueError(f"{path}: the results of a reward model, not of answers about scenes")
     return results
+
+
+def held_out(scenes: int) -> list[world.Scene]:
+    return [world.make_scene(i, "test") for i in range(scenes)]
+
+
+def asked(records: Sequence[dict]) -> list[tuple]:
+    """Return what must agree for two measurements to be paired."""
+    return [(record["scene"], record.get("question")) for record in records]
 
 
 def questionnaire(scenes: Sequence[world.Scene], seed: int = 0) -> list[dict]:
@@ -245,6 +255,7 @@ def world_ratings(record: dict) -> list[int]:
             ratings.append(round(2 * share) if record["spans"] else 3 + round(3 * share))
             continue
         item = record["asked"][MMHAL_QUESTIONS[kind]]
-        to_the_point = re.search(world.CONTENT[item["topic"]], item["answer"], re.I)
+        content = rf"\b(?:{world.CONTENT[item['topic']]})\b"
+        to_the_point = re.search(content, item["answer"], re.I)
         ratings.append(6 if item["right"] else 0 if to_the_point else 3)
     return ratings

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from formats.files import read_json
+from formats.files import brief, read_json
+
 from formats.rows import DataError
 
 
@@ -190,7 +191,7 @@ def kinds_of(text: str) -> list[str]:
 
 def read_objects(
     paths: Iterable[Path | str], kinds_of: Callable[[str], Iterable[str]] = kinds_of
-) -> tuple[dict[str, set[str]], dict[str, str]]:
+) -> tuple[dict[str, set[str]], dict[str, str], dict[str, str]]:
     """Read the objects of every image from annotation files.
 
     Args:
@@ -200,37 +201,47 @@ def read_objects(
         kinds_of: text -> kinds; default: by the words of this file.
 
     Returns:
-        {image key: kinds}, and {image key: file name} for opening the image.
+        {image key: kinds}; {image key: file name} for opening the image; {image id: image key},
+        which in COCO itself is the number in the file's name, but not in every copy of its format.
 
     Raises:
-        FileNotFoundError, DataError: a file is missing, or has another format.
+        FileNotFoundError, DataError: a file is missing, has another format, or names images that
+            `image_key` cannot tell apart.
     """
     objects: dict[str, set[str]] = defaultdict(set)
     files: dict[str, str] = {}
+    ids: dict[str, str] = {}
     for path in map(Path, paths):
         content = read_json(path)
         try:
             named, found = image_rows(content)
-            if not all(isinstance(text, str) for _, text in (*named, *found)):
+            if not all(isinstance(text, str) for _, text in (*named.items(), *found)):
                 raise TypeError
         except (KeyError, TypeError, AttributeError):
             raise DataError(f"{path}: neither COCO annotations (instances or captions) nor "
                             '{"image.jpg": ["object", ...]}') from None
-        files |= {image_key(image): name for image, name in named}
-        objects |= {key: set() for key in files if key not in objects}
+        keys: dict[str, str] = {}
+        for image, name in named.items():
+            ids[str(image)] = key = image_key(name)
+            if (other := keys.setdefault(key, name)) != name:
+                raise DataError(f"{path}: images {brief(other)} and {brief(name)} cannot be told "
+                                "apart by number or file name; rename one")
+        files |= keys
+        objects |= {key: set() for key in keys if key not in objects}
         for image, text in found:
-            objects[image_key(image)] |= set(kinds_of(text))
-    return objects, files
+            objects[ids.get(str(image), image_key(image))] |= set(kinds_of(text))
+    return objects, files, ids
 
 
-def image_rows(content: dict) -> tuple[list, list]:
-    """Return [(image, file name)] and [(image, kind or text)] of a file's content."""
+def image_rows(content: dict) -> tuple[dict, list]:
+    """Return {image: file name} and [(image, kind or text)] of a file's content."""
     if "annotations" in content:
         kinds = {each["id"]: each["name"] for each in content.get("categories", ())}
-        return ([(image["id"], image["file_name"]) for image in content.get("images", ())],
+        return ({image["id"]: image["file_name"] for image in content.get("images", ())},
                 [(each["image_id"], each.get("caption") or kinds[each["category_id"]])
                  for each in content["annotations"]])
     if not all(isinstance(names, list) for names in content.values()):
         raise TypeError("not a list of objects")
-    return ([(image, image) for image in content],
+    return ({image: image for image in content},
             [(image, str(name)) for image, names in content.items() for name in names])
+

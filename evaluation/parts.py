@@ -15,8 +15,8 @@ from evaluation.benchmarks import (
 from evaluation.judge import judge_note
 from evaluation.metrics import Terms, with_intervals
 from evaluation.synonyms import Synonyms, synonym_terms
-from formats.files import understood
-from formats.rows import DataError, image_path, whole_rows
+from formats.files import brief, understood
+from formats.rows import DataError, image_path, skipping, whole_rows
 
 DESCRIBE = "Please describe this image in detail."  # if a benchmark has no questions
 SUFFIX = "Answer the question using a single word or phrase."  # LLaVA-RLHF's, on a separate line
@@ -73,13 +73,19 @@ def how_asked(suffix: str) -> str:
     return f"asked with {suffix.strip()!r}" if suffix else "asked as in the file"
 
 
-def same_number(path: Path, answers: Path) -> list[tuple[str, dict, str]]:
+def in_order(path: Path, answers: Path) -> list[tuple[str, dict, str]]:
     """Return (name, row, answer) of each question of a file and the answer at the same place."""
-    rows, given = list(whole_rows(path)), read_answers(answers)
+    rows, given = list(whole_rows(path)), read_answers(answers, unreadable=True)
     if len(rows) != len(given):
         raise DataError(f"{answers}: {len(given)} answers to {len(rows)} questions")
+    for (name, row), each in zip(rows, given):
+        for key in {"question_id", "image"} & row.keys() & each.keys():
+            if Path(str(row[key])).name != Path(str(each[key])).name:
+                raise DataError(f"{each['name']}: answers {key} {brief(each[key])}, where {name} "
+                                f"has {brief(row[key])}; answers have the order of the questions")
     return [(name, {**row, "image": str(row.get("image", i))}, each["answer"])
-            for i, ((name, row), each) in enumerate(zip(rows, given))]
+            for i, ((name, row), each) in enumerate(zip(rows, given)) if "answer" in each]
+
 
 
 # --------------------------------------------------------------------------- POPE and short answers
@@ -104,7 +110,7 @@ def pope_part(path: Path, images: str | None, suffix: str | None, skip: list | N
         return pope_terms([row["answer"] for row in rows], [row["label"] for row in rows],
                           [row.get("image", i) for i, row in enumerate(rows)])
 
-    given = lambda answers: [{**row, "answer": text} for _, row, text in same_number(path, answers)]
+    given = lambda answers: [{**row, "answer": text} for _, row, text in in_order(path, answers)]
     return Part(f"pope/{path.stem}", path.stem, ask, given, terms, SHORT_TOKENS,
                 how_asked(ending), "POPE's parser of answers")
 
@@ -115,7 +121,7 @@ def vqa_part(path: Path, images: str | None, suffix: str | None, skip: list | No
 
     def given(answers: Path) -> Rows:
         return [{**row, "answers": vqa.people_answers(name, row), "answer": text}
-                for name, row, text in same_number(path, answers)]
+                for name, row, text in in_order(path, answers)]
 
     ask = partial(vqa.vqa_questions, path, images or path.parent, ending, skip)
     return Part(f"vqa/{path.stem}", path.stem, ask, given, vqa.vqa_terms, SHORT_TOKENS,
@@ -137,7 +143,7 @@ def chair_part(
         synonyms: the official file; None: the words of `coco.py`.
     """
     table = Synonyms(Path(synonyms)) if synonyms else None
-    truth, files = coco.read_objects(paths, table.kinds_of if table else coco.kinds_of)
+    truth, files, ids = coco.read_objects(paths, table.kinds_of if table else coco.kinds_of)
 
     def ask() -> list[ImageQuestion]:
         if questions:
@@ -145,14 +151,19 @@ def chair_part(
                      for each in read_questions(path, images or str(path.parent), prompt, skip)]
             known([{"name": each.name, **each.fields} for each in found])
             return found
-        text = prompt or DESCRIBE
-        folder = images or paths[0].parent
-        return [ImageQuestion(f"{paths[0]} image {name}", image_path("--chair", name, folder), text,
-                              {"image": name, "question": text}) for name in files.values()]
+        text, found = prompt or DESCRIBE, []
+        for name in files.values():
+            with skipping(skip):
+                image = image_path(str(paths[0]), name, images or paths[0].parent)
+                found.append(ImageQuestion(
+                    f"{paths[0]} image {name}", image, text, {"image": name, "question": text}))
+        return found
 
     def known(rows: Rows) -> list[str]:
         """Return the keys of the rows' images; DataError if the truth about one is unknown."""
-        keys = [coco.image_key(row.get("image", row.get("image_id", ""))) for row in rows]
+        keys = [coco.image_key(row["image"]) if "image" in row else
+                ids.get(str(row.get("image_id")), coco.image_key(row.get("image_id", "")))
+                for row in rows]
         for row, key in zip(rows, keys):
             if key not in truth:
                 raise DataError(f"{row.get('name', '--chair')}: nothing is known about image "

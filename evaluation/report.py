@@ -19,7 +19,7 @@ import world
 from data import Example, segments
 from evaluation.answers import whole_lines
 from evaluation.benchmarks import MMHAL_KINDS
-from evaluation.builtin import NEGATIVES, TOPICS, world_terms
+from evaluation.builtin import NEGATIVES, TOPICS, asked, world_terms
 from evaluation.charts import curves, dumbbell
 from evaluation.metrics import PER_KIND, colour, format_metric, paired, read_results, unit
 from formats.files import read_json, understood, write_atomic
@@ -170,7 +170,8 @@ def measures(before: tuple, after: tuple) -> str:
     if not after:
         return ""
     change = {}
-    if before and [r["scene"] for r in old_records] == [r["scene"] for r in records]:
+    if before and asked(old_records) == asked(records):
+
         change = paired(world_terms(old_records), world_terms(records))
     key = '<p class="soft"><span class="key s1"></span>before<span class="key s0"></span>after</p>'
     head = ["", "before", "after", "change", "0 … 100 %"] if before else ["", "value"]

@@ -19,12 +19,13 @@ suite.html beside the folders have the table with intervals and paired differenc
 model; both say how each benchmark was asked and scored.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
 
-from evaluation.benchmarks import read_mmhal, read_replies
+from evaluation.benchmarks import rating, read_mmhal, read_replies
 from evaluation.judge import JudgePrompt, read_judge_prompt, write_prompts
 from evaluation.metrics import Terms, colour, format_metric, format_value, paired, titled
 from evaluation.parts import (
@@ -75,12 +76,25 @@ def find_parts(
 
 
 def judged(template: Path, prompt: JudgePrompt, rows: Rows, folder: Path) -> Rows:
-    """Write the judge's prompts for MMHal's answers; return the rows with its replies, if any."""
+    """Write the judge's prompts for MMHal's answers; return the rows with its replies, if any.
+
+    Replies to prompts about other answers are renamed and not scored.
+    """
+    prompts, path = folder / f"mmhal_{prompt.label}_prompts.jsonl", folder / "mmhal_replies.jsonl"
+    old = prompts.read_bytes() if prompts.exists() else None
     write_prompts(folder, read_mmhal(template), [row["answer"] for row in rows], prompt)
-    path = folder / "mmhal_replies.jsonl"
     if not path.exists():
         return []
-    return [{**row, "reply": reply} for row, reply in zip(rows, read_replies(path, len(rows)))]
+    if old not in (None, prompts.read_bytes()):
+        path.rename(aside := path.with_suffix(".old.jsonl"))
+        print(f"{aside}: replies to other answers, not scored", file=sys.stderr)
+        return []
+    replies = read_replies(path, len(rows))
+    if missing := [i for i, reply in enumerate(replies) if rating(reply) is None]:
+        print(f"{path}: {len(missing)} replies without one rating count as 0 (to prompts "
+              f"{', '.join(map(str, missing[:8]))})", file=sys.stderr)
+    return [{**row, "reply": reply} for row, reply in zip(rows, replies)]
+
 
 
 def measure(

@@ -140,7 +140,8 @@ def latest_corrections(rows: Iterable[tuple[str, object]]) -> Iterator[tuple[str
     """Yield rows; of annotate.py's, only the last line of each id, if that is a correction."""
     last = {}
     for name, row in rows:
-        if isinstance(row, dict) and "annotator" in row:
+        if isinstance(row, dict) and {"id", "annotator", "status"} <= row.keys():
+
             last[str(row.get("id"))] = name, row
         else:
             yield name, row

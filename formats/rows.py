@@ -47,7 +47,8 @@ def skipping(skip: list[str] | None) -> Iterator[None]:
 
 def report_skipped(skip: list[str] | None) -> None:
     """Print to stderr how many rows were left out, and why; at most LISTED reasons."""
-    if skip:
+    if skip := list(dict.fromkeys(skip or ())):
+
         more = [f"and {len(skip) - LISTED} more"] if len(skip) > LISTED else []
         print(f"{len(skip)} rows left out:", *skip[:LISTED], *more, sep="\n  ", file=sys.stderr)
 
