@@ -6,7 +6,7 @@ A new algorithm is one file with a dataclass of hyperparameters and a class deri
 
 import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +37,13 @@ class Start:
         return self.model.head.weight.device
 
     @property
+    def key(self) -> str:
+        """Part of the names of what this base answered, which also depends on its precision."""
+        return self.base[:8] + "-bf16" * (self.model.head.weight.dtype == torch.bfloat16)
+
+    @property
     def bfloat16(self) -> bool:
+
         return self.run.use_bfloat16(self.device.type)
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -87,6 +93,12 @@ class Algorithm:
     def tokens(row, tokenizer: Tokenizer, patches: int, config) -> tuple[list[int], list[Response]]:
         """Return a row's prompt tokens and responses; an image takes `patches` tokens."""
         raise NotImplementedError
+
+    @staticmethod
+    def read_as(responses: list[Response], facts: Sequence[str], tokenizer: Tokenizer, config
+                ) -> list[Response]:
+        """Return a row's responses as the model reads them, to check that they fit."""
+        return responses
 
     def batches(self, step: int) -> list:
         """Return the micro-batches of an optimizer step."""

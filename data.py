@@ -306,7 +306,10 @@ def segments(response: Response, tokenizer: Tokenizer) -> list[tuple[str, float]
     for end in range(1, len(response.tokens) + 1):
         if end < len(response.tokens) and response.weight[end] == response.weight[start]:
             continue
-        whole = tokenizer.decode(response.tokens[:end])  # a cut could split a character
+        whole = tokenizer.decode(response.tokens[:end])
+        if end < len(response.tokens):  # of a character that is split, nothing is shown yet
+            whole = whole.rstrip("\ufffd")
+
         shown = whole[len(text) :] + "</s>" * (response.tokens[end - 1] == tokenizer.eos_token)
         found.append((shown, response.weight[start]))
         text, start = whole, end

@@ -120,7 +120,7 @@ import torch
 import evaluation
 import generation
 from evaluation import benchmarks, best_of, builtin, judge, metrics, parts, suite
-from evaluation.answers import ImageQuestion, answer_file, read_questions
+from evaluation.answers import ImageQuestion, answer_file, read_questions, that_fit
 from evaluation.parts import LONG_TOKENS, Part
 from formats.checkpoint import find_device, fingerprint
 from formats.files import error_message, understood, write_atomic
@@ -204,7 +204,9 @@ def answer(args: Namespace, questions: list[ImageQuestion], path: Path, limit: i
     if args.dtype != "auto":
         how += f" dtype={args.dtype}"
     best, samples = args.best, args.best_of or 1
+    questions = list(that_fit(model, tokenizer, questions, args.skipped))
     if best:
+
         how += f" {best.label}"
         questions = best.with_captions(questions, args.skipped)
 

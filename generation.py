@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import prompt_text, prompt_tokens, split
+from formats.tokenizer import IMAGE
 from model import LLaVA, TextConfig, product_dtype, rotary
 from parallel import Draws
 from vision import ImageSettings, preprocess
@@ -99,11 +100,12 @@ def generate(
         of a prompt do not depend on when the others end.
 
     Raises:
-        ValueError: a prompt leaves no room in the model's context.
+        ValueError: a prompt leaves no room in the model's context, or the logits are not finite.
     """
     context, width = model.config.text.max_position_embeddings, max(map(len, prompts))
-    steps = min(max_new_tokens, context - width)
-    if steps < 1:
+    steps = min(max_new_tokens, context - min(map(len, prompts)))
+    if min(max_new_tokens, context - width) < 1:
+
         raise ValueError(f"a prompt of {width} tokens leaves no room for an answer in a context of "
                          f"{context}")
     completions, logp = decode_steps(
@@ -133,6 +135,7 @@ def decode_steps(
     own_slot_mask = now.mask.new_full((samples, samples), -torch.inf).fill_diagonal_(0)
     completions = now.row.new_full((rows, samples, steps), config.pad_token)
     logp = torch.zeros(completions.shape, device=device)
+    last, finite = config.text.max_position_embeddings - 1, logits.isfinite().all()
     for step in range(steps):
         draw = None
         if isinstance(generator, Draws):
@@ -146,7 +149,7 @@ def decode_steps(
             logp[now.row, :, step] = every.gather(-1, token[..., None]).squeeze(-1)
         if on_token:
             on_token(completions[:, :, step])
-        now.finished |= token == config.eos_token
+        now.finished |= (token == config.eos_token) | (now.position >= last)
         if step + 1 == steps:
             break
         if device.type == "cpu" or (step + 1) % CHECK_EVERY == 0:
@@ -161,8 +164,12 @@ def decode_steps(
         filled = None if compiled else width + (step + 1) * samples
         logits = next_logits(
             model, token, now.position, now.slots, now.mask[..., :filled], now.cache)
+        finite &= logits.isfinite().all()
         now.position += 1
         now.slots += samples
+    if not finite:
+        raise ValueError("the model computes NaN or infinity; check its weights, or use --dtype "
+                         "float32 (float16 overflows easily)")
     return completions, logp
 
 
@@ -236,7 +243,7 @@ def sample_token(logits: Tensor, temperature: float, draw: Tensor | None) -> Ten
     reached = (logits / temperature).softmax(-1).cumsum(-1)
     # 1 - draw is above 0: the sum never first reaches it at a token of probability 0.
     wanted = (1 - draw)[..., None] * reached[..., -1:]
-    return torch.searchsorted(reached, wanted).squeeze(-1)
+    return torch.searchsorted(reached, wanted).squeeze(-1).clamp_(max=logits.shape[-1] - 1)  # NaN
 
 
 # -------------------------------------------------------------------------- answers to many prompts
@@ -326,8 +333,9 @@ def stream(
             write(whole[len(text) :])
             text = whole
 
-    prompt = torch.tensor(
-        prompt_tokens(tokenizer, prompt_text(question), model.config.vision.patches))
+    prompt = torch.tensor(prompt_tokens(
+        tokenizer, prompt_text(question.replace(IMAGE, "").strip()), model.config.vision.patches))
+
     out = generate(model, pixels_of([image], settings).to(like), [prompt], max_new_tokens,
                    temperature, 1, torch.Generator(like.device).manual_seed(seed), on_token)
     whole = tokenizer.decode(out[0])

@@ -28,7 +28,7 @@ from formats.files import jsonl, remove, write_atomic
 
 
 class Interrupted(Exception):
-    """A signal stopped the run, which was saved first."""
+    """A signal stopped the run, which was saved first; the message says where."""
 
 
 class TrainingError(Exception):
@@ -63,7 +63,8 @@ class Loop:
                 last = self.step == self.algorithm.steps
                 if last or self.stop or self.step % self.run.save_every == 0:
                     self.check_weights()
-                if (self.step % self.run.log_every == 0 or last) and parallel.rank() == 0:
+                logs = self.step == 1 or self.step % self.run.log_every == 0 or last
+                if logs and parallel.rank() == 0:
                     with (self.folder / "metrics.jsonl").open("a") as file:
                         file.write(json.dumps({"step": self.step, **metrics}) + "\n")
                     for name, value in metrics.items() if board else ():
@@ -72,8 +73,8 @@ class Loop:
                     self.save()
                 if self.stop:
                     raise Interrupted(
-                        f"stopped and saved at step {self.step} of {self.algorithm.steps}; "
-                        "the same command with --resume continues")
+                        f"stopped and saved at step {self.step} of {self.algorithm.steps}")
+
         finally:
             bar.close()
             if board:
@@ -97,7 +98,8 @@ class Loop:
             batches = self.algorithm.batches(self.step)
         prepared = time.perf_counter()
         sizes = [self.algorithm.size(batch) if batch.counts else 0 for batch in batches]
-        (total,) = parallel.total([sum(sizes)])
+        rows = sum(len(batch.names) for batch in batches if batch.counts)
+        total, rows = parallel.total([sum(sizes), rows])
         metrics: dict[str, float] = {}
         for batch, size in zip(batches, sizes):
             share = size / total
@@ -122,7 +124,8 @@ class Loop:
         now = time.perf_counter()
         return metrics | {
             "learning_rate": self.optimizers[0].param_groups[0]["lr"], "grad_norm": norm,
-            "rows_per_second": self.algorithm.config.batch_size / (now - started),
+            "rows_per_second": rows / (now - started),
+
             "seconds/batches": prepared - started, "seconds/optimisation": now - prepared,
         }
 

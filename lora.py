@@ -53,10 +53,11 @@ class LoRALinear(nn.Linear):
             y = y + self.adapters[self.active](x)
         return y
 
-    def merged(self, name: str) -> Tensor:
+    def merged(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight (out, in) plus one adapter's update, summed in float32."""
         weight = sharding.whole(self.weight)
-        return (weight.float() + self.adapters[name].delta()).to(weight.dtype)
+        return (weight.float() + self.adapters[name].delta()).to(dtype or weight.dtype)
+
 
 
 def add_adapter(

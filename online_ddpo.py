@@ -37,7 +37,7 @@ from formats.readers import Pair
 from lora import use_adapter
 from rollouts import (
     check_room, completion_table, make_roles, per_token, policy_and_reference, prompt_only, sample,
-    summary, write_samples,
+    summary, warn_truncated, write_samples,
 )
 from scoring import SamplingConfig
 
@@ -148,6 +148,7 @@ class OnlineDDPO(DDPO):
         if not pairs:
             print(f"warning: round {index + 1} has no new pair and repeats the last one",
                   file=sys.stderr)
+        warn_truncated(summary(table), config)
         metrics = {**summary(table), "round": index + 1, "round/pairs": len(pairs),
                    "round/pairs_per_completion": len(pairs) / len(table),
                    "seconds/round": time.perf_counter() - started}
@@ -188,4 +189,5 @@ class OnlineDDPO(DDPO):
 
         examples, self.reference = self.examples(), self.round.scores
         size = max(1, math.ceil(self.config.epochs * len(examples) / self.per_round))
+        size = self.config.batch_size if self.config.steps else size
         self.source = Epochs(examples, replace(self.config, batch_size=size), self.seed)

@@ -115,6 +115,8 @@ def reward_folder(run: Run, config: Training) -> Path:
         raise ValueError(f"--algo {run.algo} needs a reward model: --reward_model with the folder "
                          "of a run of python train.py --algo rm")
     kind = "facts" if config.facts else "plain"
+    kind += "-scratch" * (run.from_scratch and not run.model)
+
     kind += f"-lora{run.lora}" if run.lora else ""
     if run.model:  # its name, and a hash that tells folders of one name apart
         path = Path(run.model).resolve()
@@ -180,7 +182,7 @@ def measure(start: Start, algorithm: Algorithm, trained: bool) -> tuple[dict, li
     def on_world() -> tuple[dict, list[dict]] | None:
         if not run.test_scenes or not run.on_world():
             return None
-        path = WORLD / f"before-{start.base[:8]}-{run.test_scenes}.json"  # shared by all runs
+        path = WORLD / f"before-{start.key}-{run.test_scenes}.json"  # shared by all runs
         if trained or not parallel.once(path.exists):
             with sharding.gathered(start.model):
                 found = parallel.once(lambda: measure_world(

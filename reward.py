@@ -35,7 +35,7 @@ import ast
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +82,7 @@ def pairwise_loss(
     return -F.logsigmoid(chosen - rejected).mean() + centring * size
 
 
+@cache
 def read_request(path: str, facts: bool) -> str:
     """Read the release's request from a file; FACTS stands where the captions go, if it has any.
 
@@ -199,6 +200,11 @@ class RewardTraining(Algorithm):
     @staticmethod
     def tokens(row, tokenizer: Tokenizer, patches: int, config: RMConfig):
         return pair_tokens(row, tokenizer, patches)
+
+    @staticmethod
+    def read_as(responses, facts, tokenizer: Tokenizer, config: RMConfig) -> list[Response]:
+        request = read_request(config.request, config.facts) if config.request else ""
+        return [with_request(tokenizer, each.tokens, facts, request) for each in responses]
 
     def batches(self, step: int) -> list[Batch]:
         make = partial(reward_batch, self.reward_model, self.tokenizer)
@@ -322,7 +328,9 @@ def load_head(
                              "one with python train.py --algo rm")
         if found.get(key) != value:
             raise ValueError(f"{folder}: a reward model for another {key} ({found.get(key)}, not "
-                             f"{value}); train one with python train.py --algo rm")
+                             f"{value}); train one with python train.py --algo rm, for "
+                             "--reward_model, or delete the folder if it was made before the base")
+
     sizes = {name: getattr(reward_model, name).numel() for name in ("weight", "bias")}
     if {name: tensor.numel() for name, tensor in tensors.items()} != sizes:
         raise ValueError(f"{folder / HEAD}: not a head of {sizes['weight']} weights and a bias")

@@ -114,6 +114,7 @@ def make_roles(start: Start, config: SamplingConfig, with_critic: bool = False) 
             critic = RewardModel(sharding.duplicate(reward_model.model))
             select_trainable(critic.model)
             critic.model.head.requires_grad_(False)  # the critic does not use the vocabulary
+            critic.model.decoder.gradient_checkpointing = start.run.gradient_checkpointing
         reward_model.requires_grad_(False)
     if critic:
         with torch.no_grad():  # values start at 0
@@ -224,7 +225,17 @@ def write_samples(folder: Path, step: int, table: list[dict]) -> None:
         file.write(jsonl({"step": step, **row} for row in table[:: max(1, len(table) // SHOWN)]))
 
 
+def warn_truncated(metrics: dict[str, float], config: SamplingConfig) -> bool:
+    """Warn if most completions are truncated: end-of-sequence is then hardly learned."""
+    truncated = 1 - metrics["response/ended"]
+    if truncated > 0.5:
+        print(f"warning: {100 * truncated:.0f} % of the completions were cut off at "
+              f"--max_new_tokens {config.max_new_tokens}; raise it", file=sys.stderr)
+    return truncated > 0.5
+
+
 # ------------------------------------------------------------------------ learning from completions
+
 
 
 @dataclass
@@ -342,13 +353,5 @@ class OnPolicy(Algorithm):
             "seconds/rollout": now - started, "seconds/sampling": sampled - started,
             "tokens_per_second/rollout": mask.sum().item() / (now - started),
         }
-        self.warn(1 - metrics["response/ended"])
+        self.warned = self.warned or warn_truncated(metrics, config)
         return Rollout(rows, tokens, mask, credited, metrics)
-
-    def warn(self, truncated: float) -> None:
-        """Warn once if most completions are truncated: end-of-sequence is then hardly learned."""
-
-        if truncated > 0.5 and not self.warned:
-            self.warned = True
-            print(f"warning: {100 * truncated:.0f} % of the completions were cut off at "
-                  f"--max_new_tokens {self.config.max_new_tokens}; raise it", file=sys.stderr)

@@ -20,7 +20,8 @@ from config import option
 from data import Example, trunk_tokens
 from formats.checkpoint import load_llava
 from formats.files import open_file
-from formats.rows import DataError, open_image
+from formats.rows import DataError, in_file, open_image
+
 from formats.tokenizer import Tokenizer
 from generation import image_features
 from reward import FACTS_LABELS, HEAD, RewardModel, Row, load_head, rate, require_head, with_request
@@ -44,7 +45,8 @@ class SamplingConfig:
     captions: str | None = option(None, "image_to_caption.json, for --facts with --data")
     symbolic_bonus: float = option(2.0, "scales the reward of right options, yes and no (release)")
     length_penalty: float = option(10.0, "for a completion of --length_penalty_tokens (release)")
-    length_penalty_tokens: int = option(896, "tokens that cost the whole length penalty (release)")
+    length_penalty_tokens: int = option(
+        896, "tokens that cost the whole length penalty (release)", least=1)
     missing_eos_penalty: float = option(
         -8.0, "for a completion without end-of-sequence (release)", least=-float("inf"))
 
@@ -105,7 +107,10 @@ class Judge:
     ) -> Tensor:
         """Rate the completions of a policy with a tokenizer of its own."""
         examples = [example for example, _ in rows]
-        features = self.features([open_image(each.name, each.source) for each in examples])
+        pictures = {}
+        for i in sorted(range(len(examples)), key=lambda i: in_file(examples[i].source)):
+            pictures[i] = open_image(examples[i].name, examples[i].source)
+        features = self.features([pictures[i] for i in range(len(examples))])
         texts = [[tokenizer.decode(tokens).strip() for tokens in answers] for _, answers in rows]
         return self.rate([each.question for each in examples], features, texts,
                          [each.facts for each in examples], batch_size)

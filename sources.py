@@ -53,7 +53,7 @@ def world_data(start: Start, config: Training, algorithm: type[Algorithm]) -> Da
                              folder / "image_to_caption.json")
 
     if algorithm.reads == "prompts":
-        folder = WORLD / f"prompts-{config.prompts}-{start.run.seed}"
+        folder = WORLD / f"prompts-{config.prompts}-{start.run.seed}-{start.images.size}"
         parallel.once(lambda: collect(
             folder, "prompts.json", f"{config.prompts} prompts", lambda: feedback.prompts(
                 start.images, folder, config.prompts, start.run.seed)))
@@ -79,7 +79,7 @@ def world_file(start: Start, config: Training) -> Path:
     if config.feedback == "rankings":
         return (world_rankings(start, "train", config.corrections, config.noise)
                 / "preferences.json")
-    folder = WORLD / f"{config.feedback}-{start.run.seed}-{config.corrections}"
+    folder = WORLD / f"{config.feedback}-{start.run.seed}-{config.corrections}-{start.images.size}"
     return collect(
         folder, "conversations.json", f"{config.corrections} conversations",
         lambda: feedback.conversations(start.images, folder, config.corrections, start.run.seed,
@@ -98,7 +98,7 @@ def unsharded(start: Start) -> LLaVA:
 def world_corrections(start: Start, config: Training) -> Path:
     """Return the folder of corrections of this base's own answers."""
     count, seed = config.corrections, start.run.seed
-    folder = WORLD / f"corrections-{start.base[:8]}-{seed}-{count}"
+    folder = WORLD / f"corrections-{start.key}-{seed}-{count}"
     if config.overlook or config.noise:
         folder = folder.with_name(f"{folder.name}-{config.overlook:g}-{config.noise:g}")
     return collect(folder, "corrections.jsonl", f"{count} corrections of the base's answers",
@@ -120,7 +120,7 @@ def world_rankings(start: Start, split: str, count: int, noise: float) -> Path |
     """Return the folder of ranked pairs of this base's own answers; None for no pairs."""
     if not count:
         return None
-    folder = WORLD / f"rankings-{split}-{count}-{noise}-{start.base[:8]}-{start.run.seed}"
+    folder = WORLD / f"rankings-{split}-{count}-{noise}-{start.key}-{start.run.seed}"
     return collect(folder, "preferences.json", f"{count} ranked pairs of the base's answers",
                    lambda: feedback.rankings(unsharded(start), start.tokenizer, start.images,
                                              folder, count, start.run.seed, noise, split))
@@ -149,9 +149,11 @@ def read_examples(
     for row in READERS[algorithm.reads](paths, images, skipped if keep else None):
         with skipping(skipped):
             prompt, responses = algorithm.tokens(row, start.tokenizer, patches, config)
-            check_lengths(row.name, prompt, responses, model.config.text.max_position_embeddings)
             facts = () if known is None else captions_of(
                 row.name, row.image, known, row.facts_prefix)
+            for each in (responses, algorithm.read_as(responses, facts, start.tokenizer, config)):
+                check_lengths(row.name, prompt, each, model.config.text.max_position_embeddings)
+
             rows.append(row)
             made.append((prompt, responses, row.question, facts))
     if not keep:

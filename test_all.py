@@ -23,9 +23,11 @@ import resource
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -85,7 +87,7 @@ from formats import (
     opening, readers, report_skipped, runs, save_adapter, save_llava, save_state,
 )
 from formats import tokenizer as tokenizer_file
-from formats.rows import ParquetImage, find_files, whole_rows
+from formats.rows import ParquetImage, find_files, in_file, whole_rows
 from generation import generate
 from kernels import bench, bench_gpu, bench_head, fused, lean, reference
 from lora import add_adapter, lora_layers, select_trainable, use_adapter
@@ -158,6 +160,7 @@ def make_start(model, tokenizer, folder, **settings):
 
 
 def make_ddpo(model, examples, folder, reference=None, **settings):
+
     """DDPO on examples; `reference`, if given, replaces the scores of the model itself."""
     start = make_start(model, None, folder)
     algorithm = ddpo.DDPO(start, ddpo.DDPOConfig(**settings), Data(examples))
@@ -716,6 +719,8 @@ def test_runs_are_planned_from_settings_alone(tmp_path, monkeypatch, run_train):
         "ddpo": [],  # the base is shipped
         "sft --from_scratch": [vision, base],
         "rm": [], "rm --from_scratch": [vision, base, ("rm_init", f"{made}/rm_init")],
+        "ppo --from_scratch": [vision, base, ("rm_init", f"{made}/rm_init"),
+                               *rm("plain-scratch-0")],
         "ppo": rm("plain-0"), "ppo --facts --seed 2": rm("facts-2"),
         "ppo --lora 4": rm("plain-lora4-0"), "ppo --reward_model x": [],
         "base --model x": [], "base --seed 1": [("vision", f"{made}/vision-seed1")],
@@ -742,12 +747,52 @@ def test_runs_are_planned_from_settings_alone(tmp_path, monkeypatch, run_train):
     assert run_train("--algo", "ppo", "--facts", "--dry_run").count("--algo") == 2
     few = ("--corrections", 3, "--dry_run")
     assert "rankings-train-3-" in run_train("--algo", "dpo", "--feedback", "rankings", *few)
-    assert "questions-0-3/conv" in run_train("--algo", "sft", "--feedback", "questions", *few)
+    assert "questions-0-3-72/conv" in run_train("--algo", "sft", "--feedback", "questions", *few)
     assert not list(Path("runs/world").glob("corrections-*-3"))
     assert not (tmp_path / made / "rm-facts-0").exists()
 
 
+def test_a_run_that_comes_first_is_awaited_and_stopped_in_its_own_name(
+        tmp_path, monkeypatch, run_train):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    monkeypatch.setattr(train, "train_in", lambda folder, start, *_: calls.append(folder.name))
+    folder = tmp_path / "runs/world/rm-plain-0"
+    with ThreadPoolExecutor() as pool:
+        with files.lock_folder(folder):
+            waiting = pool.submit(train.main, ["--algo", "ppo", "--test_scenes", "0"])
+            time.sleep(5)
+            made = {"settings": {}, "versions": {"plumbline": "0"}}
+            json_file(folder, made, "config.json"), (folder / "report.html").touch()
+        assert waiting.result() == 0 and calls == ["ppo"]  # the other process made the first one
+    shutil.rmtree(folder)
+
+    def stop(folder, *_):
+        raise loop.Interrupted("stopped and saved at step 1 of 2")
+    monkeypatch.setattr(train, "train_in", stop)
+    assert run_train("--algo", "ppo", status=130).endswith(
+        "runs/world/rm-plain-0: stopped and saved at step 1 of 2; the same command continues\n")
+    assert run_train("--algo", "ddpo", status=130).endswith(
+        "stopped and saved at step 1 of 2; the same command with --resume continues\n")
+
+
+@pytest.mark.parametrize("command, phrase", [
+    ("ppo --rollout_size 30", "not a multiple"), ("grpo --samples 1", "at least 2"),
+    ("online_ddpo --facts", "go with"), ("ppo --length_penalty_tokens 0", "at least 1")])
+def test_options_that_exclude_each_other_end_in_a_sentence(command, phrase, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--algo", *command.split()])
+    assert phrase in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_a_base_answered_is_named_by_its_precision_too(tiny_world, tokenizer, tmp_path):
+    keys = {make_start(copy.deepcopy(tiny_world).to(dtype), tokenizer, tmp_path).key
+            for dtype in (torch.float32, torch.bfloat16)}
+    assert sorted(map(len, keys)) == [8, 13]
+
+
 def test_options_of_optimiser_and_images(tiny, tmp_path):
+
     muon = SimpleNamespace(optimizer="muon", muon_rate=0.1, learning_rate=0.01, weight_decay=0.5,
                            adam_beta2=0.9)
     weights = {n: p for n, p in tiny.named_parameters() if n.startswith("decoder")}
@@ -1382,6 +1427,8 @@ def test_online_rounds_learn_from_the_policy_as_it_is(reference, tiny_world, tok
     assert (abs(later["rewards/margins"]) < 1e-5) == (reference == "last")
     assert later["round"] == 2 and later["round/pairs"] == 2 and later["objective/kl"] != 0
     assert set(batch.weight.tolist()) == {1.0, 5.0}  # gamma, where the segments differ
+    short = make_online(tiny_world, tokenizer, tmp_path, reference=reference, steps=2, epochs=50)
+    assert sum(len(each.names) for each in short.batches(0)) == 2  # --batch_size, whatever epochs
 
 
 def test_online_feedback_and_rounds_with_few_pairs(tiny_world, tokenizer, tmp_path, capsys):
@@ -1616,6 +1663,11 @@ def test_a_reward_model_over_another_base(material, run_on, tmp_path):
     save_llava(other, own, replace(IMAGES, size=16), tmp_path / "other")
     (tmp_path / "ask.txt").write_text("USER: Rate it. {factual_prompt} ASSISTANT: It is")
     run_on("rm", "rm", "--model", tmp_path / "other", "--request", tmp_path / "ask.txt")
+    assert [line["step"] for line in read_log(tmp_path / "rm")] == [1, 2]
+    (tmp_path / "long.txt").write_text("Rate it. " * 400 + "{factual_prompt}")
+    assert "rows.json row 1: prompt and response have" in run_on(  # before the first step
+        "rm", "long", "--request", tmp_path / "long.txt", status=1)
+    assert not (tmp_path / "long" / "metrics.jsonl").exists()
     given = ("--reward_model", tmp_path / "rm")
     assert "a reward model over another base" in run_on(
         "ppo", "ppo", *given, "--length_penalty", 0, "--held_out_reward_model", tmp_path / "rm")
@@ -2108,6 +2160,8 @@ def test_questions_are_checked(run_evaluate):
            ({"image": "none.png"}, "no image 'none.png'"),
            ({"question": "?"}, "'image' is missing"), ({"image": "0.png"}, "'question' is missing"),
            ({"image": "0.png", "question": "?", "history": [["a", "b"]]}, "has earlier turns"),
+           ({"image": "0.png", "question": "why " * 2000}, "tokens, the context holds"),
+
            ({"image": "bad.png", "prompt": "?"}, "cannot read image bad.png")]
     asked = "--model one --data bad.jsonl --images images --output out --max_new_tokens 4"
     good = {"image": "0.png", "text": "POPE calls it so?"}
@@ -2140,6 +2194,13 @@ def test_preview_shows_rows_as_they_are_trained_on(tokenizer, capsys):
         r"rows 2\n  response A car\.</s>\{ ?USER: And now\? ASSISTANT:\} ?A bus\.</s>\n"
         r"2 rows, \d+ tokens to learn from, \d+ of them in corrected segments\n",
         capsys.readouterr().out)
+
+
+def test_a_split_character_is_shown_once(tokenizer):
+    pair = Pair("x", None, "?", "A red 龍 car is on the left.", "A red 龎 car is on the left.")
+    for response, character in zip(data.pair_tokens(pair, tokenizer, 0, gamma=5.0)[1], "龍龎"):
+        shown = data.segments(response, tokenizer)
+        assert shown[1] == (character, 5.0) and "\ufffd" not in "".join(text for text, _ in shown)
 
 
 @pytest.fixture(scope="module")
@@ -3920,7 +3981,21 @@ def test_streamed_tokens_are_the_answers(tiny):
     assert [row[row != PAD].tolist() for row in streamed[:, 0]] == found
 
 
+def test_a_long_prompt_does_not_cut_its_neighbours_and_nan_is_refused(tiny):
+    context = tiny.config.text.max_position_embeddings
+    prompts = [torch.tensor([1, 7, 8]), torch.full((context - 3,), 7)]
+    both = completions(tiny, None, prompts, 12)
+    assert both == [completions(tiny, None, [prompt], 12)[0] for prompt in prompts]
+    assert len(both[1]) <= 3 < len(both[0])
+    broken = copy.deepcopy(tiny)
+    broken.decoder.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="the model computes NaN or infinity"):
+            generate(broken, None, prompts[:1], 4, temperature)
+
+
 def test_compiled_decoding_is_one_graph_for_all_steps(tiny, monkeypatch):
+
     """Static shapes: a second batch and later steps meet the graph that the first step made."""
     plain, graphs = completions(tiny, None, short_prompts(3), 12, samples=2), []
 
@@ -3969,7 +4044,7 @@ def test_answers_keep_the_order_of_the_questions(tiny_world, tokenizer):
     draw = lambda seed: ask(images[:2], texts[:2], temperature=1.0, samples=3, seed=seed)
     assert len(draw(0)) == 6 and len(set(draw(0))) > 3 and draw(0) == draw(0) != draw(1)
     written = []
-    text = generation.stream(*setup, images[0], texts[0], 8, write=written.append)
+    text = generation.stream(*setup, images[0], f"<image>\n{texts[0]}", 8, write=written.append)
     assert text == "".join(written).strip() == apart[0] != apart[1] and len(written) > 3
 
 
@@ -4386,6 +4461,18 @@ def test_rows_in_lines_and_in_an_array(image_folder, read, tmp_path_factory):
     assert [r.image for r in read([elsewhere], image_folder)] == [r.image for r in found]
 
 
+def test_null_fields_are_absent_and_links_are_followed(image_folder):
+    row = GOOD | {"conversations": None, "caption_type": None, "history": [["Who?", "A man."]]}
+    (image_folder / "link").symlink_to(image_folder)
+    (pair,) = read_pairs([jsonl_file(image_folder, row | {"image": "link/ok.jpg"})], image_folder)
+    assert (pair.chosen, pair.history, pair.image.name) == (
+        GOOD["chosen"], [("Who?", "A man.")], "ok.jpg")
+    (prompt,) = readers.read_prompts([jsonl_file(image_folder, row)], image_folder)
+    assert prompt.question == "Who?"  # the first
+    stored = [ParquetImage(image_folder / "a", *place) for place in ((1, 0, ""), (0, 9, ""))]
+    assert sorted(stored, key=in_file) == stored[::-1]
+
+
 def test_captions_are_found_by_file_name(tmp_path):
     captions = {"ok.jpg": ["A car."], "x/b.jpg": ["B."]}
     assert readers.read_captions(json_file(tmp_path, captions)) == captions
@@ -4568,6 +4655,11 @@ def test_other_parquet_files(image_folder):
     two = inside | {"images": inside["images"] * 2}
     with pytest.raises(DataError, match="row 1: 2 images; a row has one"):
         read_pairs([write_parquet(path, two)])
+    turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]
+    seen = {"conversations": [{**turns[0], "value": "<image>Who?"}, turns[1]]}
+    write_parquet(path, {"image": {"bytes": image_bytes(3), "path": "a"}, **seen},
+                  {"image": None, "conversations": turns})
+    assert [each.image is None for each in readers.read_conversations([path])] == [False, True]
     write_parquet(path, inside, inside | {"images": [None]})
     pair, empty = read_pairs([path])
     assert pair.image.read() and (empty.image.name, empty.image.read()) == ("", None)
@@ -4594,6 +4686,12 @@ def test_images_are_upright_with_transparency_on_white_or_named_as_bad(tmp_path,
     turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
     clear.save(tmp_path / "clear.png")
     assert open_image("x", tmp_path / "turned.jpg").size == (10, 30)
+    tags = b"Exif\0\0II*\0" + struct.pack(  # on its side; a text where a number should be
+        "<IHHHIHHHHI4sI", 8, 2, 0x0112, 3, 1, 6, 0, 0x011A, 2, 4, b"abc", 0)
+    jpeg = image_bytes(1, "JPEG", (30, 10))
+    (tmp_path / "odd.jpg").write_bytes(
+        jpeg[:2] + struct.pack(">HH", 0xFFE1, len(tags) + 2) + tags + jpeg[2:])
+    assert open_image("x", tmp_path / "odd.jpg").size == (10, 30)
     assert open_image("x", tmp_path / "clear.png").getcolors() == [(64 * 64, (255, 255, 255))]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 64 x 64 is now a bomb
     half = (tmp_path / "turned.jpg").read_bytes()[:400]
@@ -5201,6 +5299,20 @@ def test_adapters_runs_and_towers_are_models(photos, tokenizer_model, tmp_path, 
     assert whole.stored_dtype == torch.float16  # as the base
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(merged.state_dict()[name], weight, atol=1e-3, rtol=1e-3)
+    chain = ("over", "--model", tmp_path / "one/adapter", "--lora", 4)
+    for dtype in ("bfloat16", "float32"):  # an adapter over an adapter opens in any
+        run_train(*own(*chain, "--dtype", dtype, "--overwrite"))
+        assert opening.open_model(tmp_path / "over/adapter")[0].stored_dtype == torch.float16
+    assert "adapter is an input of this run" in run_train(
+        *own("one", "--model", tmp_path / "over/adapter", "--overwrite"), status=1)
+    model, delta = opening.open_model(base, dtype=torch.bfloat16)[0], 2.0**-12
+    add_adapter(model, "x", 2, 2)
+    layer = model.decoder.layers[0].mlp.down_proj
+    for matrix in layer.adapters["x"].parameters():
+        matrix.data.fill_(0)
+    assert torch.equal(layer.merged("x", torch.float16), layer.weight.half())
+    layer.adapters["x"].A.data.fill_(1), layer.adapters["x"].B.data.fill_(delta / 2)
+    assert torch.equal(layer.merged("x", torch.float16), (layer.weight.float() + delta).half())
     shown = run_train(*own("two", "--model", tmp_path / "one/adapter"))
     assert "learning rate 0.0003, that for all of a small model (--learning_rate)" in shown
     assert opening.open_model(tmp_path / "two")[0].stored_dtype == torch.float16

@@ -42,7 +42,8 @@ from evaluation import SHAPES, columns, memory_table, table, write_report, write
 from formats import find_device, latest_state, save_adapter, save_llava
 from formats.files import error_message, lock_folder
 from formats.opening import model_folder, open_model
-from formats.runs import open_folder, replacing
+from formats.runs import is_finished, open_folder, replacing
+
 from loop import Interrupted, Loop, TrainingError, event_writer, remove_checkpoints, verdict
 from world import pretraining
 
@@ -63,8 +64,12 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 # -------------------------------------------------------------------------------------------- a run
 
 
-def execute(run: Run, config: Training) -> None:
-    """Carry out one run, from its settings to its files."""
+def execute(run: Run, config: Training, first: bool = False) -> None:
+    """Carry out one run, from its settings to its files.
+
+    Args:
+        first: another run needs its model; if another process is making that, wait for it.
+    """
     started = time.perf_counter()
     if run.tensorboard:
         event_writer()  # fails before anything is written
@@ -72,7 +77,9 @@ def execute(run: Run, config: Training) -> None:
     algorithm, device = ALGORITHMS[run.algo], find_device(run.device)
     start = recipes.load_start(run, config, algorithm, device, folder)
     with contextlib.ExitStack() as stack:
-        parallel.once(lambda: stack.enter_context(lock_folder(folder)))
+        parallel.once(lambda: stack.enter_context(lock_folder(folder, wait=first)))
+        if first and parallel.once(lambda: is_finished(folder)):
+            return
         train_in(folder, start, config, algorithm)
     print(f"{folder}: {time.perf_counter() - started:.0f} s in all; the model is in "
           f"{folder / 'model'}, the report in {folder / 'report.html'}", file=sys.stderr)
@@ -158,7 +165,10 @@ def parse(arguments: list[str] | None) -> tuple[Run, Training]:
         parser.error("--images is the folder of the images that --data names; give --data too")
     if run.gpus and not run.dry_run:
         parser.error("--gpus goes with --dry_run; torchrun --nproc_per_node N uses N of them")
-    return run, from_options(config, found)
+    try:
+        return run, from_options(config, found)
+    except ValueError as error:  # of options that exclude each other
+        parser.error(str(error))
 
 
 def run_all(run: Run, config: Training) -> None:
@@ -179,8 +189,14 @@ def run_all(run: Run, config: Training) -> None:
         print(said, file=sys.stderr)
     for step, settings in first:
         print(f"{step.algo}: not found in {step.out}, making it first", file=sys.stderr)
-        execute(step, settings)
-    execute(*last)
+        try:
+            execute(step, settings, first=True)
+        except Interrupted as stopped:
+            raise Interrupted(f"{step.out}: {stopped}; the same command continues") from None
+    try:
+        execute(*last)
+    except Interrupted as stopped:
+        raise Interrupted(f"{stopped}; the same command with --resume continues") from None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,11 +10,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from data import prompt_text, prompt_tokens
 from formats.files import jsonl, parse_json
 from formats.readers import image_of, read_records
 from formats.rows import DataError, Source, open_image, skipping, whole_rows
-from formats.tokenizer import IMAGE
+from formats.tokenizer import IMAGE, Tokenizer
 from generation import progress_bar
+from model import LLaVA
+
 
 OWN = ("text", "by", "answer", "error")  # fields of a row that do not go into the answers file
 
@@ -59,6 +62,20 @@ def make_question(name: str, row: dict, images: str, prompt: str | None) -> Imag
     fields["question"] = question
     fields.setdefault("image", image.name or name)  # of an image inside a parquet file
     return ImageQuestion(name, image, question, fields)
+
+
+def that_fit(
+    model: LLaVA, tokenizer: Tokenizer, questions: Sequence[ImageQuestion], skip: list[str] | None
+) -> Iterator[ImageQuestion]:
+    """Yield the questions that leave room for an answer in the context; `skip`: as above."""
+    context, patches = model.config.text.max_position_embeddings, model.config.vision.patches
+    for each in questions:
+        with skipping(skip):
+            length = len(prompt_tokens(tokenizer, prompt_text(each.question), patches))
+            if length >= context:
+                raise DataError(f"{each.name}: image and question have {length} tokens, the "
+                                f"context holds {context}")
+            yield each
 
 
 def read_answers(path: Path, unreadable: bool = False) -> list[dict]:

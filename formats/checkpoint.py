@@ -273,7 +273,7 @@ def save_llava(
         for i, group in enumerate(groups, 1):
             part = f"-{i:05}-of-{len(groups):05}" if len(groups) > 1 else ""
             tensors = {
-                layouts.public_names(name)[0]: merged(model, name, weights[name], adapter).to(dtype)
+                layouts.public_names(name)[0]: merged(model, name, weights[name], adapter, dtype)
                 for name in group}
             if parallel.rank():
                 continue  # this process only helps to gather the weights
@@ -302,9 +302,12 @@ def shards(weights: dict[str, Tensor], limit: int) -> list[list[str]]:
     return groups
 
 
-def merged(model: LLaVA, name: str, weight: Tensor, adapter: str | None) -> Tensor:
+def merged(
+    model: LLaVA, name: str, weight: Tensor, adapter: str | None, dtype: torch.dtype
+) -> Tensor:
     """Return a weight on the CPU, with the adapter's update added if its layer has one."""
     module = model.get_submodule(name.rpartition(".")[0])
     if adapter and isinstance(module, LoRALinear) and adapter in module.adapters:
-        weight = module.merged(adapter)
-    return sharding.whole(weight.detach()).cpu().contiguous()
+        weight = module.merged(adapter, dtype)
+    return sharding.whole(weight.detach()).cpu().to(dtype).contiguous()
+

@@ -32,7 +32,7 @@ def wrong_types(name: str) -> Iterator[None]:
 
 def plain(name: str, row: dict) -> dict:
     """Return a row with the fields of the public data sets."""
-    row = dict(row)
+    row = {key: value for key, value in row.items() if value is not None}  # as absent
     json.dumps(row, default=str, ensure_ascii=False).encode()  # UnicodeError: invalid text
     if str(row.get("text")).lstrip().startswith("{") and not row.get("question"):
         try:

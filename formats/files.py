@@ -117,7 +117,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
-        yield temporary
+        with full_disk(path):
+            yield temporary
         for file in temporary.iterdir():
             file.chmod(temporary.stat().st_mode & 0o666)  # safetensors lets only the owner read
             sync(file)
@@ -128,10 +129,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
         shutil.rmtree(old, ignore_errors=True)
         sync(path.parent)
-    except SafetensorError:  # how safetensors reports a full disk
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """Raise OSError in place of safetensors' own error, which means a full disk."""
+    try:
+        yield
+    except SafetensorError:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
 
 
 @contextlib.contextmanager

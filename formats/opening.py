@@ -47,10 +47,13 @@ def open_model(
     base = base_of(folder)
     if base is None:
         return load_llava(folder, device, dtype, tower, sharded)
-    loaded = open_model(base, device, dtype, tower, sharded)
+    loaded = open_model(base, device, None, tower, sharded)  # one sum, whatever the dtype
     load_adapter(loaded[0], folder, "given", sharded=False)
     merge_adapter(loaded[0], "given")
+    if dtype:
+        loaded[0].to(dtype)
     return loaded
+
 
 
 def parameter_count(path: Path | str, tower: Path | str | None = None) -> int:

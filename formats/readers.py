@@ -228,8 +228,9 @@ def make_prompt(name: str, row: dict, images: str | Path) -> Prompt:
     if "conversations" in row:
         question = turns_of(name, messages_of(name, row)[:1], True)[0][0]
     else:
-        question = question_of(name, row)
+        question = [*history_of(name, row), (question_of(name, row), "")][0][0]
     kind, bonus = row.get("caption_type", 1), row.get("length_bonus", 1.0)
+
     if kind not in range(1, 8) or kind is True:
         raise DataError(f"{name}: caption_type is {brief(kind)}, not 1 to 7")
     if not isinstance(bonus, int | float) or not abs(bonus) < 1e9:

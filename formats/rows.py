@@ -7,6 +7,7 @@ size fit in memory. `readers.py` interprets the rows.
 
 import contextlib
 import io
+import os
 import re
 import sys
 import threading
@@ -17,7 +18,7 @@ from functools import lru_cache
 from glob import glob
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from formats.files import brief, parse_json
 from vision import to_rgb
@@ -26,6 +27,12 @@ FORMATS = ("JPEG", "PNG", "WEBP")  # the only decoders that open a user's file
 # A small file can hold a gigantic picture, of which Pillow only warns. Turning warnings into errors
 # is a setting that all threads share, so `open_image` checks the size itself.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+# How to turn a picture upright, by its EXIF orientation.
+TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90), 2))
 
 LISTED = 20  # bad rows in one message, at most
 
@@ -161,7 +168,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
         for i, row in enumerate(rows):
             number += 1
             name = f"{path} row {number}"
-            if embedded:
+            if embedded and not (column in row and row[column] is None):  # null: has no image
                 cell = row.get(column) or {}
                 cells = cell if isinstance(cell, list) else [cell]
                 if len(cells) > 1:
@@ -205,6 +212,14 @@ class ParquetImage:
 Source = Path | ParquetImage  # where an image is
 
 
+def in_file(source: Source) -> tuple:
+    """Return a key that sorts images as they lie in their files, where reading them is fast."""
+    if isinstance(source, ParquetImage):
+        return str(source.file), source.group, source.row
+    return str(source), 0, 0
+
+
+
 class StoredImages:
     """The images of a row group, which may exceed memory: a few are held at a time.
 
@@ -243,8 +258,9 @@ def image_path(name: str, image: str, images: str | Path | None) -> Path:
     """Return the file that an image name means; it must lie inside the folder of images."""
     folder = Path(images or ".").resolve()
     try:
-        path = (folder / str(image)).resolve()
-        there = path.is_file()
+        there = (folder / str(image)).resolve().is_file()
+        path = Path(os.path.normpath(folder / str(image)))  # links are the user's own
+
     except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, a loop
         raise DataError(f"{name}: image {brief(image)} is not a file name "
                         f"({getattr(error, 'strerror', None) or brief(str(error))})") from None
@@ -276,7 +292,9 @@ def open_image(name: str, source: Source | bytes) -> Image.Image:
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError
-            return to_rgb(ImageOps.exif_transpose(image))
+            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+            return to_rgb(image if turn is None else image.transpose(turn))
+
     except Image.DecompressionBombError:
         most = Image.MAX_IMAGE_PIXELS / 1e6
         raise DataError(f"{name}: cannot read image {label}: it has more than {most:.0f} million "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import parallel
 import sharding
-from formats.files import atomic_folder, open_file, read_json, sync
+from formats.files import atomic_folder, full_disk, open_file, read_json, sync
 
 TENSOR = "tensor in state.safetensors"  # key of the object that stands for one in state.json
 
@@ -44,8 +44,10 @@ def save_state(folder: Path | str, state: dict, weights: dict[str, Tensor] | Non
     part = f"weights-{parallel.rank() + 1:05}-of-{parallel.world():05}.safetensors"
     with contextlib.ExitStack() as stack:  # renames the folder at the end, when all have written
         out = parallel.once(lambda: stack.enter_context(atomic_folder(Path(folder))))
-        save_file({name: rows for name, rows in mine.items() if rows.numel()}, out / part)
+        with full_disk(out / part):
+            save_file({name: rows for name, rows in mine.items() if rows.numel()}, out / part)
         sync(out / part)
+
         parallel.total([0])
         if parallel.rank() == 0:
             save_file(tensors, out / "state.safetensors")
