@@ -43,7 +43,6 @@ class Start:
 
     @property
     def bfloat16(self) -> bool:
-
         return self.run.use_bfloat16(self.device.type)
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -134,4 +133,3 @@ class Algorithm:
 
     def save(self, folder: Path) -> None:
         """Write the files of the result other than the model."""
-

@@ -13,7 +13,6 @@ people annotate, each adds ?annotator=NAME to the address and gets the answers i
 import shlex
 import signal
 import sys
-
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -149,7 +148,6 @@ def serve(given: Namespace) -> None:
             after = f"; next: python train.py --algo ddpo {words}"
             written = path.exists() and path.stat().st_size
             print(f"\nall corrections are saved{after if written else ''}")
-
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -96,7 +96,6 @@ class Run:
         None, "folder of the CLIP of an original LLaVA model that does not include it")
     images: str | None = option(None, "folder of the images that JSONL rows name")
     seed: int = option(0, "decides every random choice")
-
     lora: int = option(0, "train low-rank adapters of this rank; 0: decoder, projector and head")
     lora_alpha: float | None = option(
         None, "LoRA's scale: the update is B A alpha / rank; default: twice the rank")

@@ -278,7 +278,6 @@ def pair_tokens(
         except ValueError as error:
             raise DataError(f"{pair.name}: {error}; shorten them or leave the row out "
                             "(--skip_bad_rows)") from None
-
         weights = [torch.where(mask, gamma, 1.0).tolist() for mask in masks]
     prompt = trunk_tokens(tokenizer, pair.history, pair.question, patches)
     return prompt, list(map(Response, texts, weights))
@@ -309,7 +308,6 @@ def segments(response: Response, tokenizer: Tokenizer) -> list[tuple[str, float]
         whole = tokenizer.decode(response.tokens[:end])
         if end < len(response.tokens):  # of a character that is split, nothing is shown yet
             whole = whole.rstrip("\ufffd")
-
         shown = whole[len(text) :] + "</s>" * (response.tokens[end - 1] == tokenizer.eos_token)
         found.append((shown, response.weight[start]))
         text, start = whole, end

@@ -26,7 +26,6 @@ released code (its `SFT_weight`) and RPO (arXiv 2404.19733) do:
 (CLAIMS.md). It is large because scores and the term are means alike, while the preference loss has
 a slope of beta / 2 at the start and less later.
 
-
 What this file does differently from the released code (RLHF-V/RLHF-V), and why:
 1. The defaults are the paper's (beta 0.5, gamma 5, mean form); the released command used beta 0.1,
    gamma 1.1 and the sum: `--beta 0.1 --gamma 1.1 --no-normalize`.
@@ -35,7 +34,6 @@ What this file does differently from the released code (RLHF-V/RLHF-V), and why:
 3. The diff covers only the answers; the released code diffs prompt and answer together. So where
    both answers begin with the same one or two tokens, as in "The image", these count as corrected
    here. difflib's "autojunk", which the release leaves on, is off: it skips frequent tokens.
-
 4. AdamW's betas are (0.9, 0.95), the release's (0.9, 0.999): `--adam_beta2 0.999`. There are 3
    passes over the data, in the paper 7: `--epochs 7`.
 5. With `--lora` the learning rate of a model of 1B and more is 2e-4 and alpha twice the rank, as in

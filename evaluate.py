@@ -79,7 +79,6 @@ def make_parser(**options) -> ArgumentParser:
         help="0: greedy; default: 0, with --best_of 1")
     add("--batch_size", type=count, default=16, metavar="N", help="questions at a time [16]")
     add("--seed", type=number(int, 0), default=0, metavar="N", help="of sampling and intervals [0]")
-
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
         help="of computation; auto: as stored, but float32 for float16 on a CPU")
@@ -206,10 +205,8 @@ def answer(args: Namespace, questions: list[ImageQuestion], path: Path, limit: i
     best, samples = args.best, args.best_of or 1
     questions = list(that_fit(model, tokenizer, questions, args.skipped))
     if best:
-
         how += f" {best.label}"
         questions = best.with_captions(questions, args.skipped)
-
     steps = len(questions) / args.batch_size * limit
     compiled = generation.worth_compiling(model.head.weight.device, steps)
 
@@ -241,7 +238,6 @@ def run_short(args: Namespace) -> None:
     """Score POPE, or questions with short answers, on each of the files of questions."""
     make = parts.pope_part if args.pope else parts.vqa_part
     paths = find_files(args.pope or args.vqa)
-
     if args.answers and len(paths) > 1:
         raise ValueError("--answers goes with one file of questions")
     score(args, [make(path, args.images, args.suffix, args.skipped) for path in paths])
@@ -260,7 +256,6 @@ def run_amber(args: Namespace) -> None:
 
 def score(args: Namespace, chosen: Sequence[Part]) -> list[dict]:
     """Print and write benchmark scores of --model or of --answers; return all rows."""
-
     every = []
     metrics.refuse_twins(part.file for part in chosen)
     questions = [[] if args.answers else part.ask() for part in chosen]  # bad ones fail first
@@ -273,7 +268,6 @@ def score(args: Namespace, chosen: Sequence[Part]) -> list[dict]:
         else:
             path = output_file(args, f"{part.file}.jsonl")
             rows = list(map(part.clean, answer(args, asked, path, tokens, loaded)))
-
         if rows:
             note = part.note(None if args.answers else tokens)
             print_scores(args, part, part.measure(rows, args.seed)[0], note)

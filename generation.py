@@ -105,7 +105,6 @@ def generate(
     context, width = model.config.text.max_position_embeddings, max(map(len, prompts))
     steps = min(max_new_tokens, context - min(map(len, prompts)))
     if min(max_new_tokens, context - width) < 1:
-
         raise ValueError(f"a prompt of {width} tokens leaves no room for an answer in a context of "
                          f"{context}")
     completions, logp = decode_steps(
@@ -335,7 +334,6 @@ def stream(
 
     prompt = torch.tensor(prompt_tokens(
         tokenizer, prompt_text(question.replace(IMAGE, "").strip()), model.config.vision.patches))
-
     out = generate(model, pixels_of([image], settings).to(like), [prompt], max_new_tokens,
                    temperature, 1, torch.Generator(like.device).manual_seed(seed), on_token)
     whole = tokenizer.decode(out[0])

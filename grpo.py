@@ -107,7 +107,6 @@ class GRPO(OnPolicy):
 
     def size(self, batch: Batch) -> int:
         """Return the number of tokens or of answers, whichever the loss is a mean of."""
-
         return batch.groups if self.config.loss_mean == "answers" else super().size(batch)
 
     def loss(self, batch: GRPOBatch) -> tuple[Tensor, dict[str, float]]:

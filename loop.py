@@ -74,7 +74,6 @@ class Loop:
                 if self.stop:
                     raise Interrupted(
                         f"stopped and saved at step {self.step} of {self.algorithm.steps}")
-
         finally:
             bar.close()
             if board:
@@ -125,7 +124,6 @@ class Loop:
         return metrics | {
             "learning_rate": self.optimizers[0].param_groups[0]["lr"], "grad_norm": norm,
             "rows_per_second": rows / (now - started),
-
             "seconds/batches": prepared - started, "seconds/optimisation": now - prepared,
         }
 
@@ -220,7 +218,6 @@ def verdict(folder: Path, reads: str, start: Start, config: Training) -> str:
 
 def remove_checkpoints(folder: Path, but: Path | None = None) -> None:
     """Remove a run's checkpoints, and the remains of one that was not completed."""
-
     for old in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")):
         if old != but:
             remove(old)

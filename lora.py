@@ -59,7 +59,6 @@ class LoRALinear(nn.Linear):
         return (weight.float() + self.adapters[name].delta()).to(dtype or weight.dtype)
 
 
-
 def add_adapter(
     model: nn.Module, name: str, rank: int, alpha: float,
     targets: Iterable[str] = LORA_TARGETS, seed: int = 0,

@@ -186,7 +186,6 @@ class OnlineDDPO(DDPO):
 
     def learn_from_round(self) -> None:
         """Set the fields that `DDPO.batches` reads: the round's pairs and their scores."""
-
         examples, self.reference = self.examples(), self.round.scores
         size = max(1, math.ceil(self.config.epochs * len(examples) / self.per_round))
         size = self.config.batch_size if self.config.steps else size

@@ -37,7 +37,6 @@ What this file does differently, and why:
 8. The KL weighs 0.02; with the release's 0.1 the built-in policy stays too near to a base that is
    nearly always wrong: see CLAIMS.md (ppo). There are 2 passes over the prompts, the release's are
    4: `--epochs 4`.
-
 9. The release first fine-tunes the policy: one epoch at 1e-4 on 10k LLaVA and 5k A-OKVQA
    conversations. Here: `--algo sft --epochs 1 --learning_rate 1e-4`, whose result is `--model` of
    the reward model and of PPO.
@@ -290,7 +289,6 @@ class PPO(OnPolicy):
 
     def watch(self, explained: float) -> None:
         """Warn of a baseline that has explained next to nothing for PATIENCE rollouts."""
-
         self.unexplained = self.unexplained + 1 if explained < EXPLAINED else 0
         if self.unexplained == PATIENCE:
             remedy = {"critic": "--baseline group needs no learning; or raise "

@@ -116,7 +116,6 @@ def reward_folder(run: Run, config: Training) -> Path:
                          "of a run of python train.py --algo rm")
     kind = "facts" if config.facts else "plain"
     kind += "-scratch" * (run.from_scratch and not run.model)
-
     kind += f"-lora{run.lora}" if run.lora else ""
     if run.model:  # its name, and a hash that tells folders of one name apart
         path = Path(run.model).resolve()
@@ -176,7 +175,6 @@ def select_weights(start: Start, algorithm: type[Algorithm]) -> None:
 
 def measure(start: Start, algorithm: Algorithm, trained: bool) -> tuple[dict, list[dict]] | None:
     """Return (metrics, records) before or after training, or None."""
-
     run = start.run
 
     def on_world() -> tuple[dict, list[dict]] | None:

@@ -249,7 +249,6 @@ def rate(
     reward_model: RewardModel, tokenizer: Tokenizer, rows: Sequence[Row], size: int
 ) -> Tensor:
     """Return (N,) float32 rewards of the rows' answers, in order; `size` rows at a time."""
-
     def part(rows: Sequence[Row]) -> Tensor:
         batch = reward_batch(reward_model, tokenizer, rows)
         return reward_model(batch.to(reward_model.weight.device)).cpu()
@@ -330,7 +329,6 @@ def load_head(
             raise ValueError(f"{folder}: a reward model for another {key} ({found.get(key)}, not "
                              f"{value}); train one with python train.py --algo rm, for "
                              "--reward_model, or delete the folder if it was made before the base")
-
     sizes = {name: getattr(reward_model, name).numel() for name in ("weight", "bias")}
     if {name: tensor.numel() for name, tensor in tensors.items()} != sizes:
         raise ValueError(f"{folder / HEAD}: not a head of {sizes['weight']} weights and a bias")
@@ -352,7 +350,6 @@ def load_reward_model(
         facts: whether it is given facts; it must have been trained the same way.
         adapter: load it as an adapter of this name over `start.model`; None: as its own model.
     """
-
     require_head(folder)
     if adapter and not (folder / "adapter").exists():
         raise ValueError(f"{folder}: a reward model without adapter; with --lora train it with "

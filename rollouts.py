@@ -92,7 +92,6 @@ def make_roles(start: Start, config: SamplingConfig, with_critic: bool = False) 
     With LoRA all are adapters over one base. The critic is a copy of the reward model whose head
     starts at zero. A reward model over another base than the policy's reads texts and pictures,
     with its own tokenizer and tower.
-
     """
     if config.reward_model and has_own_base(start.reward_model, start):
         if with_critic:
@@ -235,7 +234,6 @@ def warn_truncated(metrics: dict[str, float], config: SamplingConfig) -> bool:
 
 
 # ------------------------------------------------------------------------ learning from completions
-
 
 
 @dataclass

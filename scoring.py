@@ -21,7 +21,6 @@ from data import Example, trunk_tokens
 from formats.checkpoint import load_llava
 from formats.files import open_file
 from formats.rows import DataError, in_file, open_image
-
 from formats.tokenizer import Tokenizer
 from generation import image_features
 from reward import FACTS_LABELS, HEAD, RewardModel, Row, load_head, rate, require_head, with_request
@@ -152,7 +151,6 @@ class Scorer:
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Return the parts of the reward, each (N,), of the examples' completions in order.
-
 
         Raises:
             ValueError: the reward model returned NaN or infinity.

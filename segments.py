@@ -57,7 +57,6 @@ def common_runs(first: Sequence[int], second: Sequence[int], least: int) -> list
         if comparisons > COMPARISONS:
             raise ValueError("chosen and rejected are too long, or repeat themselves too often, to "
                              "find what was corrected")
-
         run = matcher.find_longest_match(start, stop, begin, end)
         if run.size >= least:
             found.append(run)

@@ -51,7 +51,6 @@ class SFT(Algorithm):
 
     def __init__(self, start: Start, config: Training, data: Data | None = None, source=None):
         """`source`, an object with `steps` and `examples(step)`, replaces the data."""
-
         self.model, self.config = start.model, config
         self.modules = nn.ModuleDict({"model": self.model})
         self.source = source or Epochs(data.train, config, start.run.seed)

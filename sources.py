@@ -153,7 +153,6 @@ def read_examples(
                 row.name, row.image, known, row.facts_prefix)
             for each in (responses, algorithm.read_as(responses, facts, start.tokenizer, config)):
                 check_lengths(row.name, prompt, each, model.config.text.max_position_embeddings)
-
             rows.append(row)
             made.append((prompt, responses, row.question, facts))
     if not keep:
@@ -208,7 +207,6 @@ def blind(
     start: Start, config: Training, algorithm: type[Algorithm], before: tuple, after: tuple
 ) -> dict[str, tuple[dict, list[dict]]]:
     """Measure the blind baselines of a run on the built-in world: {name: (metrics, records)}."""
-
     if not start.run.on_world() or algorithm.reads == "rankings":
         return {}
     corrections = []

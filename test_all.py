@@ -27,7 +27,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -160,7 +159,6 @@ def make_start(model, tokenizer, folder, **settings):
 
 
 def make_ddpo(model, examples, folder, reference=None, **settings):
-
     """DDPO on examples; `reference`, if given, replaces the scores of the model itself."""
     start = make_start(model, None, folder)
     algorithm = ddpo.DDPO(start, ddpo.DDPOConfig(**settings), Data(examples))
@@ -460,7 +458,6 @@ def test_what_a_kill_leaves_is_not_in_the_way(photos, tmp_path, run_train):
         (tmp_path / name / name[-7:-4]).touch()
     files.remove_leftovers(tmp_path)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.glob("*model*/*")] == ["model/old"]
-
     command = own_data(photos, out, *settings)
     run_train(*command)
     files_of = lambda: {path.name for path in out.iterdir()}
@@ -487,7 +484,6 @@ def test_who_waits_for_a_folder_that_is_removed_locks_a_new_one(tmp_path):
 
 
 @pytest.mark.parametrize("limit, save_every", [(300, 2), (300_000, 2), (300_000, 9)])
-
 def test_a_full_disk_is_one_sentence(photos, tmp_path, limit, save_every):
     """Files cannot grow beyond a limit: settings, checkpoint, model. With room the run resumes."""
     command = list(map(str, own_data(
@@ -792,7 +788,6 @@ def test_what_a_base_answered_is_named_by_its_precision_too(tiny_world, tokenize
 
 
 def test_options_of_optimiser_and_images(tiny, tmp_path):
-
     muon = SimpleNamespace(optimizer="muon", muon_rate=0.1, learning_rate=0.01, weight_decay=0.5,
                            adam_beta2=0.9)
     weights = {n: p for n, p in tiny.named_parameters() if n.startswith("decoder")}
@@ -2161,7 +2156,6 @@ def test_questions_are_checked(run_evaluate):
            ({"question": "?"}, "'image' is missing"), ({"image": "0.png"}, "'question' is missing"),
            ({"image": "0.png", "question": "?", "history": [["a", "b"]]}, "has earlier turns"),
            ({"image": "0.png", "question": "why " * 2000}, "tokens, the context holds"),
-
            ({"image": "bad.png", "prompt": "?"}, "cannot read image bad.png")]
     asked = "--model one --data bad.jsonl --images images --output out --max_new_tokens 4"
     good = {"image": "0.png", "text": "POPE calls it so?"}
@@ -2314,7 +2308,6 @@ def test_readme_quotes_the_claims():
     assert f"overlooks 30 % of what is false, DDPO leaves {shown(*less)} points less" in readme
     assert f"PPO with facts leaves {left('with facts')} % of the descriptions" in readme
     assert f"({left('with facts, one pass')} % after one pass over the prompts)" in readme
-
 
 
 def test_claims_are_command_lines_and_compare_their_arms():
@@ -2580,7 +2573,6 @@ def test_suite_compares_models(run_bench):
     assert re.search(r"mmhal/score \(of 6\) +0\.88 .* 2\.88 +\+2\.00 \[\+2\.00, \+2\.00\]", shown)
     found = json.loads(Path("out/suite.json").read_text())
     one, two = found["scores"]["one"], found["scores"]["half"]
-
     assert {name.split("/")[0] for name in one} == {"pope", "chair", "amber", "vqa", "mmhal"}
     assert one["amber/discriminative/existence/recall"]["always_no"] == 0.999  # 1 / 1.001
     assert "amber/generative/lexical/hal" in one and "official" in found["notes"]["mmhal"]
@@ -2596,7 +2588,6 @@ def test_suite_compares_models(run_bench):
     assert "2 replies without one rating count as 0 (to prompts 6, 7)" in run_bench(command)
     Path("out/one/mmhal_official_prompts.jsonl").write_text("of other answers")
     assert "mmhal_replies.old.jsonl: replies to other answers, not scored" in run_bench(command)
-
     assert list(metrics.model_names(["runs/a/model", "b/", "c/a"])) == ["runs_a_model", "b", "c_a"]
     with pytest.raises(ValueError, match="name every model once: /a/x, a/x"):
         metrics.model_names(["/a/x", "a/x"])
@@ -2668,7 +2659,6 @@ def test_given_answers_are_scored_or_a_sentence_says_why_not(run_bench, command,
     write_lines("far.json", {"id": 99, "response": "No"})
     template = Path("set/mmhal/response_template.json").read_text().splitlines()
     write_lines("odd.json", *(json.loads(row) | {"judge_prompt": []} for row in template))
-
     Path("broken").write_text("words (")
     measured = {}, [{"scene": i} for i in range(2)]
     evaluation.write_results("one/results.json", {"before": measured, "after": measured})
@@ -2677,7 +2667,6 @@ def test_given_answers_are_scored_or_a_sentence_says_why_not(run_bench, command,
 
 
 # ============================================================================== the correction page
-
 
 
 try:
@@ -2869,7 +2858,6 @@ def test_the_file_survives(page, monkeypatch):
     assert (reply.status, reply.content["error"]) == (500, "cannot be read: denied")
     monkeypatch.undo()
 
-
     page.stop()
     for other in (b"some notes", b'[\n {"a": 1}\n]', before + b"of mine"):
         at.out.write_bytes(other)
@@ -2896,7 +2884,6 @@ def test_odd_answers_can_be_corrected(page):
 
 
 def test_agreement_and_adjudication(page, capsys):
-
     marks = [(True, True)] * 20 + [(True, False)] * 5 + [(False, True)] * 10 + [(False, False)] * 15
     assert kappa(marks) == pytest.approx((0.7, 0.4)) and math.isnan(kappa([(True, True)])[1])
     at = page(3, tokens=False, overlap=1.0)
@@ -2919,12 +2906,10 @@ def test_agreement_and_adjudication(page, capsys):
         agreement.false_units(Units(), {"id": "1", "image": "a.png", "status": "corrected",
                                         "chosen": "no " * 5000 + "yes", "rejected": "no " * 5000})
     for edit in ({"chosen": 5}, {"chosen": None}, {"seconds": "12"}):
-
         at.out.write_bytes(files.jsonl([at.lines()[0] | edit]).encode())
         assert annotate.main(["--agreement", str(at.out)]) == 1
         assert "row 1: not a line of annotate.py" in capsys.readouterr().err
         at.out.write_bytes(written)
-
     at = page(3, tokens=False, adjudicate=True)
     item = at.ask("/item").content
     assert (item["total"], item["answer"]["id"], len(item["versions"])) == (1, two, 2)
@@ -3995,7 +3980,6 @@ def test_a_long_prompt_does_not_cut_its_neighbours_and_nan_is_refused(tiny):
 
 
 def test_compiled_decoding_is_one_graph_for_all_steps(tiny, monkeypatch):
-
     """Static shapes: a second batch and later steps meet the graph that the first step made."""
     plain, graphs = completions(tiny, None, short_prompts(3), 12, samples=2), []
 

@@ -43,7 +43,6 @@ from formats import find_device, latest_state, save_adapter, save_llava
 from formats.files import error_message, lock_folder
 from formats.opening import model_folder, open_model
 from formats.runs import is_finished, open_folder, replacing
-
 from loop import Interrupted, Loop, TrainingError, event_writer, remove_checkpoints, verdict
 from world import pretraining
 
@@ -223,7 +222,6 @@ def main(arguments: list[str] | None = None) -> int:
         return parallel.fail(
             "error: another process of this run ended (killed, or out of memory?); the last "
             "checkpoint is complete, --resume continues" if parallel.lost(error)
-
             else traceback.format_exc(), 1)
     return 0
 

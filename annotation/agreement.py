@@ -43,7 +43,6 @@ def false_units(units: Units, line: dict) -> list[bool]:
     return masks[1].tolist()[:-1]
 
 
-
 def table(rows: Sequence[Sequence]) -> str:
     """Align columns, the first to the left, the others to the right."""
     cells = [list(map(str, row)) for row in rows]

@@ -76,4 +76,3 @@ def compare(units: Units, rejected: str, chosen: str) -> dict:
     parts.append({"same": chosen[shown:]})
     kept = old_mask[:-1].count(False) / max(1, len(old) - 1)
     return {"parts": [part for part in parts if part.get("same") != ""], "kept": kept}
-

@@ -82,12 +82,10 @@ class Handler(BaseHTTPRequestHandler):
         except ValueError as error:  # of `compare`
             self.send_error(400, f"{error}; skip the answer")
 
-
         except OSError as error:
             post = self.command == "POST"
             self.send_error(507 if post else 500,
                             f"{'not saved' if post else 'cannot be read'}: {error.strerror}")
-
 
     do_POST = do_GET
 

@@ -68,7 +68,6 @@ def read_answers(path: Path, images: str | Path | None) -> tuple[list[Answer], i
         question, text = question_of(name, row), text_of(name, row, "answer")
         key, model = digest(row["image"], question, text), str(row.get("by", "")).partition(" ")[0]
         text = text.replace("\r\n", "\n").replace("\r", "\n")  # as a browser's text field does
-
         found.setdefault(key, Answer(key, row["image"], file, question, text, model))
     if not found:
         raise DataError(f"{path}: no row with an answer to correct")
@@ -85,7 +84,6 @@ def read_lines(path: Path, content: bytes) -> list[dict]:
             if FIELDS - line.keys() or type(line["seconds"]) not in (int, float) or not all(
                     isinstance(line[name], str) for name in texts):
                 raise ValueError
-
 
             lines.append(line)
         except (ValueError, AttributeError):
@@ -164,7 +162,6 @@ class Store:
         else:
             self.file.write(b"\n")  # an editor omitted it
         return lines
-
 
     def _order(self, annotator: str) -> list[str]:
         if annotator == ANONYMOUS:

@@ -194,5 +194,4 @@ CLAIMS = {claim.name: claim for claim in (
           note="All learn from 4,000 annotations: rankings, or corrections in the last arm. Those "
           "trained on rewards have 2,000 prompts with four completions each, once, so nearly equal "
           "compute. Best of 8 trains no policy; it costs compute at answering time."),
-
 )}

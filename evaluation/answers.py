@@ -2,7 +2,6 @@
 
 import fcntl
 from collections.abc import Callable, Iterator, Sequence
-
 from dataclasses import dataclass
 from functools import partial
 from glob import escape
@@ -17,7 +16,6 @@ from formats.rows import DataError, Source, open_image, skipping, whole_rows
 from formats.tokenizer import IMAGE, Tokenizer
 from generation import progress_bar
 from model import LLaVA
-
 
 OWN = ("text", "by", "answer", "error")  # fields of a row that do not go into the answers file
 

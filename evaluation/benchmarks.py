@@ -149,7 +149,6 @@ def read_mmhal(path: Path) -> list[dict]:
             raise DataError(f"{name}: image_content should be a list of texts")
         if not isinstance(row.get("judge_prompt", ""), str):
             raise DataError(f"{name}: judge_prompt should be the name of a prompt")
-
     return [row for _, row in rows]
 
 

@@ -19,7 +19,6 @@ from evaluation.answers import ImageQuestion
 from formats.checkpoint import find_device, fingerprint
 from formats.readers import captions_of, read_captions
 from formats.rows import skipping
-
 from scoring import Judge, load_judge
 
 BATCH = 64  # questions whose answers are scored at a time

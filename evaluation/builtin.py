@@ -98,7 +98,6 @@ def compare_runs(runs: Sequence[str], seed: int = 0) -> str:
     first, *others = found
     for name in others:
         if questions[name] != questions[first]:
-
             raise ValueError(f"{name} and {first} were measured on different scenes; "
                              "measure both again with the same --scenes and --seed")
     return comparison(found, {name: paired(terms[first], terms[name], seed) for name in others})

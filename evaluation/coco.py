@@ -19,7 +19,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from formats.files import brief, read_json
-
 from formats.rows import DataError
 
 
@@ -244,4 +243,3 @@ def image_rows(content: dict) -> tuple[dict, list]:
         raise TypeError("not a list of objects")
     return ({image: image for image in content},
             [(image, str(name)) for image, names in content.items() for name in names])
-

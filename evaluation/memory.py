@@ -84,7 +84,6 @@ def readable(number: float) -> str:
         number /= 1000
         if round(number) < 1000:
             break
-
     return f"{number:.3g} {unit}"
 
 

@@ -145,7 +145,6 @@ def model_names(paths: Sequence[str]) -> dict[str, str]:
     return named
 
 
-
 def comparison(scores: dict[str, dict], differences: dict[str, dict] | None = None) -> str:
     """Format models side by side: values, the first one's intervals, and paired differences.
 

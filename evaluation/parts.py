@@ -87,7 +87,6 @@ def in_order(path: Path, answers: Path) -> list[tuple[str, dict, str]]:
             for i, ((name, row), each) in enumerate(zip(rows, given)) if "answer" in each]
 
 
-
 # --------------------------------------------------------------------------- POPE and short answers
 
 

@@ -171,7 +171,6 @@ def measures(before: tuple, after: tuple) -> str:
         return ""
     change = {}
     if before and asked(old_records) == asked(records):
-
         change = paired(world_terms(old_records), world_terms(records))
     key = '<p class="soft"><span class="key s1"></span>before<span class="key s0"></span>after</p>'
     head = ["", "before", "after", "change", "0 … 100 %"] if before else ["", "value"]

@@ -96,7 +96,6 @@ def judged(template: Path, prompt: JudgePrompt, rows: Rows, folder: Path) -> Row
     return [{**row, "reply": reply} for row, reply in zip(rows, replies)]
 
 
-
 def measure(
     parts: Sequence[Part], answer: Callable[[Part], Rows], folder: Path,
     judge: Callable[[Rows, Path], Rows] | None, seed: int = 0,
@@ -136,7 +135,6 @@ def notes(parts: Sequence[Part], tokens: dict[str, int], scores: dict[str, dict]
                 "; no scores yet: give each model's mmhal_*_prompts.jsonl to a judge, put its "
                 "replies in mmhal_replies.jsonl there, run again" if part.name == "mmhal"
                 else "; no scores: no model answered a row")
-
     return found
 
 

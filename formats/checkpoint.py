@@ -310,4 +310,3 @@ def merged(
     if adapter and isinstance(module, LoRALinear) and adapter in module.adapters:
         weight = module.merged(adapter, dtype)
     return sharding.whole(weight.detach()).cpu().to(dtype).contiguous()
-

@@ -15,7 +15,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-
 from pathlib import Path
 
 import torch
@@ -191,7 +190,6 @@ def remove_leftovers(folder: Path, name: str = "") -> None:
             leftover.rename(path)
         else:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
 
 
 @contextlib.contextmanager

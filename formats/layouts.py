@@ -91,7 +91,6 @@ IMAGE_VALUES = {
 }
 
 
-
 def require_supported(file: Path, values: dict, allowed: dict[str, tuple]) -> None:
     """Raise ValueError for a value that the model would silently ignore."""
     for key, choices in allowed.items():

@@ -55,7 +55,6 @@ def open_model(
     return loaded
 
 
-
 def parameter_count(path: Path | str, tower: Path | str | None = None) -> int:
     """Count a model's parameters from its config.json alone."""
     folder = model_folder(path)

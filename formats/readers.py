@@ -141,7 +141,6 @@ def latest_corrections(rows: Iterable[tuple[str, object]]) -> Iterator[tuple[str
     last = {}
     for name, row in rows:
         if isinstance(row, dict) and {"id", "annotator", "status"} <= row.keys():
-
             last[str(row.get("id"))] = name, row
         else:
             yield name, row
@@ -169,7 +168,6 @@ def captions_of(
     if not path.name:
         raise DataError(f"{name}: the image has no file name to find its captions by")
     path = path.with_name(prefix + path.name)
-
     for i in range(len(path.parts)):
         if (end := "/".join(path.parts[i:])) in captions:
             return captions[end]
@@ -230,7 +228,6 @@ def make_prompt(name: str, row: dict, images: str | Path) -> Prompt:
     else:
         question = [*history_of(name, row), (question_of(name, row), "")][0][0]
     kind, bonus = row.get("caption_type", 1), row.get("length_bonus", 1.0)
-
     if kind not in range(1, 8) or kind is True:
         raise DataError(f"{name}: caption_type is {brief(kind)}, not 1 to 7")
     if not isinstance(bonus, int | float) or not abs(bonus) < 1e9:

@@ -55,7 +55,6 @@ def skipping(skip: list[str] | None) -> Iterator[None]:
 def report_skipped(skip: list[str] | None) -> None:
     """Print to stderr how many rows were left out, and why; at most LISTED reasons."""
     if skip := list(dict.fromkeys(skip or ())):
-
         more = [f"and {len(skip) - LISTED} more"] if len(skip) > LISTED else []
         print(f"{len(skip)} rows left out:", *skip[:LISTED], *more, sep="\n  ", file=sys.stderr)
 
@@ -204,7 +203,6 @@ class ParquetImage:
             cell = stored_images(self.file, changed, self.group, self.column)[self.row]
         if isinstance(cell, list):
             cell = cell[0] if len(cell) == 1 else None
-
         content = cell.get("bytes") if isinstance(cell, dict) else cell
         return content if isinstance(content, bytes) else None
 
@@ -217,7 +215,6 @@ def in_file(source: Source) -> tuple:
     if isinstance(source, ParquetImage):
         return str(source.file), source.group, source.row
     return str(source), 0, 0
-
 
 
 class StoredImages:
@@ -260,7 +257,6 @@ def image_path(name: str, image: str, images: str | Path | None) -> Path:
     try:
         there = (folder / str(image)).resolve().is_file()
         path = Path(os.path.normpath(folder / str(image)))  # links are the user's own
-
     except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, a loop
         raise DataError(f"{name}: image {brief(image)} is not a file name "
                         f"({getattr(error, 'strerror', None) or brief(str(error))})") from None
@@ -294,7 +290,6 @@ def open_image(name: str, source: Source | bytes) -> Image.Image:
                 raise Image.DecompressionBombError
             turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
             return to_rgb(image if turn is None else image.transpose(turn))
-
     except Image.DecompressionBombError:
         most = Image.MAX_IMAGE_PIXELS / 1e6
         raise DataError(f"{name}: cannot read image {label}: it has more than {most:.0f} million "

@@ -55,11 +55,10 @@ def set_aside(folder: Path, run: Run, config: Training) -> None:
     for each in map(Path, filter(None, read)):
         inside = [each / "model"] if (each / "model").is_dir() else []  # of a run's folder
         file = each / "adapter_config.json"
-        while file.exists():  # an adapter needs its base, which may be an adapter itself
+        while file.exists() and file.parent not in inside[:-1]:  # an adapter's base may be another
             inside.append(Path(str(read_json(file).get("base_model_name_or_path"))))
             file = inside[-1] / "adapter_config.json"
         for place in (each, *inside):
-
             if any(place.resolve().is_relative_to(path.resolve()) for path in written):
                 raise ValueError(f"{each} is an input of this run, which would overwrite it in "
                                  f"{folder}; choose another --out")

@@ -47,7 +47,6 @@ def save_state(folder: Path | str, state: dict, weights: dict[str, Tensor] | Non
         with full_disk(out / part):
             save_file({name: rows for name, rows in mine.items() if rows.numel()}, out / part)
         sync(out / part)
-
         parallel.total([0])
         if parallel.rank() == 0:
             save_file(tensors, out / "state.safetensors")

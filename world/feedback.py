@@ -112,7 +112,6 @@ def rankings(
     if not 0 <= noise <= 1:
         raise ValueError(f"--noise is a share: 0 <= {noise} <= 1")
     (folder / "images").mkdir(parents=True, exist_ok=True)
-
     rng = Random(f"rankings {split} {seed}")
     rows, captions, asked, chunk = [], {}, 0, min(CHUNK, 8 * count)
     while len(rows) < count:

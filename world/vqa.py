@@ -132,10 +132,8 @@ def questions(scene: Scene, rng: Random, count: int, held_out: bool = False) -> 
         repeated = repeated + 1 if new.text in asked else 0
         if repeated > 1000:
             raise ValueError(f"a scene has about {len(asked)} different questions, not {count}")
-
         asked.setdefault(new.text, new)
     return list(asked.values())
-
 
 
 def answer_is_right(question: Question, answer: str) -> bool:
