@@ -34,9 +34,8 @@ What this file does differently, and why:
    `--max_new_tokens` is: relative to a short limit it would over-penalise length.
 7. A completion ends with end-of-sequence alone. The release also cuts it behind "?", after which it
    counts as one without an end: `--cut_at_question`.
-8. The KL weighs 0.02; with the release's 0.1 the built-in policy stays too near to a base that is
-   nearly always wrong: see CLAIMS.md (ppo). There are 2 passes over the prompts, the release's are
-   4: `--epochs 4`.
+8. The KL weighs 0.02, in the release 0.1: `--kl_coef 0.1`. There are 2 passes over the prompts, in
+   the release 4: `--epochs 4`. CLAIMS.md (ppo, hacking) compares both.
 9. The release first fine-tunes the policy: one epoch at 1e-4 on 10k LLaVA and 5k A-OKVQA
    conversations. Here: `--algo sft --epochs 1 --learning_rate 1e-4`, whose result is `--model` of
    the reward model and of PPO.
