@@ -1176,6 +1176,15 @@ def test_explained_variance_and_adaptive_kl():
 # ============================================================================ rollouts.py, and PPO
 
 
+def test_the_critic_recomputes_activations_as_the_policy_does(
+        tiny_world, tokenizer, tmp_path, monkeypatch):
+    judge = make_reward_model(tiny_world, tokenizer)
+    monkeypatch.setattr(rollouts, "load_reward_model", lambda *_: copy.deepcopy(judge))
+    start = make_start(copy.deepcopy(tiny_world), tokenizer, tmp_path, gradient_checkpointing=True)
+    roles = rollouts.make_roles(start, ppo.PPOConfig(baseline="critic"), with_critic=True)
+    assert roles.critic.model.decoder.gradient_checkpointing
+
+
 def test_four_adapters_are_four_models(tiny_world, tokenizer):
     """Over one base, each adapter computes what a separate model with its weights computes."""
     shared = copy.deepcopy(tiny_world)
@@ -1657,7 +1666,8 @@ def test_a_reward_model_over_another_base(material, run_on, tmp_path):
     init_weights(other, 7)
     save_llava(other, own, replace(IMAGES, size=16), tmp_path / "other")
     (tmp_path / "ask.txt").write_text("USER: Rate it. {factual_prompt} ASSISTANT: It is")
-    run_on("rm", "rm", "--model", tmp_path / "other", "--request", tmp_path / "ask.txt")
+    run_on("rm", "rm", "--model", tmp_path / "other", "--request", tmp_path / "ask.txt",
+           "--log_every", 5)  # the first step and the last are always logged
     assert [line["step"] for line in read_log(tmp_path / "rm")] == [1, 2]
     (tmp_path / "long.txt").write_text("Rate it. " * 400 + "{factual_prompt}")
     assert "rows.json row 1: prompt and response have" in run_on(  # before the first step
@@ -2081,6 +2091,11 @@ def test_best_of_n_is_what_the_reward_model_prefers(
         rewards = [reward.rate(judge, tokenizer, [(example, [tokenizer.encode(text)])], 1).item()
                    for text in texts[3 * i : 3 * i + 3]]
         assert chosen[i] == texts[3 * i + rewards.index(max(rewards))]
+    Path("some.json").write_text(json.dumps({"0.png": ["a car"]}))
+    some = f"--model one {asked} --captions some.json --output some"
+    assert "row 2: no captions for image" in run_evaluate(some, 1)
+    run_evaluate(f"{some} --skip_bad_rows")
+    assert len(read_lines("some/rows.jsonl")) == 1
     shown = run_evaluate(f"one --scenes 3 {choose}")  # the world knows its own captions
     assert "hallucination/any" in shown and not Path("one/results.json").exists()
     assert len(evaluation.read_results("one/best_of_3/results.json")["after"][1]) == 3
@@ -4447,7 +4462,8 @@ def test_rows_in_lines_and_in_an_array(image_folder, read, tmp_path_factory):
 
 def test_null_fields_are_absent_and_links_are_followed(image_folder):
     row = GOOD | {"conversations": None, "caption_type": None, "history": [["Who?", "A man."]]}
-    (image_folder / "link").symlink_to(image_folder)
+    outside = shutil.copytree(image_folder, image_folder.with_name("outside"))
+    (image_folder / "link").symlink_to(outside)
     (pair,) = read_pairs([jsonl_file(image_folder, row | {"image": "link/ok.jpg"})], image_folder)
     assert (pair.chosen, pair.history, pair.image.name) == (
         GOOD["chosen"], [("Who?", "A man.")], "ok.jpg")

@@ -85,10 +85,8 @@ MODEL_VALUES = {  # of config.json and its text_config
     "mm_projector_type": ("linear", "mlp2x_gelu"), "mm_use_im_start_end": (False,),
 }
 VISION_VALUES = {"model_type": ("clip_vision_model",), "hidden_act": ("quick_gelu", *ACTIVATIONS)}
-IMAGE_VALUES = {
-    "resample": (3,), "do_rescale": (True,), "do_normalize": (True,), "do_resize": (True,),
-    "rescale_factor": (1 / 255,),
-}
+IMAGE_VALUES = dict.fromkeys(("do_rescale", "do_normalize", "do_resize"), (True,)) | {
+    "resample": (3,), "rescale_factor": (1 / 255,)}
 
 
 def require_supported(file: Path, values: dict, allowed: dict[str, tuple]) -> None:
