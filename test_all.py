@@ -2398,6 +2398,7 @@ def test_claims_run_what_is_missing(tmp_path, monkeypatch, capfd):
     assert runs[policy, 0]["trace"].keys() == set(tally.TRACED)
     assert [path.name[-1] for path in Path("runs/claims").glob("algo-sft*") if "then" not in
             path.name] == ["1"]  # {next}
+    assert Path("runs/world/prompts-4-0-72").is_dir()  # their number, the seed, the image size
     claims_page.write_page(tmp_path)
     text = (tmp_path / "CLAIMS.md").read_text()
     assert "| one | 1 |" in text and "one seed decides nothing" in text and f"`{first}`" in text
