@@ -2316,13 +2316,15 @@ def test_claims_page_is_what_the_command_writes(tmp_path):
 def test_readme_quotes_the_claims():
     runs, readme = tally.read_runs(), " ".join((ROOT / "README.md").read_text().split())
     shown = lambda mean, low, high: f"{abs(100 * mean):.1f} ± {100 * (mean - low):.1f}"
-    ppos, overlooked = definitions.CLAIMS["ppo"], definitions.CLAIMS["overlooked"]
-    left = lambda label: shown(*tally.mean(
-        [*tally.arm_values(runs, ppos, label, definitions.ANY).values()]))
-    less, _ = tally.difference(runs, overlooked, "DDPO + anchor", "SFT", definitions.ANY)
+    left = lambda claim, label: shown(*tally.mean([*tally.arm_values(
+        runs, definitions.CLAIMS[claim], label, definitions.ANY).values()]))
+    less, _ = tally.difference(runs, definitions.CLAIMS["overlooked"], "DDPO + anchor", "SFT",
+                               definitions.ANY)
+    assert (f"DDPO leaves {left('methods', 'DDPO + anchor')} % of the descriptions with anything "
+            f"false, supervised training {left('methods', 'SFT')} %") in readme
     assert f"overlooks 30 % of what is false, DDPO leaves {shown(*less)} points less" in readme
-    assert f"PPO with facts leaves {left('with facts')} % of the descriptions" in readme
-    assert f"({left('with facts, one pass')} % after one pass over the prompts)" in readme
+    assert f"PPO with facts leaves {left('ppo', 'with facts')} % of the descriptions" in readme
+    assert f"({left('ppo', 'with facts, one pass')} % after one pass over the prompts)" in readme
 
 
 def test_claims_are_command_lines_and_compare_their_arms():
