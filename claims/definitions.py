@@ -117,9 +117,12 @@ CLAIMS = {claim.name: claim for claim in (
            ("5000 corrections", "1400 corrections")),
           note="The rankings compare two sampled answers of the same base; DPO learns from them."),
     Claim("gamma", "Corrected segments should weigh more: gamma 5 beats gamma 1.",
-          "RLHF-V, Section 3.2", arms({f"gamma {g}": f"--gamma {g}" * (g != 5)
-                                         for g in (1, 2, 5, 10)}),
-          (("gamma 5", "gamma 1"), ("gamma 10", "gamma 5"))),
+          "RLHF-V, Section 3.2", arms(
+              {f"gamma {g}": f"--gamma {g}" * (g != 5) for g in (1, 2, 5, 10)}
+              | {"gamma 5, sum": "--no-normalize --beta 0.1"})
+          | {"gamma 1, sum": (f"--algo dpo --learning_rate {BEST['DPO']}",)},
+          (("gamma 5", "gamma 1"), ("gamma 10", "gamma 5"), ("gamma 5, sum", "gamma 1, sum")),
+          note="Means with beta 0.5, and the released code's form, sums with beta 0.1."),
     Claim("score", "A response's score is a mean over its tokens, with beta 0.5.",
           "RLHF-V, Eq. 5, against its released code",
           arms({"mean, beta 0.5": "", "mean, beta 0.1": "--beta 0.1",
