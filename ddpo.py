@@ -22,12 +22,13 @@ released code (its `SFT_weight`) and RPO (arXiv 2404.19733) do:
 
     L + alpha * mean over the chosen response's tokens of -log p
 
-`--anchor 0` is the paper's loss to the letter. The default did best on the built-in world
-(CLAIMS.md). It is large because scores and the term are means alike, while the preference loss has
-a slope of beta / 2 at the start and less later.
+`--anchor 0 --beta 0.5` is the paper's loss to the letter. The defaults did best on the built-in
+world (CLAIMS.md). Means of log-probabilities differ by little, so with beta 0.5 the sigmoid hardly
+saturates: every pair pushes at nearly full strength until the last step, and corrected answers
+become less likely, too. With beta 5 a pair counts less once it is told apart.
 
 What this file does differently from the released code (RLHF-V/RLHF-V), and why:
-1. The defaults are the paper's (beta 0.5, gamma 5, mean form); the released command used beta 0.1,
+1. Gamma 5 and the mean are the paper's, whose beta is 0.5; the released command used beta 0.1,
    gamma 1.1 and the sum: `--beta 0.1 --gamma 1.1 --no-normalize`.
 2. Inserted and deleted segments count as corrected, as Eq. 5 says. The released code counts only
    replacements: `--replacements_only`.
@@ -121,15 +122,20 @@ class LossConfig(Training):
         None, "peak learning rate [3e-4, with --lora 3e-3; of a model of 1B and more 5e-7 (paper), "
         "with --lora 2e-4]")
     rates = Training.rates | {"small": 3e-4, "small lora": 3e-3}
-    beta: float = option(0.5, "strength of the tie to the reference (paper; release: 0.1)")
+    beta: float | None = option(None, "strength of the tie to the reference [5, of sums 0.1 "
+                                "(release)]; paper: 0.5")
     gamma: float = option(5.0, "weight of corrected segments (paper; release: 1.1; 1: no segments)")
     normalize: bool = option(True, "scores are means (Eq. 5), not sums (Eq. 4, and the release)")
     anchor: float = option(16.0, "weight of the likelihood term on the chosen response (RPO, "
-                           "arXiv 2404.19733); 0: the paper's loss")
+                           "arXiv 2404.19733); the paper has none")
     min_match: int = option(3, "a common run of fewer tokens counts as corrected (release)")
     replacements_only: bool = option(False, "insertions and deletions keep weight 1 (release)")
     fused: str = option("auto", "compute the loss in the fused kernel, the same numbers without "
                         "the logits in memory; auto: on a GPU", choices=("auto", "on", "off"))
+
+    def __post_init__(self):
+        if self.beta is None:
+            self.beta = 5.0 if self.normalize else 0.1
 
 
 @dataclass
@@ -144,7 +150,6 @@ class DPOConfig(DDPOConfig):
         "--lora 2e-4]")
     rates = Training.rates
     anchor: float = option(0.0, "weight of the likelihood term on the chosen response")
-    beta: float = option(0.1, "strength of the tie to the reference (DPO's own code)")
     gamma: float = option(1.0, "weight of corrected segments; DPO has none")
     normalize: bool = option(False, "scores are sums (Eq. 4)")
 

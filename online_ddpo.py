@@ -55,6 +55,7 @@ class OnlineDDPOConfig(SamplingConfig, LossConfig):
     temperature: float = option(0.5, "of sampling (as for offline corrections)", least=0.01)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.feedback == "annotator" and (self.reward_model or self.facts):
             raise ValueError("--reward_model and --facts go with --feedback reward_model")
         self.samples = self.samples or (1 if self.feedback == "annotator" else 4)

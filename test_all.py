@@ -218,7 +218,7 @@ def test_schedule():
 
 def test_command_line_follows_the_dataclasses(capsys):
     run, found = train.parse("--algo ddpo --gamma 2 --no-normalize --lora 4".split())
-    assert (found.gamma, found.normalize, found.beta, run.lora) == (2.0, False, 0.5, 4)
+    assert (found.gamma, found.normalize, found.beta, run.lora) == (2.0, False, 0.1, 4)
     assert train.parse("--algo ppo --missing_eos_penalty -3".split())[1].missing_eos_penalty == -3
     for wrong in ("--algo nonsense", "--gama 3", "--algo sft --gamma 3", "--beta much", "--lora -8",
                   "--normalize False", "--batch_size 0", "--learning_rate nan", "--images photos"):
@@ -853,7 +853,7 @@ def test_margin_is_0_where_policy_is_reference(tiny, tmp_path, lora, dtype, fuse
     """Policy and reference are computed in one precision: the first margins are exactly 0."""
     start = make_start(tiny, None, tmp_path, dtype=dtype, lora=lora)
     recipes.select_weights(start, ddpo.DDPO)
-    settings = ddpo.DDPOConfig(batch_size=4, micro_batch=4, fused=fused, anchor=0.0)
+    settings = ddpo.DDPOConfig(batch_size=4, micro_batch=4, fused=fused, beta=0.5, anchor=0.0)
     algorithm = ddpo.DDPO(start, settings, Data([random_example(i) for i in range(4)]))
     (batch,) = algorithm.batches(0)
     with start.autocast():
@@ -1399,7 +1399,7 @@ def make_online(model, tokenizer, folder, prompt_count=4, correct=lambda example
                 **changes):
     """Online DDPO on two rounds of half of the prompts, with a given annotator."""
     settings = {"rounds": 2, "batch_size": 2, "epochs": 2, "max_new_tokens": 6, "fused": "off",
-                "learning_rate": 0.01, "temperature": 1.0, **changes}
+                "beta": 0.5, "learning_rate": 0.01, "temperature": 1.0, **changes}
     data = Data([make_prompt(tokenizer, i) for i in range(prompt_count)], correct=correct)
     start = make_start(copy.deepcopy(model), tokenizer, folder)
     return online_ddpo.OnlineDDPO(start, online_ddpo.OnlineDDPOConfig(**settings), data)
@@ -3811,7 +3811,7 @@ def test_the_fused_loss_waits_for_a_gpu_once(tiny, tmp_path):
 def test_fused_loss_is_the_plain_one(normalize, tiny, tmp_path):
     """Loss, metrics and gradients of the two sides of `--fused`."""
     plain, fused = (make_ddpo(tiny, random_pairs(0, 3, 1), tmp_path, REFERENCE, batch_size=3,
-                              normalize=normalize, fused=each) for each in ("off", "on"))
+                              beta=0.5, normalize=normalize, fused=each) for each in ("off", "on"))
     (batch,) = plain.batches(0)
     (loss, shown), (same_loss, same) = plain.loss(batch), fused.loss(batch)
     torch.testing.assert_close(same_loss, loss)

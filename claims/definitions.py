@@ -8,20 +8,24 @@ of an arm, such as that of the best learning rate, represents it (`results.best`
 from dataclasses import dataclass
 
 ANY = "hallucination/any"
+EARLIER = "DDPO + anchor, beta 0.5"  # an earlier default
 METHODS = {
     "SFT": "--algo sft",
     "DPO": "--algo dpo",
-    "DDPO, the paper's loss": "--algo ddpo --anchor 0",
-    "DDPO + anchor": "--algo ddpo --anchor 16",
+    "DDPO, the paper's loss": "--algo ddpo --anchor 0 --beta 0.5",
+    EARLIER: "--algo ddpo --anchor 16 --beta 0.5",
+    "DDPO + anchor": "--algo ddpo --anchor 16 --beta 5",
 }
 RATES = {  # three per method, around the best of a first search
     "SFT": ("1e-4", "3e-4", "1e-3"), "DPO": ("1e-5", "3e-5", "1e-4"),
-    "DDPO, the paper's loss": ("1e-5", "3e-5", "1e-4"), "DDPO + anchor": ("1e-4", "3e-4", "1e-3"),
+    "DDPO, the paper's loss": ("1e-5", "3e-5", "1e-4"),
+    EARLIER: ("1e-4", "3e-4", "1e-3"), "DDPO + anchor": ("1e-4", "3e-4", "1e-3"),
 }
-BEST = {"SFT": "3e-4", "DPO": "3e-5", "DDPO, the paper's loss": "3e-5", "DDPO + anchor": "3e-4"}
+BEST = {"SFT": "3e-4", "DPO": "3e-5", "DDPO, the paper's loss": "3e-5", EARLIER: "3e-4",
+        "DDPO + anchor": "3e-4"}
 
-WITH_LORA = {name: f"--algo {algo} --lora 16 --learning_rate 3e-3"
-             for name, algo in (("SFT", "sft"), ("DDPO + anchor", "ddpo"))}
+WITH_LORA = {name: f"{METHODS[name]} --lora 16 --learning_rate 3e-3"
+             for name in ("SFT", EARLIER, "DDPO + anchor")}
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,21 @@ def at_best(more: str = "") -> dict[str, tuple[str, ...]]:
 
 
 def arms(options: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    """Return arms of DDPO with the paper's loss at its best rate, by their further options."""
+    """Return arms of DDPO without anchor, at the best rate of the paper's loss.
+
+    Args:
+        options: by label; without a beta, it is the paper's.
+    """
     rate = BEST["DDPO, the paper's loss"]
-    common = f"--algo ddpo --anchor 0 --learning_rate {rate}"
-    return {label: (f"{common} {more}".strip(),) for label, more in options.items()}
+    beta = {label: "" if "--beta" in more else " --beta 0.5" for label, more in options.items()}
+    return {label: (f"--algo ddpo --anchor 0{beta[label]} --learning_rate {rate} {more}".strip(),)
+            for label, more in options.items()}
 
 
 PAIRS = (("DDPO, the paper's loss", "DPO"), ("DDPO + anchor", "DDPO, the paper's loss"),
-         ("DDPO + anchor", "SFT"))
+         ("DDPO + anchor", "SFT"), ("DDPO + anchor", EARLIER))
 COUNTS = (50, 200, 400, 800, 1400, 2200, 5000)
-BEST_DDPO = f"{METHODS['DDPO + anchor']} --learning_rate {BEST['DDPO + anchor']}"
+BEST_DDPO = f"{METHODS[EARLIER]} --learning_rate {BEST[EARLIER]}"
 SCALING = {f"{count} corrections": (
     BEST_DDPO + f" --corrections {count}" * (count != 1400),) for count in COUNTS}
 RANKINGS = {f"{count} rankings": (f"--algo dpo --feedback rankings --corrections {count} "
@@ -86,7 +95,7 @@ def rewarded(algo: str, facts: bool = True) -> str:
 
 PPO, PPO_ONCE = rewarded("ppo"), rewarded("ppo --epochs 1")
 BEST_OF = "--algo rm --facts then evaluate.py world/base --best_of 8 --reward_model {here}"
-ONLINE = "online_ddpo --feedback reward_model"
+ONLINE = "online_ddpo --anchor 16 --beta 0.5 --feedback reward_model"
 
 CLAIMS = {claim.name: claim for claim in (
     Claim("methods", "DDPO beats DPO on the same corrections, and plain imitation of the corrected "
@@ -96,19 +105,17 @@ CLAIMS = {claim.name: claim for claim in (
           "RLHF-V, Section 3.1 (corrections by people)",
           at_best(" --overlook 0.3") | {f"{name}, LoRA": (f"{line} --overlook 0.3",)
                                         for name, line in WITH_LORA.items()},
-          (*PAIRS, ("DDPO + anchor, LoRA", "SFT, LoRA"))),
+          (*PAIRS, (f"{EARLIER}, LoRA", "SFT, LoRA"))),
     Claim("noisy", "The same, where 10 % of the corrections make a true statement false.",
           "RLHF-V, Section 3.1 (corrections by people)", at_best(" --noise 0.1"), PAIRS),
     Claim("few", "The same, with 200 corrections.", "RLHF-V, Figure 2",
           at_best(" --corrections 200"), PAIRS),
-    Claim("anchor", "The likelihood term needs a large weight: a small one, or deletions that "
-          "weigh gamma, leave more wrong places and less coverage. (A guess at the reason: the "
-          "preference term lowers every token of a deleted sentence, even those that are right "
-          "given its beginning.)", "ours",
-          {f"anchor {weight}": (f"--algo ddpo --anchor {weight} --learning_rate 1e-4",)
+    Claim("anchor", "Where beta is 0.5, the likelihood term needs a large weight: a small one, or "
+          "deletions that weigh gamma, leave more wrong places and less coverage.", "ours",
+          {f"anchor {weight}": (f"--algo ddpo --anchor {weight} --beta 0.5 --learning_rate 1e-4",)
            for weight in (0, 1, 4, 16)}
           | {"anchor 4, replacements only":
-             ("--algo ddpo --anchor 4 --replacements_only --learning_rate 1e-4",)},
+             ("--algo ddpo --anchor 4 --beta 0.5 --replacements_only --learning_rate 1e-4",)},
           (("anchor 4", "anchor 1"), ("anchor 16", "anchor 4"),
            ("anchor 4, replacements only", "anchor 4")), "hallucination/position"),
     Claim("scaling", "200 corrections do what 2,200 rankings do, and more corrections do more.",
@@ -125,15 +132,18 @@ CLAIMS = {claim.name: claim for claim in (
           note="Means with beta 0.5, and the released code's form, sums with beta 0.1."),
     Claim("score", "A response's score is a mean over its tokens, with beta 0.5.",
           "RLHF-V, Eq. 5, against its released code",
-          arms({"mean, beta 0.5": "", "mean, beta 0.1": "--beta 0.1",
-                "sum, beta 0.5": "--no-normalize", "sum, beta 0.1": "--no-normalize --beta 0.1",
+          arms({"mean, beta 0.5": "", "mean, beta 0.1": "--beta 0.1", "mean, beta 5": "--beta 5",
+                "sum, beta 0.5": "--no-normalize",
+                "sum, beta 0.1": "--no-normalize --beta 0.1",
                 "mean, beta 0.5, replacements only": "--replacements_only"}),
-          (("mean, beta 0.5", "sum, beta 0.1"),
-           ("mean, beta 0.5", "mean, beta 0.5, replacements only"))),
+          (("mean, beta 0.5", "sum, beta 0.1"), ("mean, beta 5", "mean, beta 0.5"),
+           ("mean, beta 0.5", "mean, beta 0.5, replacements only")),
+          note="Means differ by little. So with beta 0.5 the margins (rewards/margins in "
+          "metrics.jsonl) end near 0.2 and every pair pushes at nearly full strength to the end."),
     Claim("lora", "LoRA, at its own learning rate, does as well as training all weights.",
           "ours", {"all weights": (BEST_DDPO,),
-                   "LoRA": ("--algo ddpo --lora 16 --learning_rate 1e-3",
-                            WITH_LORA["DDPO + anchor"]),
+                   "LoRA": (f"{METHODS[EARLIER]} --lora 16 --learning_rate 1e-3",
+                            WITH_LORA[EARLIER]),
                    "SFT, LoRA": (WITH_LORA["SFT"],)},
           (("LoRA", "base"), ("LoRA", "all weights"), ("LoRA", "SFT, LoRA")), note="Rank 16."),
     Claim("over_generalisation", "DDPO lowers over-generalisation, the extra mentions of an absent "
