@@ -74,6 +74,7 @@ def arms(options: dict[str, str]) -> dict[str, tuple[str, ...]]:
 PAIRS = (("DDPO, the paper's loss", "DPO"), ("DDPO + anchor", "DDPO, the paper's loss"),
          ("DDPO + anchor", "SFT"), ("DDPO + anchor", EARLIER))
 COUNTS = (50, 200, 400, 800, 1400, 2200, 5000)
+# The claims on amounts, stages and LoRA were measured with the earlier default.
 BEST_DDPO = f"{METHODS[EARLIER]} --learning_rate {BEST[EARLIER]}"
 SCALING = {f"{count} corrections": (
     BEST_DDPO + f" --corrections {count}" * (count != 1400),) for count in COUNTS}
