@@ -101,7 +101,8 @@ ONLINE = "online_ddpo --anchor 16 --beta 0.5 --feedback reward_model"
 CLAIMS = {claim.name: claim for claim in (
     Claim("methods", "DDPO beats DPO on the same corrections, and plain imitation of the corrected "
           "answers, too.", "RLHF-V, Table 3", with_rates(), PAIRS,
-          note="Each method at the best of three learning rates, 1,400 complete corrections."),
+          note="Each method at the best of up to three learning rates; 1,400 complete "
+          "corrections."),
     Claim("overlooked", "The same, where the annotator overlooks 30 % of the false spans.",
           "RLHF-V, Section 3.1 (corrections by people)",
           at_best(" --overlook 0.3") | {f"{name}, LoRA": (f"{line} --overlook 0.3",)
