@@ -22,10 +22,10 @@ released code (its `SFT_weight`) and RPO (arXiv 2404.19733) do:
 
     L + alpha * mean over the chosen response's tokens of -log p
 
-`--anchor 0 --beta 0.5` is the paper's loss to the letter. The defaults did best on the built-in
+`--anchor 0 --beta 0.5` is the paper's loss to the letter. The defaults were chosen on the built-in
 world (CLAIMS.md). Means of log-probabilities differ by little, so with beta 0.5 the sigmoid hardly
-saturates: every pair pushes at nearly full strength until the last step, and corrected answers
-become less likely, too. With beta 5 a pair counts less once it is told apart.
+saturates there: `rewards/margins` ends near 0.25, and every pair pushes at nearly full strength
+until the last step. With beta 5 a pair counts less once it is told apart.
 
 What this file does differently from the released code (RLHF-V/RLHF-V), and why:
 1. Gamma 5 and the mean are the paper's, whose beta is 0.5; the released command used beta 0.1,

@@ -141,7 +141,7 @@ CLAIMS = {claim.name: claim for claim in (
           (("mean, beta 0.5", "sum, beta 0.1"), ("mean, beta 5", "mean, beta 0.5"),
            ("mean, beta 0.5", "mean, beta 0.5, replacements only")),
           note="Means differ by little. So with beta 0.5 the margins (rewards/margins in "
-          "metrics.jsonl) end near 0.2 and every pair pushes at nearly full strength to the end."),
+          "metrics.jsonl) end near 0.25 and every pair pushes at nearly full strength to the end."),
     Claim("lora", "LoRA, at its own learning rate, does as well as training all weights.",
           "ours", {"all weights": (BEST_DDPO,),
                    "LoRA": (f"{METHODS[EARLIER]} --lora 16 --learning_rate 1e-3",
