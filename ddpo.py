@@ -22,10 +22,10 @@ released code (its `SFT_weight`) and RPO (arXiv 2404.19733) do:
 
     L + alpha * mean over the chosen response's tokens of -log p
 
-`--anchor 0 --beta 0.5` is the paper's loss to the letter. The defaults were chosen on the built-in
-world (CLAIMS.md). Means of log-probabilities differ by little, so with beta 0.5 the sigmoid hardly
-saturates there: `rewards/margins` ends near 0.25, and every pair pushes at nearly full strength
-until the last step. With beta 5 a pair counts less once it is told apart.
+`--anchor 0` is the paper's loss to the letter, with its beta of 0.5. The defaults were chosen on the
+built-in world (CLAIMS.md). Means of log-probabilities differ by little, so with beta 0.5 the sigmoid
+hardly saturates there: `rewards/margins` ends near 0.25, and every pair pushes at nearly full
+strength until the last step. With beta 5 a pair counts less once it is told apart.
 
 What this file does differently from the released code (RLHF-V/RLHF-V), and why:
 1. Gamma 5 and the mean are the paper's, whose beta is 0.5; the released command used beta 0.1,
@@ -122,8 +122,8 @@ class LossConfig(Training):
         None, "peak learning rate [3e-4, with --lora 3e-3; of a model of 1B and more 5e-7 (paper), "
         "with --lora 2e-4]")
     rates = Training.rates | {"small": 3e-4, "small lora": 3e-3}
-    beta: float | None = option(None, "strength of the tie to the reference [5, of sums 0.1 "
-                                "(release)]; paper: 0.5")
+    beta: float | None = option(None, "strength of the tie to the reference [5; without an anchor "
+                                "0.5 (paper), of sums 0.1 (release)]")
     gamma: float = option(5.0, "weight of corrected segments (paper; release: 1.1; 1: no segments)")
     normalize: bool = option(True, "scores are means (Eq. 5), not sums (Eq. 4, and the release)")
     anchor: float = option(16.0, "weight of the likelihood term on the chosen response (RPO, "
@@ -135,7 +135,7 @@ class LossConfig(Training):
 
     def __post_init__(self):
         if self.beta is None:
-            self.beta = 5.0 if self.normalize else 0.1
+            self.beta = 0.1 if not self.normalize else 5.0 if self.anchor else 0.5
 
 
 @dataclass

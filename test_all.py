@@ -221,6 +221,7 @@ def test_command_line_follows_the_dataclasses(capsys):
     assert (found.gamma, found.normalize, found.beta, run.lora) == (2.0, False, 0.1, 4)
     beta = {algo: train.parse(["--algo", algo])[1].beta for algo in ("ddpo", "online_ddpo", "dpo")}
     assert beta == {"ddpo": 5.0, "online_ddpo": 5.0, "dpo": 0.1}
+    assert train.parse(["--algo", "ddpo", "--anchor", "0"])[1].beta == 0.5  # the paper's loss
     assert train.parse("--algo ppo --missing_eos_penalty -3".split())[1].missing_eos_penalty == -3
     for wrong in ("--algo nonsense", "--gama 3", "--algo sft --gamma 3", "--beta much", "--lora -8",
                   "--normalize False", "--batch_size 0", "--learning_rate nan", "--images photos"):
