@@ -44,7 +44,8 @@ class Loop:
         self.weights = {n: p for n, p in algorithm.modules.named_parameters() if p.requires_grad}
         self.optimizers = make_optimizers(self.weights, algorithm.config, algorithm.peak_rate)
         self.step = 0
-        self.stop = False
+        self.asked = False  # to stop, by a signal to this process
+        self.stop = False  # the same, agreed on by all processes at the end of a step
 
     def train(self) -> None:
         previous = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -82,9 +83,9 @@ class Loop:
                 signal.signal(which, handler)
 
     def ask_to_stop(self, *_) -> None:
-        if self.stop and parallel.world() == 1:  # second Ctrl-C: at once (torchrun repeats signals)
+        if self.asked and parallel.world() == 1:  # second Ctrl-C: at once (torchrun repeats it)
             raise KeyboardInterrupt
-        self.stop = True
+        self.asked = True
 
     def one_step(self) -> dict[str, float]:
         started = time.perf_counter()
@@ -118,7 +119,7 @@ class Loop:
             self.fail(f"the gradient's norm is {norm}", batches[0])
         for optimizer in self.optimizers:
             optimizer.step()
-        *values, stop = parallel.total([*metrics.values(), self.stop])
+        *values, stop = parallel.total([*metrics.values(), self.asked])
         metrics, self.stop = dict(zip(metrics, values)), bool(stop)
         now = time.perf_counter()
         return metrics | {
@@ -208,12 +209,12 @@ def verdict(folder: Path, reads: str, start: Start, config: Training) -> str:
     if late < 0.95 * (guess if reads == "rankings" else first):
         return ""
     how = "has hardly moved" if reads != "rankings" else f"is not well below guessing ({guess:.4g})"
-    how = "has risen" if late > 1.05 * first else how
+    risen = late > 1.05 * first
     guessing = abs(late - guess) < 0.05 * guess and reads != "rankings"
-    return (f"the loss {how}: {first:.4g} at first, {late:.4g} in the second half"
-            f"{', that of guessing' * guessing}; try a larger --learning_rate than "
-            f"{config.learning_rate:g}"
-            + ", or a smaller one if logps/chosen has fallen far" * (reads == "pairs"))
+    return (f"the loss {'has risen' if risen else how}: {first:.4g} at first, {late:.4g} in the "
+            f"second half{', that of guessing' * guessing}; try a "
+            f"{'smaller' if risen else 'larger'} --learning_rate than {config.learning_rate:g}"
+            + ", or a smaller one if logps/chosen has fallen far" * (reads == "pairs" and not risen))
 
 
 def remove_checkpoints(folder: Path, but: Path | None = None) -> None:

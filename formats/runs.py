@@ -104,7 +104,8 @@ def open_folder(folder: Path, run: Run, config: Training, about: str, reads: str
     if old is None and run.resume:
         raise ValueError(f"{folder} holds no run to resume")
     if old is not None and not run.overwrite:
-        changed = sorted(k for k in old.keys() | settings.keys() if old.get(k) != settings.get(k))
+        names = (old.keys() | settings.keys()) - {"out"}  # a folder may have several
+        changed = sorted(name for name in names if old.get(name) != settings.get(name))
         if changed and (run.resume or state or (folder / "metrics.jsonl").exists()):
             raise ValueError(
                 f"{folder} holds a run with other settings ({', '.join(changed)} differ); "
