@@ -97,9 +97,9 @@ class OnlineDDPO(DDPO):
         places = list(range(len(data.train)))
         self.prompts = Epochs(places, replace(config, batch_size=size), self.seed, lambda place: 0)
         pairs = size * (config.samples if config.feedback == "annotator" else 1)  # at most
-        whole = config.steps or config.rounds * math.ceil(config.epochs * pairs / config.batch_size)
-        self.per_round = math.ceil(whole / config.rounds)
-        self.steps = config.steps or whole
+        self.steps = config.steps or config.rounds * math.ceil(
+            config.epochs * pairs / config.batch_size)
+        self.per_round = math.ceil(self.steps / config.rounds)
         self.round = Round([], {}, {})
 
     @classmethod
@@ -143,21 +143,22 @@ class OnlineDDPO(DDPO):
         k = config.samples
         pairs = [(place, i * k + j, *texts) for i, place in enumerate(places)
                  for j, texts in enumerate(self.feedback(data.train[place], table[i * k :][:k]))]
-        if not pairs and not self.round.pairs:
+        kept = pairs if self.examples(pairs) else self.round.pairs
+        if not kept:
             raise ValueError(f"none of {len(table)} completions gave a pair: there is nothing to "
                              "correct, or the completions of a prompt never differ")
-        if not pairs:
+        if kept is not pairs:
             print(f"warning: round {index + 1} has no new pair and repeats the last one",
                   file=sys.stderr)
         warn_truncated(summary(table), config)
         metrics = {**summary(table), "round": index + 1, "round/pairs": len(pairs),
                    "round/pairs_per_completion": len(pairs) / len(table),
                    "seconds/round": time.perf_counter() - started}
-        self.round = Round(pairs or self.round.pairs, {}, metrics)
         reference = self.base if config.reference == "base" else self.policy
         with use_adapter(reference.model, reference.adapter):
-            self.round.scores = pair_scores(
-                reference.model, self.examples(), self.start, config, f"round {index + 1}")
+            scores = pair_scores(
+                reference.model, self.examples(kept), self.start, config, f"round {index + 1}")
+        self.round = Round(kept, scores, metrics)
         self.learn_from_round()
 
     def feedback(self, prompt: Example, rows: Sequence[dict]) -> list[tuple[str, str]]:
@@ -171,10 +172,10 @@ class OnlineDDPO(DDPO):
             found = [(best["answer"], worst["answer"])] * (best["score"] > worst["score"])
         return [(good, bad) for good, bad in found if good and bad and good != bad]
 
-    def examples(self) -> list[Example]:
-        """Encode the round's pairs; leave out those that do not fit the context."""
+    def examples(self, pairs: Sequence) -> list[Example]:
+        """Encode pairs (see `Round`); leave out those that do not fit the context."""
         examples, config = [], self.model.config
-        for place, number, chosen, rejected in self.round.pairs:
+        for place, number, chosen, rejected in pairs:
             prompt = self.data.train[place]
             name = f"{prompt.name}, completion {number}"
             pair = Pair(name, None, prompt.question, chosen, rejected)
@@ -187,7 +188,7 @@ class OnlineDDPO(DDPO):
 
     def learn_from_round(self) -> None:
         """Set the fields that `DDPO.batches` reads: the round's pairs and their scores."""
-        examples, self.reference = self.examples(), self.round.scores
+        examples, self.reference = self.examples(self.round.pairs), self.round.scores
         size = max(1, math.ceil(self.config.epochs * len(examples) / self.per_round))
         size = self.config.batch_size if self.config.steps else size
         self.source = Epochs(examples, replace(self.config, batch_size=size), self.seed)

@@ -1454,9 +1454,9 @@ def test_online_feedback_and_rounds_with_few_pairs(tiny_world, tokenizer, tmp_pa
     algorithm.data.correct = lambda example, text: text
     algorithm.begin_round(1, 2)
     assert "repeats the last one" in capsys.readouterr().err and len(algorithm.round.pairs) == 1
-    with pytest.raises(ValueError, match="none of 4 completions gave a pair"):
-        make_online(tiny_world, tokenizer, tmp_path, 4, lambda example, text: text,
-                    rounds=1).batches(0)
+    for useless in (lambda example, text: text, lambda example, text: "beyond the context " * 99):
+        with pytest.raises(ValueError, match="none of 4 completions gave a pair"):
+            make_online(tiny_world, tokenizer, tmp_path, 4, useless, rounds=1).batches(0)
     for changes, phrase in (({"correct": lambda example, text: None}, "have no annotator"),
                             ({"feedback": "reward_model", "samples": 1}, "at least 2"),
                             ({"facts": True}, "go with --feedback reward_model")):
