@@ -9,7 +9,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
@@ -149,18 +149,13 @@ class Loop:
         state = {"step": self.step, "data": self.data, "rng": torch.get_rng_state(),
                  "algorithm": self.algorithm.state()}
         weights = dict(self.weights)
-        for name, moments in self.moments():
-            weights |= {f"{kind} of {name}": value for kind, value in moments.items()}
+        for name, weight in self.weights.items():
+            for optimizer in self.optimizers:
+                moments = optimizer.state.get(weight, {})
+                weights |= {f"{kind} of {name}": value for kind, value in moments.items()}
         save_state(folder, state, weights)
         if parallel.rank() == 0:
             remove_checkpoints(self.folder, but=folder)
-
-    def moments(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """Yield the name of each weight and its optimizer state."""
-        for name, weight in self.weights.items():
-            for optimizer in self.optimizers:
-                if weight in optimizer.state:
-                    yield name, optimizer.state[weight]
 
     def load(self, folder: Path) -> None:
         state, stored = load_state(folder)
@@ -211,10 +206,11 @@ def verdict(folder: Path, reads: str, start: Start, config: Training) -> str:
     how = "has hardly moved" if reads != "rankings" else f"is not well below guessing ({guess:.4g})"
     risen = late > 1.05 * first
     guessing = abs(late - guess) < 0.05 * guess and reads != "rankings"
+    fallen = reads == "pairs" and not risen  # perhaps both answers have become unlikely
     return (f"the loss {'has risen' if risen else how}: {first:.4g} at first, {late:.4g} in the "
             f"second half{', that of guessing' * guessing}; try a "
             f"{'smaller' if risen else 'larger'} --learning_rate than {config.learning_rate:g}"
-            + ", or a smaller one if logps/chosen has fallen far" * (reads == "pairs" and not risen))
+            + ", or a smaller one if logps/chosen has fallen far" * fallen)
 
 
 def remove_checkpoints(folder: Path, but: Path | None = None) -> None:

@@ -226,8 +226,8 @@ class RewardTraining(Algorithm):
     def measure(self, world: Callable, means: Callable) -> tuple[dict, list[dict]] | None:
         if not self.held_out:
             return None
-        given = self.reward_model, self.tokenizer, self.held_out, self.config.micro_batch
-        records = rate_pairs(*given)
+        records = rate_pairs(
+            self.reward_model, self.tokenizer, self.held_out, self.config.micro_batch)
         return means({"agreement": agreement(records)}), records
 
     def save(self, folder: Path) -> None:

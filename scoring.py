@@ -172,16 +172,17 @@ class Scorer:
 
     def check_room(self, examples: Sequence[Example]) -> None:
         """Raise DataError if a prompt, a completion and the request to rate it do not fit."""
-        judge = isinstance(self.reward_model, Judge)
-        model = self.reward_model.reward_model if judge else self.reward_model
-        tokenizer = self.reward_model.tokenizer if judge else self.tokenizer
-        shape = model.model.config
+        model, tokenizer = self.reward_model, self.tokenizer
+        prompts = [each.prompt for each in examples]
+        if isinstance(model, Judge):
+            model, tokenizer = model.reward_model, model.tokenizer
+            patches = model.model.config.vision.patches
+            prompts = [trunk_tokens(tokenizer, (), each.question, patches) for each in examples]
         longest = max(
-            len(trunk_tokens(tokenizer, (), each.question, shape.vision.patches) if judge
-                else each.prompt)
-            + len(with_request(tokenizer, [], each.facts, model.request).tokens)
-            for each in examples)
-        context, wanted = shape.text.max_position_embeddings, self.config.max_new_tokens
+            len(prompt) + len(with_request(tokenizer, [], each.facts, model.request).tokens)
+            for prompt, each in zip(prompts, examples))
+        context = model.model.config.text.max_position_embeddings
+        wanted = self.config.max_new_tokens
         if longest + wanted > context:
             raise DataError(f"the longest prompt and the request to rate an answer have {longest} "
                             f"tokens and completions may have {wanted}, but the reward model's "

@@ -173,16 +173,16 @@ def parse(arguments: list[str] | None) -> tuple[Run, Training]:
 def run_all(run: Run, config: Training) -> None:
     """Carry out the planned runs in order, or list them."""
     *first, last = parallel.once(lambda: recipes.plan(run, config, ALGORITHMS))
-    if run.dry_run and run.gpus:
+    if run.gpus:  # a dry run
         own = run.model and {Path(run.model).resolve().name:
                              open_model(run.model, tower=run.tower)[0].config}
         print(memory_table(own or SHAPES, run.gpus, run.lora or 64, config))
-    elif run.dry_run:
+        return
+    if run.dry_run:
         for step, _ in (*first, last):
             print(f"--algo {step.algo} --out {step.out or f'runs/{step.algo}'}")
         if not first:
             sources.preview(*last, ALGORITHMS[run.algo])
-    if run.dry_run:
         return
     if said := recipes.choice(*last, config):
         print(said, file=sys.stderr)
