@@ -151,7 +151,7 @@ def run_world(args: Namespace) -> None:
     path = folder.parent / "results.json"
     results = evaluation.read_scenes(path) if is_run and path.exists() else {}
     before = results.get("before")
-    measured = len((before or results["after"])[1]) if results else None
+    measured = len(next(iter(results.values()))[1]) if results else None
     scenes = args.scenes or measured or builtin.SCENES
     if measured not in (None, scenes):
         raise ValueError(f"{path} has measures of {measured} scenes, which do not compare with "
@@ -195,10 +195,10 @@ def output_file(args: Namespace, name: str, model: Path | None = None) -> Path:
     return folder / name
 
 
-def answer(args: Namespace, questions: list[ImageQuestion], path: Path, limit: int,
-           loaded: Loaded | None = None) -> list[dict]:
-    """Answer questions into a JSONL file, by --model if none is `loaded`; return answered rows."""
-    model, tokenizer, settings = loaded or load(args, args.model)
+def answer(args: Namespace, loaded: Loaded, questions: list[ImageQuestion], path: Path,
+           limit: int) -> list[dict]:
+    """Answer questions into a JSONL file; return the answered rows."""
+    model, tokenizer, settings = loaded
     how = f"max_new_tokens={limit} temperature={args.temperature} seed={args.seed}"
     if args.dtype != "auto":
         how += f" dtype={args.dtype}"
@@ -227,10 +227,10 @@ def run_data(args: Namespace) -> None:
     """Answer every row of the files."""
     paths = find_files(args.data)
     metrics.refuse_twins(path.stem for path in paths)
-    questions = {path: read_questions(path, args.images or str(path.parent), args.prompt,
-                                      args.skipped) for path in paths}
-    for path, asked in questions.items():
-        answer(args, asked, output_file(args, f"{path.stem}.jsonl"),
+    questions = [read_questions(path, args.images, args.prompt, args.skipped) for path in paths]
+    loaded = load(args, args.model)
+    for path, asked in zip(paths, questions):
+        answer(args, loaded, asked, output_file(args, f"{path.stem}.jsonl"),
                args.max_new_tokens or LONG_TOKENS)
 
 
@@ -267,7 +267,7 @@ def score(args: Namespace, chosen: Sequence[Part]) -> list[dict]:
                 rows = part.given(Path(args.answers))
         else:
             path = output_file(args, f"{part.file}.jsonl")
-            rows = list(map(part.clean, answer(args, asked, path, tokens, loaded)))
+            rows = list(map(part.clean, answer(args, loaded, asked, path, tokens)))
         if rows:
             note = part.note(None if args.answers else tokens)
             print_scores(args, part, part.measure(rows, args.seed)[0], note)
@@ -288,13 +288,14 @@ def run_mmhal(args: Namespace) -> None:
                 print(f"prompt {i}: not one rating, counts as 0: {reply[-60:]!r}", file=sys.stderr)
         labels = {row.get("judge_prompt") for row in rows}
         part = parts.mmhal_part(path, args.images, labels.pop() if len(labels) == 1 else None)
-        print_scores(args, part, evaluation.mmhal(replies), part.scored)
+        print_scores(args, part, evaluation.mmhal(replies, args.seed), part.scored)
         return
     prompt = judge.read_judge_prompt(args.judge_prompt)
     args.skipped = None  # the order of the prompts is fixed
     questions = benchmarks.mmhal_questions(path, rows, args.images or path.parent)
     path, limit = output_file(args, "mmhal.jsonl"), args.max_new_tokens or LONG_TOKENS
-    texts = [row["answer"] for row in answer(args, questions, path, limit)]
+    answered = answer(args, load(args, args.model), questions, path, limit)
+    texts = [row["answer"] for row in answered]
     filled, prompts = judge.write_prompts(path.parent, rows, texts, prompt)
     print(f"{judge.judge_note(prompt.label)}\ngive {prompts} to a judge; with its replies as rows "
           '{"id": 0, "reply": "..."}:\n'
@@ -316,8 +317,8 @@ def run_suite(args: Namespace) -> None:
 
         def ask(part: Part) -> list[dict]:
             file = out / name / f"{part.name.replace('/', '_')}.jsonl"
-            rows = answer(whole if part.name == "mmhal" else args, questions[part.name], file,
-                          tokens[part.name], loaded)
+            rows = answer(whole if part.name == "mmhal" else args, loaded, questions[part.name],
+                          file, tokens[part.name])
             these = [(row.get("image"), row["question"]) for row in rows]
             if shown.setdefault(part.name, these) != these:
                 raise ValueError(f"{part.name}: {name} answered other rows than the first model;"

@@ -1844,6 +1844,7 @@ def test_mmhal_by_hand(tmp_path):
     by_kind = zip(benchmarks.MMHAL_KINDS, (3, 3.5, 4, 3, 2, 1, 0, 6))
     assert only_values(evaluation.mmhal(replies)) == pytest.approx(
         {"score": 29 / 10, "hallucination": 5 / 10} | {f"score/{k}": value for k, value in by_kind})
+    assert evaluation.mmhal(replies, seed=1)["score"] != evaluation.mmhal(replies)["score"]
     path, chat = tmp_path / "rows.jsonl", {"choices": [{"message": {"content": "b"}}]}
     for rows in ([{"id": 1, "reply": "b"}, {"id": 0, "reply": "a"}], ["a", chat], [["a", "b"]]):
         write_lines(path, *rows)
@@ -2053,6 +2054,18 @@ def test_evaluate_asks_a_model(run_evaluate):
     assert all(row["model_answer"] in each["prompt"] for row, each in zip(filled, prompts))
 
 
+def test_answers_to_a_parquet_file_resume_and_are_scored(run_evaluate):
+    cell = {"bytes": Path("images/3.png").read_bytes(), "path": "3.png"}
+    row = {"image": cell, "question": "?", "label": "no", "answers": ["a"], "score": math.nan}
+    write_parquet("some.parquet", row, row)
+    for kind in ("pope", "vqa"):
+        asked = f"--model one --{kind} some.parquet --output {kind} --max_new_tokens 2"
+        first, again = run_evaluate(asked), run_evaluate(asked)
+        scored = run_evaluate(f"--{kind} some.parquet --answers {kind}/some.jsonl")
+        table = first.partition("accuracy")[2].partition("answers:")[0]
+        assert table and table in again and scored.endswith(table)
+
+
 def test_best_of_n_is_what_the_reward_model_prefers(
         run_evaluate, tiny_world, tokenizer, monkeypatch):
     """The reward model has another base and its own tower; its captions come from a file."""
@@ -2160,6 +2173,7 @@ def test_questions_are_checked(run_evaluate):
            ({"image": "/etc/passwd"}, "outside the image folder"),
            ({"image": "none.png"}, "no image 'none.png'"),
            ({"question": "?"}, "'image' is missing"), ({"image": "0.png"}, "'question' is missing"),
+           ({"image": "0.png", "question": "<image>\n"}, "'question' is missing"),
            ({"image": "0.png", "question": "?", "history": [["a", "b"]]}, "has earlier turns"),
            ({"image": "0.png", "question": "why " * 2000}, "tokens, the context holds"),
            ({"image": "bad.png", "prompt": "?"}, "cannot read image bad.png")]
@@ -2287,7 +2301,7 @@ def test_report_charts_and_colours():
         ("coverage", 0.2, "good"), ("coverage", -0.2, "bad"), ("coverage", 0.05, ""),
         ("chair_i", 0.2, "bad"), ("mmhal/hallucination", -0.2, "good"), ("length", 3, ""),
         ("hallucination/object", -0.2, "good"), ("chair/coverage", 0.2, "good"),
-        ("vqa/a/accuracy", -2, "bad"), ("pope/a/yes_ratio", 2, "")):
+        ("vqa/hallucination/accuracy", -2, "bad"), ("pope/a/yes_ratio", 2, "")):
         change = {"value": value, "low": value - 0.1, "high": value + 0.1}
         assert metrics.colour(name, change) == style
 
@@ -2422,7 +2436,7 @@ def test_vqa_by_hand():
         assert vqa.vqa_score(answer, people) == pytest.approx(sum(subsets) / 10)
     assert [vqa.vqa_score(answer, ["The dog"]) for answer in ("dog", "cat")] == [1, 0]
     assert vqa.people_answers("", {"answers": [{"answer": "a"}, {"answer": 2}]}) == ["a", "2"]
-    for row in ({}, {"answers": []}, {"answers": "two"}, {"answers": [None]}, [3]):
+    for row in ({}, {"answers": []}, {"answers": "two"}, {"answers": [None]}):
         with pytest.raises(DataError, match="row 1: expected answers"):
             vqa.people_answers("row 1", row)
 
@@ -2585,7 +2599,9 @@ def test_suite_compares_models(run_bench):
     assert {name.split("/")[0] for name in one} == {"pope", "chair", "amber", "vqa", "mmhal"}
     assert one["amber/discriminative/existence/recall"]["always_no"] == 0.999  # 1 / 1.001
     assert "amber/generative/lexical/hal" in one and "official" in found["notes"]["mmhal"]
-    for name, change in found["differences"]["half"].items():  # AMBER's values are rounded
+    changes = found["differences"]["half"]
+    assert [*changes] == [name for name in one if name in changes]
+    for name, change in changes.items():  # AMBER's values are rounded
         assert change["value"] == pytest.approx(two[name]["value"] - one[name]["value"], abs=2e-3)
     page = ElementTree.fromstring(Path("out/suite.html").read_text().partition("\n")[2])
     text = "".join(page.itertext())
@@ -2596,7 +2612,8 @@ def test_suite_compares_models(run_bench):
     write_lines("out/one/mmhal_replies.jsonl", *replies[:6])
     assert "2 replies without one rating count as 0 (to prompts 6, 7)" in run_bench(command)
     Path("out/one/mmhal_official_prompts.jsonl").write_text("of other answers")
-    assert "mmhal_replies.old.jsonl: replies to other answers, not scored" in run_bench(command)
+    shown = run_bench(command)  # the first model has no scores of MMHal, the second has
+    assert "mmhal_replies.old.jsonl: replies to other answers" in shown and "no scores yet" in shown
     assert list(metrics.model_names(["runs/a/model", "b/", "c/a"])) == ["runs_a_model", "b", "c_a"]
     with pytest.raises(ValueError, match="name every model once: /a/x, a/x"):
         metrics.model_names(["/a/x", "a/x"])
@@ -2651,6 +2668,7 @@ BENCH_COMMANDS = {"AMBER": "--amber set/amber --answers",
     ("--mmhal odd.json --replies far.json", 1, "row 1: judge_prompt should be"),
     ("MMHAL", 2, "needs --judge_prompt"), ("MMHAL --judge_prompt none.py", 1, "no such file"),
     ("MMHAL --judge_prompt given.jsonl", 1, "has no template with 4 places"),
+    ("MMHAL --judge_prompt odd.py", 1, "has no template with 4 places"),
     ("MMHAL --judge_prompt broken", 1, "not a Python"), ("AMBER given.jsonl", 1, "row 1: expected"),
     ("AMBER twice.json", 1, "row 2: id 1 comes twice"), ("AMBER far.json", 1, "id 99 is no"),
     ("--amber set --answers far.json", 1, "set/relation.json: no such file"),
@@ -2658,6 +2676,7 @@ BENCH_COMMANDS = {"AMBER": "--amber set/amber --answers",
     ("--suite set --models one one", 1, "every model once: one, one"),
     ("one --scenes 3", 1, "measures of 2 scenes, which do not compare with --scenes 3"),
     ("one", 1, "the measures to compare with have another --seed"),
+    ("two", 1, "two/results.json: a field has an invalid value"),
 ])
 def test_given_answers_are_scored_or_a_sentence_says_why_not(run_bench, command, status, pattern):
     write_lines("given.jsonl", {"image": "0.png", "answer": "b"},
@@ -2669,8 +2688,10 @@ def test_given_answers_are_scored_or_a_sentence_says_why_not(run_bench, command,
     template = Path("set/mmhal/response_template.json").read_text().splitlines()
     write_lines("odd.json", *(json.loads(row) | {"judge_prompt": []} for row in template))
     Path("broken").write_text("words (")
+    Path("odd.py").write_text("template = '{} {} {} {} {name}'")
     measured = {}, [{"scene": i} for i in range(2)]
     evaluation.write_results("one/results.json", {"before": measured, "after": measured})
+    evaluation.write_results("two/results.json", {"after": ({}, [3])})
     shown = run_bench(re.sub("[A-Z]{3,}", lambda m: BENCH_COMMANDS[m[0]], command), status)
     assert re.search(pattern, shown) and (status != 1 or re.fullmatch("error: .*\n", shown))
 

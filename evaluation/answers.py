@@ -39,24 +39,25 @@ def read_questions(
     """Read rows with an image and a question (also called prompt or, in POPE's files, text).
 
     Args:
-        images: folder that the image names are relative to; a name must not lead outside it.
+        images: folder that the image names are relative to; None: that of the file. A name must not
+            lead outside it.
         prompt: the question of rows that have none.
         skip: collects messages about unusable rows; None: the first one is raised as a DataError.
     """
     make = partial(make_question, prompt=prompt)
-    return read_records(make, [escape(str(path))], images or ".", skip)
+    return read_records(make, [escape(str(path))], images, skip)
 
 
 def make_question(name: str, row: dict, images: str, prompt: str | None) -> ImageQuestion:
     image = image_of(name, row, images)
-    question = row.get("question") or row.get("prompt") or row.get("text") or prompt
-    if not image or not question:
-        missing = "question" if image else "image"
-        raise DataError(f"{name}: field {missing!r} is missing or empty")
+    text = row.get("question") or row.get("prompt") or row.get("text") or prompt
+    question = text.replace(IMAGE, "").strip() if isinstance(text, str) else ""
+    if not question:
+        raise DataError(f"{name}: field 'question' is missing or empty")
     if row.get("history"):
         raise DataError(f"{name}: has earlier turns; a question is asked without any")
-    question = str(question).replace(IMAGE, "").strip()
-    fields = {k: v for k, v in row.items() if isinstance(v, str | int | float) and k not in OWN}
+    fields = {key: value for key, value in row.items() if key not in OWN
+              and isinstance(value, str | int | float) and value == value}  # NaN is not JSON
     fields["question"] = question
     fields.setdefault("image", image.name or name)  # of an image inside a parquet file
     return ImageQuestion(name, image, question, fields)

@@ -127,14 +127,17 @@ def mmhal_terms(ratings: Sequence[int], images: Sequence | None = None) -> dict[
     return grouped(measures, images)
 
 
-def mmhal(replies: Sequence[str]) -> dict:
+def mmhal(replies: Sequence[str], seed: int = 0) -> dict:
     """Score a judge's replies, in the benchmark's order, as MMHal-Bench (arXiv 2309.14525).
+
+    Args:
+        seed: of the intervals.
 
     Returns:
         score, the mean rating 0..6; hallucination, the share rated below 3; score/<kind>. A reply
         without exactly one rating counts as 0, as in the public script.
     """
-    return with_intervals(mmhal_terms([rating(reply) or 0 for reply in replies]))
+    return with_intervals(mmhal_terms([rating(reply) or 0 for reply in replies]), seed)
 
 
 def read_mmhal(path: Path) -> list[dict]:
@@ -153,14 +156,14 @@ def read_mmhal(path: Path) -> list[dict]:
 
 
 def mmhal_questions(
-    path: Path, rows: Sequence[dict], images: str | Path | None
+    path: Path, rows: Sequence[dict], images: str | Path
 ) -> list[ImageQuestion]:
     """Return the rows' questions; image files are named as in their address or by their id."""
     questions = []
     for number, row in enumerate(rows, 1):
         names = [str(row["image_src"]).rpartition("/")[2]]
         names += [f"{row['image_id']}.{kind}" for kind in ("jpg", "jpeg", "png")]
-        there = [each for each in names if each and (Path(images or ".") / each).is_file()]
+        there = [each for each in names if each and (Path(images) / each).is_file()]
         name = f"{path} row {number}"
         image = image_path(name, (there or names)[0], images)
         fields = {"image": row["image_id"], "question": row["question"]}

@@ -20,6 +20,7 @@ from evaluation.best_of import BestOf
 from evaluation.metrics import (
     PER_KIND, Terms, comparison, model_names, paired, read_results, with_intervals,
 )
+from formats.files import understood
 from formats.tokenizer import Tokenizer
 from model import LLaVA
 from vision import ImageSettings
@@ -106,8 +107,9 @@ def compare_runs(runs: Sequence[str], seed: int = 0) -> str:
 def read_scenes(path: Path) -> dict[str, tuple[dict, list[dict]]]:
     """Read a run's results.json; ValueError if it is not about scenes."""
     results = read_results(path)
-    if not all("scene" in record for _, records in results.values() for record in records):
-        raise ValueError(f"{path}: the results of a reward model, not of answers about scenes")
+    with understood(path):
+        if not all("scene" in record for _, records in results.values() for record in records):
+            raise ValueError(f"{path}: the results of a reward model, not of answers about scenes")
     return results
 
 

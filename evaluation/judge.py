@@ -69,10 +69,13 @@ def read_judge_prompt(name: str) -> JudgePrompt:
     texts = [node.value.value for node in tree.body
              if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
              and isinstance(node.value.value, str) and node.value.value.count("{}") == FIELDS]
-    if len(texts) != 1:
+    try:
+        [template] = texts
+        template.format(*range(FIELDS))
+    except (LookupError, ValueError):
         raise DataError(f"--judge_prompt {name}: has no template with {FIELDS} places {{}}; give "
-                        "MMHal-Bench's eval_gpt4.py")
-    return JudgePrompt("official", texts[0])
+                        "MMHal-Bench's eval_gpt4.py") from None
+    return JudgePrompt("official", template)
 
 
 def write_prompts(

@@ -79,8 +79,8 @@ def paired(before: dict[str, Terms], after: dict[str, Terms], seed: int = 0) -> 
 # ------------------------------------------------------------------------------------------- tables
 
 INTERVAL = "95 % interval"
-LESS_IS_BETTER = ("chair", "chair_s", "chair_i", "response", "mention", "hal", "cog",
-                  "over_generalisation")
+LESS_IS_BETTER = ("hallucination", "chair", "chair_s", "chair_i", "response", "mention", "hal",
+                  "cog", "over_generalisation")
 NEITHER = ("length", "yes_ratio")
 
 
@@ -171,10 +171,10 @@ def comparison(scores: dict[str, dict], differences: dict[str, dict] | None = No
 
 def colour(measure: str, change: dict | None) -> str:
     """Return "good" or "bad" if a difference is more than chance, else ""."""
-    *_, last = parts = measure.split("/")
+    last = measure.split("/")[-1]
     if not change or last in NEITHER or change["low"] <= 0 <= change["high"]:
         return ""
-    less_is_better = last in LESS_IS_BETTER or "hallucination" in parts
+    less_is_better = last in LESS_IS_BETTER or measure.startswith("hallucination/")
     return "good" if (change["value"] < 0) == less_is_better else "bad"
 
 

@@ -16,7 +16,7 @@ from evaluation.judge import judge_note
 from evaluation.metrics import Terms, with_intervals
 from evaluation.synonyms import Synonyms, synonym_terms
 from formats.files import brief, understood
-from formats.rows import DataError, image_path, skipping, whole_rows
+from formats.rows import DataError, ParquetImage, image_path, skipping, whole_rows
 
 DESCRIBE = "Please describe this image in detail."  # if a benchmark has no questions
 SUFFIX = "Answer the question using a single word or phrase."  # LLaVA-RLHF's, on a separate line
@@ -76,6 +76,9 @@ def how_asked(suffix: str) -> str:
 def in_order(path: Path, answers: Path) -> list[tuple[str, dict, str]]:
     """Return (name, row, answer) of each question of a file and the answer at the same place."""
     rows, given = list(whole_rows(path)), read_answers(answers, unreadable=True)
+    for name, row in rows:
+        if isinstance(row.get("image"), ParquetImage):
+            row["image"] = row["image"].name or name  # as in the answers file
     if len(rows) != len(given):
         raise DataError(f"{answers}: {len(given)} answers to {len(rows)} questions")
     for (name, row), each in zip(rows, given):
@@ -95,7 +98,7 @@ def pope_part(path: Path, images: str | None, suffix: str | None, skip: list | N
     ending = on_new_line(suffix)
 
     def ask() -> list[ImageQuestion]:
-        found = read_questions(path, images or str(path.parent), skip=skip)
+        found = read_questions(path, images, skip=skip)
         check([q.fields for q in found])
         return [replace(q, question=q.question + ending,
                         fields=q.fields | {"question": q.question + ending}) for q in found]
@@ -122,7 +125,7 @@ def vqa_part(path: Path, images: str | None, suffix: str | None, skip: list | No
         return [{**row, "answers": vqa.people_answers(name, row), "answer": text}
                 for name, row, text in in_order(path, answers)]
 
-    ask = partial(vqa.vqa_questions, path, images or path.parent, ending, skip)
+    ask = partial(vqa.vqa_questions, path, images, ending, skip)
     return Part(f"vqa/{path.stem}", path.stem, ask, given, vqa.vqa_terms, SHORT_TOKENS,
                 how_asked(ending), "VQAv2's accuracy")
 
@@ -147,7 +150,7 @@ def chair_part(
     def ask() -> list[ImageQuestion]:
         if questions:
             found = [each for path in questions
-                     for each in read_questions(path, images or str(path.parent), prompt, skip)]
+                     for each in read_questions(path, images, prompt, skip)]
             known([{"name": each.name, **each.fields} for each in found])
             return found
         text, found = prompt or DESCRIBE, []

@@ -126,11 +126,11 @@ def measure(
 
 
 def notes(parts: Sequence[Part], tokens: dict[str, int], scores: dict[str, dict]) -> dict[str, str]:
-    """Return {part: how it was asked and scored, or why it has no scores}."""
-    found = {}
+    """Return {part: how it was asked and scored, or why the first model has no scores}."""
+    found, first = {}, next(iter(scores.values()))
     for part in parts:
         found[part.name] = part.note(tokens[part.name])
-        if not any(each.startswith(f"{part.name}/") for own in scores.values() for each in own):
+        if not any(name.startswith(f"{part.name}/") for name in first):
             found[part.name] += (
                 "; no scores yet: give each model's mmhal_*_prompts.jsonl to a judge, put its "
                 "replies in mmhal_replies.jsonl there, run again" if part.name == "mmhal"
@@ -147,7 +147,7 @@ def compare(terms: dict[str, dict[str, dict[str, Terms]]], seed: int = 0) -> dic
     return {
         name: {
             f"{part}/{measure}": change
-            for part in terms[first].keys() & terms[name].keys()
+            for part in terms[first] if part in terms[name]
             for measure, change in paired(terms[first][part], terms[name][part], seed).items()
         }
         for name in others

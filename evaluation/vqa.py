@@ -63,13 +63,12 @@ def vqa_score(answer: str, people: Sequence[str]) -> float:
     return sum(min((sum(matches) - each) / 3, 1) for each in matches) / len(matches)
 
 
-def people_answers(name: str, row: object) -> list[str]:
+def people_answers(name: str, row: dict) -> list[str]:
     """Return the people's answers of a row.
 
     Raises:
         DataError: there are none.
     """
-    row = row if isinstance(row, dict) else {}
     found = row.get("answers") or [row.get("answer")]
     found = [each.get("answer") if isinstance(each, dict) else each
              for each in (found if isinstance(found, list) else [])]
@@ -79,21 +78,19 @@ def people_answers(name: str, row: object) -> list[str]:
 
 
 def vqa_questions(
-    path: Path, images: str | Path, suffix: str, skip: list[str] | None = None
+    path: Path, images: str | None, suffix: str, skip: list[str] | None = None
 ) -> list[ImageQuestion]:
     """Read the questions; their field "answers" holds the people's.
 
     Args:
-        images: folder that the image names are relative to.
         suffix: text that is asked after each question.
-        skip: collects messages about unusable rows; None: the first one is raised.
+        images, skip: see `read_questions`.
     """
     rows, questions = dict(read_rows(path)), []
-    for each in read_questions(path, str(images), skip=skip):
+    for each in read_questions(path, images, skip=skip):
         with skipping(skip):
             fields = each.fields | {"question": each.question + suffix,
                                     "answers": people_answers(each.name, rows[each.name])}
-            fields.pop("answer", None)  # a person's; the answers file puts the model's there
             questions.append(replace(each, question=fields["question"], fields=fields))
     return questions
 
