@@ -108,11 +108,11 @@ def choose_command(args: Namespace, parser: ArgumentParser) -> str:
 
 if __name__ == "__main__" and not {"-h", "--help"} & {*sys.argv}:
     choose_command((cli := make_parser()).parse_args(), cli)
-    files = ("image", "data", "pope", "chair", "vqa", "mmhal", "answers", "synonyms",
-             "judge_prompt", "replies", "captions")
-    check_early(cli, amber="folder", suite="folder", images="folder", run="model", model="model",
-                tower="model", reward_model="model", compare="model", models="model",
-                **dict.fromkeys(files, "files"))
+    check_early(
+        cli, **dict.fromkeys(("amber", "suite", "images"), "folder"),
+        **dict.fromkeys(("run", "compare", "model", "models", "tower", "reward_model"), "model"),
+        **dict.fromkeys(("image", "data", "pope", "chair", "vqa", "mmhal", "answers", "synonyms",
+                         "judge_prompt", "replies", "captions"), "files"))
 
 import torch
 
@@ -157,7 +157,7 @@ def run_world(args: Namespace) -> None:
         raise ValueError(f"{path} has measures of {measured} scenes, which do not compare with "
                          f"--scenes {scenes}; leave --scenes out, or move the file away")
     if args.best or args.output:
-        path = output_file(args, "results.json", folder)
+        path = output_file(args, "results.json")
         before = results.get("after" if args.best else "before")
         results = {"before": before} if before else {}
     here = builtin.questionnaire(builtin.held_out(scenes), args.seed)
@@ -186,27 +186,35 @@ def run_image(args: Namespace) -> None:
 # ------------------------------------------------------------------------------- files of questions
 
 
-def output_file(args: Namespace, name: str, model: Path | None = None) -> Path:
-    """Return a file in --output, or else in a folder of the run of a model; make the folder."""
-    model = model or (model_folder(args.model) if args.model else Path())
-    run = model.parent if (model.parent / "config.json").exists() else Path("runs", model.name)
-    folder = Path(args.output or run / (f"best_of_{args.best_of}" if args.best else "answers"))
+def output_file(args: Namespace, name: str) -> Path:
+    """Return a file in --output, or else in a folder of the model's run; make the folder."""
+    folder = args.output and Path(args.output)
+    if not folder:
+        model = model_folder(args.run or args.model)
+        run = model.parent if (model.parent / "config.json").exists() else Path("runs", model.name)
+        folder = run / (f"best_of_{args.best_of}" if args.best else "answers")
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name
 
 
 def answer(args: Namespace, loaded: Loaded, questions: list[ImageQuestion], path: Path,
-           limit: int) -> list[dict]:
-    """Answer questions into a JSONL file; return the answered rows."""
+           limit: int, whole: bool = False) -> list[dict]:
+    """Answer questions into a JSONL file; return the answered rows.
+
+    Args:
+        limit: of new tokens, if --max_new_tokens is not given.
+        whole: fail for a bad row even with --skip_bad_rows.
+    """
     model, tokenizer, settings = loaded
+    limit, skip = args.max_new_tokens or limit, None if whole else args.skipped
     how = f"max_new_tokens={limit} temperature={args.temperature} seed={args.seed}"
     if args.dtype != "auto":
         how += f" dtype={args.dtype}"
     best, samples = args.best, args.best_of or 1
-    questions = list(that_fit(model, tokenizer, questions, args.skipped))
+    questions = list(that_fit(model, tokenizer, questions, skip))
     if best:
         how += f" {best.label}"
-        questions = best.with_captions(questions, args.skipped)
+        questions = best.with_captions(questions, skip)
     steps = len(questions) / args.batch_size * limit
     compiled = generation.worth_compiling(model.head.weight.device, steps)
 
@@ -218,7 +226,7 @@ def answer(args: Namespace, loaded: Loaded, questions: list[ImageQuestion], path
 
     by = f"{fingerprint(model)} {how}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = answer_file(respond, by, questions, path, args.batch_size, args.seed, args.skipped)
+    rows = answer_file(respond, by, questions, path, args.batch_size, args.seed, skip)
     print(f"answers: {path}", file=sys.stderr)
     return [row for row in rows if "answer" in row]
 
@@ -230,51 +238,44 @@ def run_data(args: Namespace) -> None:
     questions = [read_questions(path, args.images, args.prompt, args.skipped) for path in paths]
     loaded = load(args, args.model)
     for path, asked in zip(paths, questions):
-        answer(args, loaded, asked, output_file(args, f"{path.stem}.jsonl"),
-               args.max_new_tokens or LONG_TOKENS)
+        answer(args, loaded, asked, output_file(args, f"{path.stem}.jsonl"), LONG_TOKENS)
 
 
-def run_short(args: Namespace) -> None:
-    """Score POPE, or questions with short answers, on each of the files of questions."""
-    make = parts.pope_part if args.pope else parts.vqa_part
+def chosen_parts(args: Namespace) -> list[Part]:
+    """Return the parts of the benchmark that the command line names."""
+    if args.amber:
+        return parts.amber_parts(Path(args.amber), args.images, args.suffix, args.skipped)
+    if args.chair:
+        return [parts.chair_part(find_files(args.chair), args.images, find_files(args.data or []),
+                                 args.prompt, args.synonyms, args.skipped)]
     paths = find_files(args.pope or args.vqa)
     if args.answers and len(paths) > 1:
         raise ValueError("--answers goes with one file of questions")
-    score(args, [make(path, args.images, args.suffix, args.skipped) for path in paths])
+    make = parts.pope_part if args.pope else parts.vqa_part
+    return [make(path, args.images, args.suffix, args.skipped) for path in paths]
 
 
-def run_chair(args: Namespace) -> None:
-    score(args, [parts.chair_part(find_files(args.chair), args.images, find_files(args.data or []),
-                                  args.prompt, args.synonyms, args.skipped)])
-
-
-def run_amber(args: Namespace) -> None:
-    rows = score(args, parts.amber_parts(Path(args.amber), args.images, args.suffix, args.skipped))
-    if args.model:
-        write_atomic(output_file(args, "amber_responses.json"), parts.amber_responses(rows))
-
-
-def score(args: Namespace, chosen: Sequence[Part]) -> list[dict]:
-    """Print and write benchmark scores of --model or of --answers; return all rows."""
-    every = []
+def run_benchmark(args: Namespace) -> None:
+    """Print and write the scores of --model or of --answers on a benchmark."""
+    chosen, scored = chosen_parts(args), []
     metrics.refuse_twins(part.file for part in chosen)
     questions = [[] if args.answers else part.ask() for part in chosen]  # bad ones fail first
     loaded = None if args.answers else load(args, args.model)
     for part, asked in zip(chosen, questions):
-        tokens = args.max_new_tokens or part.tokens
         if args.answers:
             with understood(args.answers):
                 rows = part.given(Path(args.answers))
         else:
             path = output_file(args, f"{part.file}.jsonl")
-            rows = list(map(part.clean, answer(args, loaded, asked, path, tokens)))
+            rows = list(map(part.clean, answer(args, loaded, asked, path, part.tokens)))
         if rows:
-            note = part.note(None if args.answers else tokens)
+            note = part.note(None if args.answers else args.max_new_tokens or part.tokens)
             print_scores(args, part, part.measure(rows, args.seed)[0], note)
-        every += rows
-    if not every:
+        scored += rows
+    if not scored:
         raise ValueError("nothing to score: there are no answers")
-    return every
+    if args.amber and args.model:
+        write_atomic(output_file(args, "amber_responses.json"), parts.amber_responses(scored))
 
 
 def run_mmhal(args: Namespace) -> None:
@@ -291,10 +292,9 @@ def run_mmhal(args: Namespace) -> None:
         print_scores(args, part, evaluation.mmhal(replies, args.seed), part.scored)
         return
     prompt = judge.read_judge_prompt(args.judge_prompt)
-    args.skipped = None  # the order of the prompts is fixed
     questions = benchmarks.mmhal_questions(path, rows, args.images or path.parent)
-    path, limit = output_file(args, "mmhal.jsonl"), args.max_new_tokens or LONG_TOKENS
-    answered = answer(args, load(args, args.model), questions, path, limit)
+    path = output_file(args, "mmhal.jsonl")
+    answered = answer(args, load(args, args.model), questions, path, LONG_TOKENS, whole=True)
     texts = [row["answer"] for row in answered]
     filled, prompts = judge.write_prompts(path.parent, rows, texts, prompt)
     print(f"{judge.judge_note(prompt.label)}\ngive {prompts} to a judge; with its replies as rows "
@@ -306,27 +306,20 @@ def run_suite(args: Namespace) -> None:
     """Run all benchmarks of a folder on all models; print and write the comparison."""
     source, out = Path(args.suite), Path(args.output or "runs/suite")
     models = metrics.model_names(args.models or [args.model])
-    whole = Namespace(**vars(args) | {"skipped": None})  # MMHal's prompts need all answers
     chosen, judged = suite.find_parts(source, args.images, args.suffix, args.skipped)
     metrics.refuse_twins(part.name for part in chosen)
     questions = {part.name: part.ask() for part in chosen}  # fails before a model is loaded
-    tokens = {part.name: args.max_new_tokens or part.tokens for part in chosen}
-    scores, terms, shown = {}, {}, {}
+    scores, terms, answered = {}, {}, {}
     for name, path in models.items():
         loaded = load(args, path)
 
-        def ask(part: Part) -> list[dict]:
-            file = out / name / f"{part.name.replace('/', '_')}.jsonl"
-            rows = answer(whole if part.name == "mmhal" else args, loaded, questions[part.name],
-                          file, tokens[part.name])
-            these = [(row.get("image"), row["question"]) for row in rows]
-            if shown.setdefault(part.name, these) != these:
-                raise ValueError(f"{part.name}: {name} answered other rows than the first model;"
-                                 " run again when all images can be read")
-            return list(map(part.clean, rows))
+        def ask(part: Part, file: Path) -> list[dict]:
+            return answer(args, loaded, questions[part.name], file, part.tokens,
+                          whole=part.name == "mmhal")  # its prompts need all answers
 
-        scores[name], terms[name] = suite.measure(chosen, ask, out / name, judged, args.seed)
-    notes = suite.notes(chosen, tokens, scores)
+        scores[name], terms[name] = suite.measure(
+            chosen, ask, out / name, judged, answered, args.seed)
+    notes = suite.notes(chosen, args.max_new_tokens, scores)
     print(*(f"{name}: {note}" for name, note in notes.items()), sep="\n")
     differences = suite.compare(terms, args.seed)
     print(evaluation.comparison(scores, differences))
@@ -342,9 +335,9 @@ def print_scores(args: Namespace, part: Part, scores: dict, note: str) -> None:
         write_atomic(output_file(args, f"{part.file}{mode}.scores.json"), scores)
 
 
-COMMANDS = {"run": run_world, "compare": run_compare, "image": run_image, "pope": run_short,
-            "chair": run_chair, "amber": run_amber, "vqa": run_short, "mmhal": run_mmhal,
-            "suite": run_suite, "data": run_data}
+COMMANDS = {"run": run_world, "compare": run_compare, "image": run_image, "data": run_data,
+            "mmhal": run_mmhal, "suite": run_suite,
+            **dict.fromkeys(("pope", "chair", "amber", "vqa"), run_benchmark)}
 
 
 def main(arguments: list[str] | None = None) -> int:

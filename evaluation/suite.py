@@ -97,22 +97,31 @@ def judged(template: Path, prompt: JudgePrompt, rows: Rows, folder: Path) -> Row
 
 
 def measure(
-    parts: Sequence[Part], answer: Callable[[Part], Rows], folder: Path,
-    judge: Callable[[Rows, Path], Rows] | None, seed: int = 0,
+    parts: Sequence[Part], answer: Callable[[Part, Path], Rows], folder: Path,
+    judge: Callable[[Rows, Path], Rows] | None, answered: dict[str, list], seed: int,
 ) -> tuple[dict[str, dict], dict[str, dict[str, Terms]]]:
     """Answer and score all parts.
 
     Args:
-        answer: part -> cleaned rows of one model.
-        folder: of the model, for AMBER's responses and MMHal's prompts.
+        answer: part, file for the answers -> rows of one model.
+        folder: of the model, for answers, AMBER's responses and MMHal's prompts.
         judge: see `find_parts`.
+        answered: the first model's images and questions, by part; its own call fills them in.
 
     Returns:
         {part/measure: {"value", "low", "high"}}, and {part: the terms of its measures}.
+
+    Raises:
+        ValueError: the model answered other rows than the first one.
     """
     scores, terms, responses = {}, {}, []
     for part in parts:
-        rows = answer(part)
+        rows = answer(part, folder / f"{part.name.replace('/', '_')}.jsonl")
+        these = [(row.get("image"), row["question"]) for row in rows]
+        if answered.setdefault(part.name, these) != these:
+            raise ValueError(f"{part.name}: {folder.name} answered other rows than the first model;"
+                             " run again when all images can be read")
+        rows = list(map(part.clean, rows))
         if part.name == "mmhal":
             rows = judge(rows, folder)
         if part.name.startswith("amber/"):
@@ -125,11 +134,15 @@ def measure(
     return scores, terms
 
 
-def notes(parts: Sequence[Part], tokens: dict[str, int], scores: dict[str, dict]) -> dict[str, str]:
-    """Return {part: how it was asked and scored, or why the first model has no scores}."""
+def notes(parts: Sequence[Part], limit: int | None, scores: dict[str, dict]) -> dict[str, str]:
+    """Return {part: how it was asked and scored, or why the first model has no scores}.
+
+    Args:
+        limit: of new tokens; None: that of each part.
+    """
     found, first = {}, next(iter(scores.values()))
     for part in parts:
-        found[part.name] = part.note(tokens[part.name])
+        found[part.name] = part.note(limit or part.tokens)
         if not any(name.startswith(f"{part.name}/") for name in first):
             found[part.name] += (
                 "; no scores yet: give each model's mmhal_*_prompts.jsonl to a judge, put its "
@@ -141,7 +154,7 @@ def notes(parts: Sequence[Part], tokens: dict[str, int], scores: dict[str, dict]
 # ------------------------------------------------------------------------------------------- tables
 
 
-def compare(terms: dict[str, dict[str, dict[str, Terms]]], seed: int = 0) -> dict[str, dict]:
+def compare(terms: dict[str, dict[str, dict[str, Terms]]], seed: int) -> dict[str, dict]:
     """Return {model: {part/measure: paired difference to the first model}} of the other models."""
     first, *others = terms
     return {
