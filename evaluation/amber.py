@@ -83,9 +83,8 @@ def read_amber(folder: Path) -> Amber:
     truths = {}
     for name, row in whole_rows(annotations):
         try:
-            yes_or_no = row["type"] != "generative" and row["truth"] in ("yes", "no")
-            if not yes_or_no and not all(isinstance(each, str) for each in
-                                         (*row["truth"], *row["hallu"])):
+            label = row["type"] != "generative" and row["truth"] in ("yes", "no")
+            if not label and not all(isinstance(w, str) for w in (*row["truth"], *row["hallu"])):
                 raise TypeError
             truths[int(row["id"])] = row | {"type": str(row["type"])}
         except (KeyError, TypeError, ValueError, OverflowError):
@@ -103,18 +102,17 @@ def read_amber(folder: Path) -> Amber:
 
 
 def amber_questions(
-    amber: Amber, generative: bool, images: str | Path, suffix: str = "",
-    skip: list[str] | None = None,
+    amber: Amber, generative: bool, images: str | Path, suffix: str, skip: list[str] | None
 ) -> list[ImageQuestion]:
     """Return the requests for descriptions, or the yes/no questions with a suffix."""
     questions = []
     for row in amber.queries:
         if amber.is_generative(row["id"]) == generative:
-            text = row["query"] + ("" if generative else suffix)
+            name, text = f"AMBER {row['id']}", row["query"] + ("" if generative else suffix)
             fields = {"id": row["id"], "image": row["image"], "question": text}
             with skipping(skip):
-                image = image_path(f"AMBER {row['id']}", row["image"], images)
-                questions.append(ImageQuestion(f"AMBER {row['id']}", image, text, fields))
+                image = image_path(name, row["image"], images)
+                questions.append(ImageQuestion(name, image, text, fields))
     return questions
 
 
@@ -132,7 +130,7 @@ def read_responses(amber: Amber, path: Path) -> list[dict]:
     """
     images, rows = {row["id"]: row["image"] for row in amber.queries}, {}
     for name, row in whole_rows(path):
-        if not isinstance(row, dict) or not isinstance(row.get("response"), str):
+        if not isinstance(row.get("response"), str):
             raise DataError(f'{name}: expected {{"id": 1, "response": "..."}}')
         number = row.get("id")
         if number not in images or number in rows:

@@ -155,9 +155,7 @@ def read_mmhal(path: Path) -> list[dict]:
     return [row for _, row in rows]
 
 
-def mmhal_questions(
-    path: Path, rows: Sequence[dict], images: str | Path
-) -> list[ImageQuestion]:
+def mmhal_questions(path: Path, rows: Sequence[dict], images: str | Path) -> list[ImageQuestion]:
     """Return the rows' questions; image files are named as in their address or by their id."""
     questions = []
     for number, row in enumerate(rows, 1):

@@ -1,6 +1,7 @@
 """Memory estimates that `--dry_run` prints: of a run, and with `--gpus N` of each GPU."""
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 from math import ceil
 
 import torch
@@ -104,20 +105,17 @@ def memory_table(models: dict[str, LLaVAConfig], gpus: int, rank: int, config: T
         config: gives the rows of a forward pass: a micro-batch, or a GPU's part of the batch.
     """
     rows = min(config.micro_batch, ceil(config.batch_size / gpus))
-    lines = [
+    lines = []
+    for (name, shape), lora, recompute in product(models.items(), (0, rank), (False, True)):
+        kind = f"{name} {f'LoRA {lora}' if lora else 'full'}{', recomputing' * recompute}"
+        numbers = per_gpu(shape, gpus, lora, rows, recompute)
+        lines.append(f"{kind:<24}" + "".join(f"{each / 1e9:12.2f}" for each in numbers.values()))
+    head = " " * 24 + "".join(f"{column:>12}" for column in numbers)
+    return "\n".join([
         f"Computed, not measured: gigabytes on each of {gpus} GPUs, {rows} rows of {TOKENS} tokens",
         "per forward pass, products in bfloat16, AdamW. CUDA itself takes 1 to 2 more. Full RL",
-        "holds three models, with a critic four. Recomputing: with --gradient_checkpointing."]
-    for name, shape in models.items():
-        for lora in (0, rank):
-            for recompute in (False, True):
-                numbers = per_gpu(shape, gpus, lora, rows, recompute)
-                if len(lines) == 3:
-                    lines.append(" " * 24 + "".join(f"{column:>12}" for column in numbers))
-                kind = f"{name} {f'LoRA {lora}' if lora else 'full'}{', recomputing' * recompute}"
-                cells = [f"{number / 1e9:12.2f}" for number in numbers.values()]
-                lines.append(f"{kind:<24}{''.join(cells)}")
-    return "\n".join(lines)
+        "holds three models, with a critic four. Recomputing: with --gradient_checkpointing.",
+        head, *lines])
 
 
 def per_gpu(

@@ -47,7 +47,7 @@ class Part:
         how = f"{self.asked}, at most {tokens} new tokens" if tokens else "answers from a file"
         return f"{how}; {self.scored}"
 
-    def measure(self, rows: Rows, seed: int = 0) -> tuple[dict[str, dict], dict[str, Terms]]:
+    def measure(self, rows: Rows, seed: int) -> tuple[dict[str, dict], dict[str, Terms]]:
         """Return {measure: {"value", "low", "high"}} and the terms of the same measures.
 
         If the public script rounds on the way, values are those that it prints. A measure with a
@@ -134,8 +134,8 @@ def vqa_part(path: Path, images: str | None, suffix: str | None, skip: list | No
 
 
 def chair_part(
-    paths: Sequence[Path], images: str | None, questions: Sequence[Path] = (),
-    prompt: str | None = None, synonyms: str | None = None, skip: list | None = None,
+    paths: Sequence[Path], images: str | None, questions: Sequence[Path], prompt: str | None,
+    synonyms: str | None, skip: list | None,
 ) -> Part:
     """Return CHAIR: requests to describe the images of annotation files, or questions about them.
 

@@ -78,7 +78,7 @@ def people_answers(name: str, row: dict) -> list[str]:
 
 
 def vqa_questions(
-    path: Path, images: str | None, suffix: str, skip: list[str] | None = None
+    path: Path, images: str | None, suffix: str, skip: list[str] | None
 ) -> list[ImageQuestion]:
     """Read the questions; their field "answers" holds the people's.
 
