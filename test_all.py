@@ -1933,12 +1933,15 @@ def test_builtin_by_hand():
 
 @pytest.fixture(scope="module")
 def evaluated_runs(tiny_world, tokenizer, tmp_path_factory):
-    """A folder with questions, answers, images, and runs: two with models, three with results."""
+    """A folder with questions, answers, images, a suite, and runs with models or results."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, seed in (("one", 0), ("two", 1)):
+    for name, seed, dtype in (("one", 0, None), ("two", 1, None), ("half", 1, torch.float16)):
         model = copy.deepcopy(tiny_world)
         init_weights(model, seed)
-        checkpoint.save_llava(model, tokenizer, IMAGES, folder / name / "model")
+        save_llava(model, tokenizer, IMAGES, folder / name / "model", dtype=dtype)
+    for name, records in (("strange", [3]), ("measured", [{"scene": 0}, {"scene": 1}])):
+        write_lines(folder / name / "model/config.json", {})
+        evaluation.write_results(folder / name / "results.json", {"before": ({}, records)})
     annotate = lambda scene: world.annotate(scene, random.Random(scene.seed))
     for name, n, say in (("bad", 9, annotate), ("good", 9, world.describe), ("few", 5, annotate)):
         records = scored_records([world.make_scene(i, "test") for i in range(n)], say)
@@ -1967,8 +1970,17 @@ def evaluated_runs(tiny_world, tokenizer, tmp_path_factory):
                          {"image": "1.png", "error": "cannot be read", "caption": "a dog"}],
         "two.jsonl": [{"image": f"{i}.png", "text": "?", "label": "no"} for i in range(2)],
         "gone.json": [{"0.png": ["dog"], "gone.png": ["cat"]}],
-        "few/metrics.jsonl": [{"step": 1}]}.items():
+        "few/metrics.jsonl": [{"step": 1}],
+        "given.jsonl": [{"image": "0.png", "answer": "b"},
+                        {"image": "1.png", "answer": "2 dogs, a man"}],
+        "far.json": [{"id": 99, "response": "No"}],
+        "twice.json": [{"id": 1, "response": "No"}] * 2,
+        "all.json": [{"id": i, "response": text} for i, text in enumerate(AMBER_TEXTS, 1)],
+        "odd.json": [row | {"judge_prompt": []} for row in MMHAL_ROWS]}.items():
         write_lines(folder / name, *rows)
+    (folder / "broken").write_text("words (")
+    (folder / "odd.py").write_text("template = '{} {} {} {} {name}'")
+    write_suite(folder / "set", folder / "images")
     return folder
 
 
@@ -1985,6 +1997,12 @@ def run_evaluate(evaluated_runs, tmp_path, monkeypatch, capsys):
         return "".join(capsys.readouterr())
 
     return run
+
+
+BENCH_COMMANDS = {"AMBER": "--amber set/amber --answers",
+                  "VQA": "--vqa set/vqa/val.jsonl --answers",
+                  "CHAIR": "--chair set/chair/truth.json --answers given.jsonl",
+                  "MMHAL": "--mmhal set/mmhal/response_template.json --model two"}
 
 
 @pytest.mark.parametrize("command, status, pattern", [
@@ -2024,9 +2042,26 @@ def run_evaluate(evaluated_runs, tmp_path, monkeypatch, capsys):
     ("one --best_of 2 --reward_model rm --temperature 0", 2, "a --temperature above 0"),
     ("--compare bad good --best_of 2 --reward_model rm", 2, "that are sampled here"),
     ("one --best_of 2 --reward_model two", 1, "two: no reward model"),
+    ("AMBER all.json", 0, r"answers from a file; lexical mode(.|\n)*lexical/chair +37\.5 .*\n"
+     r"lexical/cover +75\.0(.|\n)*discriminative/accuracy +50\.0 .* 66\.7\n"),
+    ("VQA given.jsonl", 0, r"accuracy +8\.3 "),  # one in six, and none
+    ("CHAIR --synonyms set/chair/synonyms.txt", 0, r"official syn(.|\n)*objhal/mention +50\.0"),
+    ("CHAIR", 0, "words of this project"), ("CHAIR --synonyms broken", 1, "words separated by"),
+    ("--mmhal odd.json --replies far.json", 1, "row 1: judge_prompt should be"),
+    ("MMHAL", 2, "needs --judge_prompt"), ("MMHAL --judge_prompt none.py", 1, "no such file"),
+    ("MMHAL --judge_prompt given.jsonl", 1, "has no template with 4 places"),
+    ("MMHAL --judge_prompt odd.py", 1, "has no template with 4 places"),
+    ("MMHAL --judge_prompt broken", 1, "not a Python"), ("AMBER given.jsonl", 1, "row 1: expected"),
+    ("AMBER twice.json", 1, "row 2: id 1 comes twice"), ("AMBER far.json", 1, "id 99 is no"),
+    ("--amber set --answers far.json", 1, "set/relation.json: no such file"),
+    ("--suite set", 2, "--suite needs --model"), ("--suite one --models two", 1, "no benchmark"),
+    ("--suite set --models one one", 1, "every model once: one, one"),
+    ("measured --scenes 3", 1, "measures of 2 scenes, which do not compare with --scenes 3"),
+    ("measured", 1, "the measures to compare with have another --seed"),
+    ("strange", 1, "strange/results.json: a field has an invalid value"),
 ])
 def test_evaluate_scores_answers_or_says_what_is_wrong(run_evaluate, command, status, pattern):
-    shown = run_evaluate(command, status)
+    shown = run_evaluate(re.sub("[A-Z]{3,}", lambda m: BENCH_COMMANDS[m[0]], command), status)
     assert re.search(pattern, shown) and (status != 1 or re.fullmatch("error: .*\n", shown))
 
 
@@ -2124,18 +2159,6 @@ def test_evaluate_measures_a_run_again(run_evaluate):
         evaluation.write_report("images")
 
 
-def test_one_command_at_a_time_writes_an_answers_file(run_evaluate):
-    questions, found = answers.read_questions(Path("rows.jsonl"), "images"), []
-
-    def respond(images, texts, seed):
-        with pytest.raises(ValueError, match="a.jsonl: another command is writing it"):
-            answers.answer_file(respond, "m", questions, Path("a.jsonl"), 2)
-        found.append(len(texts))
-        return ["-"] * len(texts)
-
-    assert len(answers.answer_file(respond, "m", questions, Path("a.jsonl"), 4)) == sum(found) == 7
-
-
 def test_answer_file_resumes_where_it_was_stopped(run_evaluate):
     questions = answers.read_questions(Path("rows.jsonl"), "images")
     seeds, part, path = [], Path("part.jsonl"), Path("whole.jsonl")
@@ -2166,6 +2189,13 @@ def test_answer_file_resumes_where_it_was_stopped(run_evaluate):
     for by, asked in (("other", questions), ("m", questions[1:])):
         with pytest.raises(ValueError, match="other questions, or of another model or settings"):
             answers.answer_file(respond, by, asked, part, 2)
+
+    def while_busy(images, asked, seed):
+        with pytest.raises(ValueError, match="a.jsonl: another command is writing it"):
+            answers.answer_file(respond, "m", questions, Path("a.jsonl"), 2)
+        return ["-"] * len(asked)
+
+    assert len(answers.answer_file(while_busy, "m", questions, Path("a.jsonl"), 4)) == 7
 
 
 def test_questions_are_checked(run_evaluate):
@@ -2552,11 +2582,9 @@ def test_chair_and_object_halbench_by_the_synonym_file(tmp_path):
 JUDGE = "open('executed', 'w')\ntemplate = '''Judge {}\nQ {}\nHuman {}\nModel {}\n'''\nexit()"
 
 
-@pytest.fixture
-def run_bench(run_evaluate):
-    """Runs evaluate.py as `run_evaluate` does, with a suite and a float16 model in its folder."""
-    save_llava(*checkpoint.load_llava("two/model", dtype=torch.float16), "half/model")
-    image, out = lambda i: {"image": f"{i % 2}.png"}, Path("set")
+def write_suite(folder, images):
+    """Write a folder with every benchmark; each has the images, and so has the folder."""
+    image = lambda i: {"image": f"{i % 2}.png"}
     for name, rows in {
         "pope/random.json": [{**image(i), "text": f"Is it {i}?", "label": ("no", "yes")[i // 2]}
                              for i in range(4)],
@@ -2566,18 +2594,17 @@ def run_bench(run_evaluate):
              "question": "Q {}?", "gt_answer": "T", "model_answer": ""} for i in range(8)],
         "vqa/val.jsonl": [{**image(0), "question": "What?", "answers": ["red", "b"]},
                           {**image(1), "question": "How many?", "answer": "two"}]}.items():
-        write_lines(out / name, *rows)
-    write_bench_amber(out / "amber")
-    (out / "chair/synonyms.txt").write_text(SYNONYMS)
-    (out / "mmhal/eval_gpt4.py").write_text(JUDGE)
-    for folder in (out / "images", *out.iterdir()):
-        shutil.copytree("images", folder, dirs_exist_ok=True, ignore=lambda *_: ["results.json"])
-    return run_evaluate
+        write_lines(folder / name, *rows)
+    write_bench_amber(folder / "amber")
+    (folder / "chair/synonyms.txt").write_text(SYNONYMS)
+    (folder / "mmhal/eval_gpt4.py").write_text(JUDGE)
+    for each in (folder / "images", *folder.iterdir()):
+        shutil.copytree(images, each, dirs_exist_ok=True, ignore=lambda *_: ["results.json"])
 
 
-def test_suite_compares_models(run_bench):
+def test_suite_compares_models(run_evaluate):
     command = "--suite set --models one half/model --output out --max_new_tokens 3"
-    shown = run_bench(command)
+    shown = run_evaluate(command)
     assert "amber/generative: asked as in the file, at most 3 new tokens; lexical mode" in shown
     assert "no scores yet: give each model's mmhal_*_" in shown and "synonym file; obj" in shown
     filled = json.loads(Path("out/half/mmhal_official_filled.json").read_text())
@@ -2590,7 +2617,7 @@ def test_suite_compares_models(run_bench):
         replies = [{"id": i, "reply": f"Rating: {base + i % 3}"} for i in range(8)]
         write_lines(f"out/{name}/mmhal_replies.jsonl", *replies)
     written = {path: path.read_bytes() for path in Path("out").glob("*/*.jsonl")}
-    shown = run_bench(command)
+    shown = run_evaluate(command)
     assert written == {path: path.read_bytes() for path in written}
     assert re.search(r'%  +one  +95 % interval  always "No" +half +- one, 95 % interval', shown)
     assert re.search(r"mmhal/score \(of 6\) +0\.88 .* 2\.88 +\+2\.00 \[\+2\.00, \+2\.00\]", shown)
@@ -2610,9 +2637,9 @@ def test_suite_compares_models(run_bench):
     responses = json.loads(Path("out/one/amber_responses.json").read_text())
     assert [[*row] for row in responses] == [["id", "response"]] * 8
     write_lines("out/one/mmhal_replies.jsonl", *replies[:6])
-    assert "2 replies without one rating count as 0 (to prompts 6, 7)" in run_bench(command)
+    assert "2 replies without one rating count as 0 (to prompts 6, 7)" in run_evaluate(command)
     Path("out/one/mmhal_official_prompts.jsonl").write_text("of other answers")
-    shown = run_bench(command)  # the first model has no scores of MMHal, the second has
+    shown = run_evaluate(command)  # the first model has no scores of MMHal, the second has
     assert "mmhal_replies.old.jsonl: replies to other answers" in shown and "no scores yet" in shown
     assert list(metrics.model_names(["runs/a/model", "b/", "c/a"])) == ["runs_a_model", "b", "c_a"]
     with pytest.raises(ValueError, match="name every model once: /a/x, a/x"):
@@ -2624,7 +2651,7 @@ def test_help_states_the_defaults():
         assert f"[{default}]" in " ".join(evaluate.make_parser(epilog="").format_help().split())
 
 
-def test_questions_are_asked_as_the_papers_do(run_bench, monkeypatch):
+def test_questions_are_asked_as_the_papers_do(run_evaluate, monkeypatch):
     asked = []
 
     def spy(model, tokenizer, settings, images, texts, limit, *rest, **more):
@@ -2643,57 +2670,14 @@ def test_questions_are_asked_as_the_papers_do(run_bench, monkeypatch):
         ("--chair set/chair/truth.json --model one", parts.DESCRIBE, 512),
         (f"{mmhal} --model one --judge_prompt short", "Q {}?", 512),
         ("--amber set/amber --model one --suffix Yes?", "Query 3?\nYes?", 64))):
-        run_bench(f"{command} --output out{i}")
+        run_evaluate(f"{command} --output out{i}")
         assert asked[-1] == (*wanted, torch.float32)[:3]
-    assert "other questions" in run_bench(f"{pope} --model half --suffix= --output out0", 1)
+    assert "other questions" in run_evaluate(f"{pope} --model half --suffix= --output out0", 1)
     assert {path.name for path in Path("out6").iterdir()} == {
         "amber_generative.jsonl", "amber_generative.lexical.scores.json", "amber_responses.json",
         "amber_discriminative.jsonl", "amber_discriminative.scores.json"}
     assert {"id": 4, "response": "No"} in json.loads(Path("out6/amber_responses.json").read_text())
     assert Path("out5/mmhal_short_prompts.jsonl").exists()
-
-
-BENCH_COMMANDS = {"AMBER": "--amber set/amber --answers",
-                  "VQA": "--vqa set/vqa/val.jsonl --answers",
-                  "CHAIR": "--chair set/chair/truth.json --answers given.jsonl",
-                  "MMHAL": "--mmhal set/mmhal/response_template.json --model two"}
-
-
-@pytest.mark.parametrize("command, status, pattern", [
-    ("AMBER all.json", 0, r"answers from a file; lexical mode(.|\n)*lexical/chair +37\.5 .*\n"
-     r"lexical/cover +75\.0(.|\n)*discriminative/accuracy +50\.0 .* 66\.7\n"),
-    ("VQA given.jsonl", 0, r"accuracy +8\.3 "),  # one in six, and none
-    ("CHAIR --synonyms set/chair/synonyms.txt", 0, r"official syn(.|\n)*objhal/mention +50\.0"),
-    ("CHAIR", 0, "words of this project"), ("CHAIR --synonyms broken", 1, "words separated by"),
-    ("--mmhal odd.json --replies far.json", 1, "row 1: judge_prompt should be"),
-    ("MMHAL", 2, "needs --judge_prompt"), ("MMHAL --judge_prompt none.py", 1, "no such file"),
-    ("MMHAL --judge_prompt given.jsonl", 1, "has no template with 4 places"),
-    ("MMHAL --judge_prompt odd.py", 1, "has no template with 4 places"),
-    ("MMHAL --judge_prompt broken", 1, "not a Python"), ("AMBER given.jsonl", 1, "row 1: expected"),
-    ("AMBER twice.json", 1, "row 2: id 1 comes twice"), ("AMBER far.json", 1, "id 99 is no"),
-    ("--amber set --answers far.json", 1, "set/relation.json: no such file"),
-    ("--suite set", 2, "--suite needs --model"), ("--suite one --models two", 1, "no benchmark"),
-    ("--suite set --models one one", 1, "every model once: one, one"),
-    ("one --scenes 3", 1, "measures of 2 scenes, which do not compare with --scenes 3"),
-    ("one", 1, "the measures to compare with have another --seed"),
-    ("two", 1, "two/results.json: a field has an invalid value"),
-])
-def test_given_answers_are_scored_or_a_sentence_says_why_not(run_bench, command, status, pattern):
-    write_lines("given.jsonl", {"image": "0.png", "answer": "b"},
-                {"image": "1.png", "answer": "2 dogs, a man"})
-    rows = [{"id": i, "response": text} for i, text in enumerate(AMBER_TEXTS, 1)]
-    write_lines("all.json", rows)
-    write_lines("twice.json", rows[0], rows[0])
-    write_lines("far.json", {"id": 99, "response": "No"})
-    template = Path("set/mmhal/response_template.json").read_text().splitlines()
-    write_lines("odd.json", *(json.loads(row) | {"judge_prompt": []} for row in template))
-    Path("broken").write_text("words (")
-    Path("odd.py").write_text("template = '{} {} {} {} {name}'")
-    measured = {}, [{"scene": i} for i in range(2)]
-    evaluation.write_results("one/results.json", {"before": measured, "after": measured})
-    evaluation.write_results("two/results.json", {"after": ({}, [3])})
-    shown = run_bench(re.sub("[A-Z]{3,}", lambda m: BENCH_COMMANDS[m[0]], command), status)
-    assert re.search(pattern, shown) and (status != 1 or re.fullmatch("error: .*\n", shown))
 
 
 # ============================================================================== the correction page
