@@ -22,6 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from annotation.diff import Units, compare
 from annotation.store import ANONYMOUS, Answer, Store
+from formats.files import parse_json
 from formats.tokenizer import IMAGE
 
 LONGEST = 20_000  # characters of a correction
@@ -81,7 +82,6 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         except ValueError as error:  # of `compare`
             self.send_error(400, f"{error}; skip the answer")
-
         except OSError as error:
             post = self.command == "POST"
             self.send_error(507 if post else 500,
@@ -132,9 +132,8 @@ class Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         require(re.fullmatch("[0-9]{1,6}", length), 413, "give a length of at most 999,999 bytes")
         try:
-            values = json.loads(self.rfile.read(int(length)))
-            json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair fails here
-        except (ValueError, RecursionError):
+            values = parse_json(self.rfile.read(int(length)))
+        except ValueError:
             raise Refused(400, "not JSON in whole characters") from None
         require(isinstance(values, dict), 400, "not a JSON object")
         return values

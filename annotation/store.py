@@ -84,7 +84,6 @@ def read_lines(path: Path, content: bytes) -> list[dict]:
             if FIELDS - line.keys() or type(line["seconds"]) not in (int, float) or not all(
                     isinstance(line[name], str) for name in texts):
                 raise ValueError
-
             lines.append(line)
         except (ValueError, AttributeError):
             raise DataError(f"{path} row {number}: not a line of annotate.py; repair it, or move "

@@ -8,7 +8,6 @@
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 
 from formats.files import brief, parse_json, understood
@@ -24,8 +23,6 @@ def wrong_types(name: str) -> Iterator[None]:
     try:
         with understood(name):
             yield
-    except UnicodeError:
-        raise DataError(f"{name}: a text holds half a character (a lone surrogate)") from None
     except ValueError as error:
         raise DataError(str(error)) from None
 
@@ -33,7 +30,6 @@ def wrong_types(name: str) -> Iterator[None]:
 def plain(name: str, row: dict) -> dict:
     """Return a row with the fields of the public data sets."""
     row = {key: value for key, value in row.items() if value is not None}  # as absent
-    json.dumps(row, default=str, ensure_ascii=False).encode()  # UnicodeError: invalid text
     if str(row.get("text")).lstrip().startswith("{") and not row.get("question"):
         try:
             row |= parse_json(row["text"].encode())
@@ -50,7 +46,8 @@ def plain(name: str, row: dict) -> dict:
         row["conversations"] = chat_turns(name, row["messages"])
     if isinstance(row.get("prompt"), list) and not row.get("question"):
         turns = chat_turns(name, row["prompt"])
-        if [turn["from"] for turn in turns] != (["human", "gpt"] * len(turns))[: len(turns) | 1]:
+        speakers = [turn["from"] for turn in turns]
+        if speakers != ["human", *["gpt", "human"] * (len(turns) // 2)]:
             raise DataError(f"{name}: prompt should alternate between user and assistant, and end "
                             "with the user's question")
         *before, row["question"] = (turn["value"].replace(IMAGE, "").strip() for turn in turns)

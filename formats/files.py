@@ -45,11 +45,16 @@ def brief(value: object) -> str:
 
 
 def parse_json(content: bytes) -> object:
-    """Parse JSON in UTF-8; ValueError also for a duplicate key and for too deep nesting."""
+    """Parse JSON in UTF-8; ValueError also for a duplicate key, deep nesting, half a character."""
     try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique)
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique)
+        if re.search(rb"\\u[dD][89a-fA-F]", content):  # surrogates, which should stand in pairs
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("a text holds half a character (a lone surrogate)") from None
+    return value
 
 
 def unique(pairs: list[tuple[str, object]]) -> dict:
