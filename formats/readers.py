@@ -140,11 +140,11 @@ def latest_corrections(rows: Iterable[tuple[str, object]]) -> Iterator[tuple[str
     """Yield rows; of annotate.py's, only the last line of each id, if that is a correction."""
     last = {}
     for name, row in rows:
-        if isinstance(row, dict) and {"id", "annotator", "status"} <= row.keys():
-            last[str(row.get("id"))] = name, row
+        if isinstance(row, dict) and {"id", "annotator", "status", "segments"} <= row.keys():
+            last[str(row["id"])] = name, row
         else:
             yield name, row
-    yield from (each for each in last.values() if each[1].get("status") == "corrected")
+    yield from (each for each in last.values() if each[1]["status"] == "corrected")
 
 
 def read_captions(path: str | Path) -> dict[str, list[str]]:
