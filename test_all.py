@@ -2805,7 +2805,7 @@ def test_corrections_are_saved_and_read_by_training(page):
     assert (pair.chosen, pair.rejected) == (text, ANSWER)
     assert pair.image == at.photos / first["image"]
     plain = {key: first[key] for key in ("id", "image", "question", "chosen", "rejected")}
-    plain["annotator"] = "ann"  # not a line of ours
+    plain |= {"annotator": "ann", "status": "done"}  # not a line of ours
     at.out.write_text("".join(json.dumps(row) + "\n" for row in (
         first, plain, plain, {**first, "annotator": "bo", "chosen": "A car."})))
     assert [pair.chosen for pair in read_pairs([at.out], at.photos)] == [text, text, "A car."]
@@ -4483,8 +4483,10 @@ def test_captions_are_found_by_file_name(tmp_path):
         readers.captions_of("row 1", tmp_path / "c.jpg", captions)
     with pytest.raises(DataError, match="row 1: the image has no file name"):
         readers.captions_of("row 1", replace(stored, name=""), captions)
-    with pytest.raises(DataError, match="'ok.jpg' should have a list of captions"):
-        readers.read_captions(json_file(tmp_path, {"ok.jpg": "A car."}))
+    for bad, phrase in (("A car.", "'ok.jpg' should have a list of captions"),
+                        (["\ud800"], "half a character")):
+        with pytest.raises(ValueError, match=phrase):
+            readers.read_captions(jsonl_file(tmp_path, {"ok.jpg": bad}))
 
 
 BAD_ROWS = {
@@ -4508,7 +4510,9 @@ BAD_ROWS = {
             ("prompt", [user("A?"), user("B?")], "alternate between user and assistant"),
             ("prompt", [{"role": "system", "content": "Hi"}], "of role 'system', not 'user'"),
             ("prompt", [{"content": "Hi"}], "a field has an invalid value"),
+            ("prompt", [], "alternate between user and assistant"),
             ("text", '{"question": "What', "text is not valid JSON"),
+            ("text", '{"question": "\\ud800"}', "half a character"),
         )],
         (b'{"image": "ok.jpg", "image": "b.jpg"}', "'image' is given more than once"),
         ({"image": "ok.jpg", "x" * 9000: 1}, "no preference among its fields"),
@@ -4965,8 +4969,9 @@ def test_saving_and_loading_again_changes_nothing(hub_folder, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]
     assert same_weights(tmp_path / "a", hub_folder)
     assert (tmp_path / "a/tokenizer.model").read_bytes() == tokenizer.model_proto
-    with pytest.raises(ValueError, match="not empty, and not a model"):
-        save_llava(again, tokenizer, same, tmp_path)
+    for occupied in (tmp_path, tmp_path / "a/config.json"):
+        with pytest.raises(ValueError, match="not empty, and not a model"):
+            save_llava(again, tokenizer, same, occupied)
 
 
 def test_loaded_weights_keep_their_dtype_and_their_file(hub_folder, hub_model, tmp_path):

@@ -173,11 +173,11 @@ def match(
 
 def read_tokenizer(folder: Path, config: LLaVAConfig) -> Tokenizer:
     """Read a folder's tokenizer and check it against the model's vocabulary."""
-    file = folder / "tokenizer.model"
+    file = source = folder / "tokenizer.model"
     fast = folder / "tokenizer.json"  # all that transformers 5 writes
     try:
-        alone = fast.exists() and not file.exists()
-        source = sentencepiece_model(fast, read_json(fast)) if alone else file
+        if fast.exists() and not file.exists():
+            file, source = fast, sentencepiece_model(fast, read_json(fast))
         tokenizer = Tokenizer(source, config.image_token, config.pad_token)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{file}: not a sentencepiece model ({error}); copy the one that the "
@@ -262,7 +262,8 @@ def save_llava(
         dtype: of the written weights; None: of the model's.
     """
     folder, dtype = Path(path), dtype or model.head.weight.dtype
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+    occupied = folder.is_file() or folder.is_dir() and any(folder.iterdir())
+    if occupied and not (folder / "config.json").exists():
         raise ValueError(f"{folder}: not empty, and not a model that could be replaced")
     weights = base_weights(model)
     groups = shards(weights, shard_bytes)
