@@ -15,8 +15,8 @@ from config import Run, Training
 from data import Example, check_lengths
 from evaluation import blind_baselines, memory_estimate, save_pairs, show_rows
 from formats import (
-    DataError, Prompt, captions_of, encode_images, find_device, open_image,
-    read_captions, read_conversations, read_pairs, read_prompts, report_skipped,
+    DataError, captions_of, encode_images, find_device, open_image, read_captions,
+    read_conversations, read_pairs, read_prompts, report_skipped,
 )
 from formats.files import lock_folder
 from formats.opening import open_model
@@ -170,8 +170,8 @@ def read_examples(
             if not encode and row.image is not None:
                 open_image(row.name, row.image)
             image = features[i] if encode else None
-            rules = (row.truth, row.length_bonus) if isinstance(row, Prompt) else (None, 1.0)
-            examples.append(Example(row.name, image, *made[i], *rules, row.picture, row.image))
+            examples.append(Example(row.name, image, *made[i], row.truth, row.length_bonus,
+                                    row.picture, row.image))
             usable.append(row)
         if not keep:
             refuse(skipped, LISTED + 1)
@@ -188,7 +188,8 @@ def read_examples(
 def preview(run: Run, config: Training, algorithm: type[Algorithm]) -> None:
     """Print the rows that a run would train on, and the memory that it would need."""
     world = run.on_world()
-    if algorithm.reads not in ("pairs", "conversations", *(() if world else ("rankings",))):
+    shown = {"pairs", "conversations"} if world else {"pairs", "conversations", "rankings"}
+    if algorithm.reads not in shown:
         return
     start = load_start(run, config, algorithm, find_device(run.device), Path(run.out))
     paths, images = run.data, run.images

@@ -41,15 +41,15 @@ class Record:
     name: str  # for error messages: file and row
     image: Source | None
 
+    # A Prompt has its own:
+    truth = None
+    length_bonus = 1.0
+    facts_prefix = ""
+
     @property
     def picture(self) -> str:
         """File name of the image; "" if there is none."""
-        return self.image.name if isinstance(self.image, Path | ParquetImage) else ""
-
-    @property
-    def facts_prefix(self) -> str:
-        """See `captions_of`."""
-        return ""
+        return self.image.name if self.image else ""
 
 
 @dataclass(frozen=True)
