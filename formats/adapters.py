@@ -9,12 +9,10 @@ from pathlib import Path
 import torch
 
 import formats.layouts as layouts
-from formats.checkpoint import fingerprint, match
 import parallel
 import sharding
-from formats.files import (
-    atomic_folder, brief, open_file, read_json, write_atomic, write_tensors,
-)
+from formats.checkpoint import fingerprint, match
+from formats.files import atomic_folder, brief, open_file, read_json, write_atomic, write_tensors
 from lora import LoRALinear, add_adapter, lora_layers
 from model import LLaVA
 

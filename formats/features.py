@@ -52,14 +52,13 @@ def size(model: LLaVA, named: Named) -> tuple[int, int, int]:
 
 
 def encode_images(
-    model: LLaVA, settings: ImageSettings, named: Named, folder: Path | None = None,
-    stop: bool = True,
+    model: LLaVA, settings: ImageSettings, named: Named, folder: Path, stop: bool
 ) -> Features:
     """Compute the features of the rows' images, and keep them in the dtype of matrix products.
 
     Args:
         named: name and image of each row; None where a row has no image.
-        folder: where more than LIMIT bytes of features go; None keeps any number in memory.
+        folder: where more than LIMIT bytes of features go.
         stop: raise at the first image that cannot be read; False raises when its row is read.
 
     Raises:
@@ -67,7 +66,7 @@ def encode_images(
         ValueError: the disk has no room for them.
     """
     shape, dtype = size(model, named), product_dtype(model.head.weight)
-    small = folder is None or math.prod(shape) * dtype.itemsize <= LIMIT
+    small = math.prod(shape) * dtype.itemsize <= LIMIT
     store = torch.empty(shape, dtype=dtype) if small else mapped(folder, shape, dtype)
     return Features(store, fill(store, model, settings, named, stop))
 

@@ -40,7 +40,7 @@ def error_message(error: Exception, folder: Path | str = "") -> str:
 
 def brief(value: object) -> str:
     """Return a value's repr for an error message, cut to 80 characters."""
-    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
