@@ -2705,7 +2705,7 @@ def page_rows(folder, count=4, **fields):
         Image.new("RGB", (60, 40), (60 * i % 256, 90, 160)).save(folder / f"{i}.png")
     rows = ({"image": f"{i % 20}.png", "question": f"What is in picture {i}?", "answer": ANSWER,
              "by": "abc123 max_new_tokens=512", **fields} for i in range(count))
-    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(folder / "answers.jsonl", *rows)
     return folder / "answers.jsonl"
 
 
@@ -2722,7 +2722,7 @@ def page(tmp_path):
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
         at.address = f"http://127.0.0.1:{server.server_port}"
-        at.lines = lambda: [json.loads(line) for line in at.out.read_text().splitlines()]
+        at.lines = lambda: read_lines(at.out)
         at.ask = lambda *args, **headers: page_request(at.address, *args, **headers)
         return at
 
@@ -2806,8 +2806,7 @@ def test_corrections_are_saved_and_read_by_training(page):
     assert pair.image == at.photos / first["image"]
     plain = {key: first[key] for key in ("id", "image", "question", "chosen", "rejected")}
     plain |= {"annotator": "ann", "status": "done"}  # not a line of ours
-    at.out.write_text("".join(json.dumps(row) + "\n" for row in (
-        first, plain, plain, {**first, "annotator": "bo", "chosen": "A car."})))
+    write_lines(at.out, first, plain, plain, {**first, "annotator": "bo", "chosen": "A car."})
     assert [pair.chosen for pair in read_pairs([at.out], at.photos)] == [text, text, "A car."]
 
 
@@ -2962,9 +2961,9 @@ def test_many_answers_stay_quick(page):
     for limit, request in ((0.05, ("/segments", changed)), (0.1, ("/item?annotator=ann",))):
         times = []
         for _ in range(5):
-            began = time.perf_counter()
+            began = time.process_time()  # whatever else the machine does
             assert at.ask(*request).status == 200
-            times.append(time.perf_counter() - began)
+            times.append(time.process_time() - began)
         assert min(times) < limit
 
 
@@ -4697,6 +4696,9 @@ def test_images_are_upright_with_transparency_on_white_or_named_as_bad(tmp_path,
         jpeg[:2] + struct.pack(">HH", 0xFFE1, len(tags) + 2) + tags + jpeg[2:])
     assert open_image("x", tmp_path / "odd.jpg").size == (10, 30)
     assert open_image("x", tmp_path / "clear.png").getcolors() == [(64 * 64, (255, 255, 255))]
+    grey = np.array([[0, 128 * 256, 65535]], dtype=np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert np.asarray(open_image("x", tmp_path / "grey.png"))[0, :, 0].tolist() == [0, 128, 255]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 64 x 64 is now a bomb
     half = (tmp_path / "turned.jpg").read_bytes()[:400]
     for source in (half, b"no image at all", image_bytes(1, "BMP"), tmp_path / "clear.png", b""):
@@ -4706,11 +4708,6 @@ def test_images_are_upright_with_transparency_on_white_or_named_as_bad(tmp_path,
     with ThreadPoolExecutor(8) as pool:  # Pillow's own limit can be bypassed by threads
         errors = pool.map(lambda _: pytest.raises(DataError, open_image, "x", bomb), range(200))
         assert all("more than 0 million pixels" in str(error.value) for error in errors)
-
-
-def test_grey_of_16_bits_is_not_white(tmp_path):
-    Image.fromarray(np.array([[0, 128 * 256, 65535]], dtype=np.uint16)).save(tmp_path / "grey.png")
-    assert np.asarray(open_image("x", tmp_path / "grey.png"))[0, :, 0].tolist() == [0, 128, 255]
 
 
 def test_every_image_is_encoded_once_in_memory_and_on_disk(tiny_world, image_folder, monkeypatch):
@@ -5000,8 +4997,8 @@ def test_public_model_shapes_of_7b_and_13b():
 def test_greedy_answers_are_those_of_transformers(hub_model, public):
     rng = random.Random(0)
     prompts = [[1] + [PUBLIC_IMAGE] * 4 * (length % 2)  # every other one has an image
-               + [rng.randrange(3, PIECES) for _ in range(length)] for length in range(1, 21)]
-    pixels = torch.randn(10, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+               + [rng.randrange(3, PIECES) for _ in range(length)] for length in range(1, 11)]
+    pixels = torch.randn(5, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     mine = generate(hub_model, pixels, [torch.tensor(p) for p in prompts], max_new_tokens=24)
     for i, prompt in enumerate(prompts):
         image = {"pixel_values": pixels[i // 2 : i // 2 + 1]} if i % 2 == 0 else {}
@@ -5333,8 +5330,9 @@ def test_adapters_runs_and_towers_are_models(photos, tokenizer_model, tmp_path, 
 
 
 def test_large_models_get_the_papers_learning_rate(tmp_path):
-    text = {"model_type": "llama", "vocab_size": 32064}
-    json_file(tmp_path, {"text_config": text, "vision_config": None}, "config.json")
+    text = {"model_type": "llama", "vocab_size": 32064, "num_hidden_layers": 5}  # 1.3B
+    json_file(tmp_path, {"text_config": text, "vision_config": {"num_hidden_layers": 1}},
+              "config.json")
     lora, own = ("--lora", "8"), ("--learning_rate", "1e-2")
     for kind, more, large, small in (
         ("ddpo", (), 5e-7, 3e-4), ("ddpo", lora, 2e-4, 3e-3), ("ddpo", own, 1e-2, 1e-2),
