@@ -355,6 +355,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error_message(error)}", file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError:
+        print("error: the GPU has too little memory; try a smaller --batch_size", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nstopped; the same command resumes", file=sys.stderr)
         return 130

@@ -372,6 +372,19 @@ def test_weights_that_are_no_numbers_are_neither_saved_nor_trained_on(photos, tm
     assert f"error: {base}: NaN or infinity in the weights (head.weight)" in shown
 
 
+def test_a_gpu_that_is_too_small_ends_in_a_sentence(photos, tmp_path, monkeypatch, run_train,
+                                                    run_evaluate):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(loop.Loop, "one_step", full)
+    monkeypatch.setitem(evaluate.COMMANDS, "image", full)
+    command = own_data(photos, tmp_path / "run", "--algo", "sft")
+    assert "too little memory; try a smaller --micro_batch" in run_train(*command, status=1)
+    asked = run_evaluate("--model one --image images/3.png --prompt Why?", 1)
+    assert asked.endswith("too little memory; try a smaller --batch_size\n")
+
+
 @pytest.mark.parametrize("algo", ["sft", "ddpo"])
 def test_resuming_refuses_other_data(photos, tmp_path, monkeypatch, run_train, algo):
     rows = Path(shutil.copytree(photos, tmp_path / "photos")) / "rows.jsonl"

@@ -216,6 +216,9 @@ def main(arguments: list[str] | None = None) -> int:
                              "\nstopped; the same command starts again", 130)
     except (ValueError, OSError, TrainingError) as error:
         return parallel.fail(f"error: {error_message(error, folder)}", 1)
+    except torch.OutOfMemoryError:
+        return parallel.fail("error: the GPU has too little memory; try a smaller --micro_batch, "
+                             "--gradient_checkpointing or --lora", 1)
     except Exception as error:
         if parallel.world() == 1:
             raise
