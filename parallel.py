@@ -76,6 +76,9 @@ def join(device: str, bfloat16: Callable[[str], bool]) -> None:
     if device not in ("auto", kind):
         raise ValueError(f"--device {device}: torchrun gives each process its own {kind} device")
     if kind == "cuda":
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > gpus:
+            raise ValueError(f"{here} processes for {gpus} GPUs: use --nproc_per_node {gpus}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, mine, count = next(iter(rendezvous("env://")))
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"

@@ -271,6 +271,15 @@ def test_rows_of_like_length_are_computed_together_and_returned_as_given():
     assert torch.equal(found, codes(rows))
 
 
+def test_each_process_needs_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="4 processes for 2 GPUs: use --nproc_per_node 2"):
+        parallel.join("auto", lambda kind: True)
+
+
 def test_a_pretraining_run_refuses_several_processes(monkeypatch):
     monkeypatch.setattr(parallel, "world", lambda: 2)
     with pytest.raises(ValueError, match="--algo vision runs in one process: python train.py"):
