@@ -81,7 +81,7 @@ def compare(
     times = take_turns(runs, options.repeats, options.device)
     for name in sorted(runs, reverse=True):
         yield {"prompts": count, "tokens each": len(prompt), "samples": samples, "by": name,
-               "tokens/s": options.batch * tokens / median(times[name]),
+               "tokens/s": count * samples * tokens / median(times[name]),
                "x transformers": ratio(times.get("transformers"), times[name]),
                "first s": first[name]}
 
