@@ -42,7 +42,7 @@ def token_logp(
 
     Returns (R,) float32 log-probabilities, differentiable once with respect to hidden and weight.
     Raises ValueError for shapes, dtypes or devices that disagree, a target outside the vocabulary,
-    and hidden states or weights that are not finite.
+    and log-probabilities that are not finite, with the hidden state or weight that is the cause.
     """
     method, ops = choose_method(method), choose_backend(backend, hidden)
     checks.check_tensors(hidden, weight, target=target)

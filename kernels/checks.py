@@ -79,7 +79,10 @@ def read_bounds(
 
 
 def check_results(logp: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    """Check that log-probs (R,) are finite; NaN or infinity in an input always reaches them."""
+    """Check that log-probs (R,) are finite; NaN or infinity in an input reaches them.
+
+    Except for an infinite weight that only gives logits of -inf: it reaches the gradient.
+    """
     if logp.is_meta or bool(logp.isfinite().all()):
         return
     row = first(~logp.isfinite())

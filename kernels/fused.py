@@ -253,11 +253,13 @@ def logp_without_logits(inputs: Inputs) -> tuple[Tensor, Tensor]:
 def by_slices(inputs: Inputs, lse: Tensor, scale: Tensor) -> Gradients:
     """Return dH and dW for given row coefficients `scale`, a slice of the vocabulary at a time."""
     backend, hidden, weight, target, needs = inputs
+    if not any(needs):
+        return None, None
     V, step = len(weight), slice_columns(hidden)
     d_hidden = torch.empty_like(hidden, dtype=torch.float32) if needs[0] else None
     d_weight = torch.empty_like(weight) if needs[1] else None
     buffer = logits_buffer(len(hidden), min(step, V), hidden)
-    for start in range(0, V, step) if any(needs) else ():
+    for start in range(0, V, step):
         columns = slice(start, min(start + step, V))
         part = weight[columns]
         logits = torch.mm(hidden, part.T, out=buffer[:, : len(part)])
