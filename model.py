@@ -324,12 +324,13 @@ def add_layers(model: LLaVA, layers: int, seed: int = 0) -> None:
 
 
 def init_weights(model: nn.Module, seed: int) -> None:
-    """Draw the weights of a new model: normal with standard deviation 1 / sqrt(fan-in)."""
+    """Draw weights: normal, with standard deviation 1 / sqrt(fan-in), or 0.02 for embeddings."""
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         with torch.no_grad():
             if weight.ndim > 1:
-                std = 0.02 if "embed_tokens" in name or "position" in name else 0
-                weight.normal_(0, std or weight[0].numel() ** -0.5, generator=generator)
+                embeds = "embed_tokens" in name or "position" in name
+                std = 0.02 if embeds else weight[0].numel() ** -0.5
+                weight.normal_(0, std, generator=generator)
             else:
                 weight.fill_("norm" in name and name.endswith("weight"))
