@@ -145,7 +145,7 @@ def steps(sizes: Sizes, rank: int) -> Iterator[Row]:
     start, cuda = make_start(sizes, rank), sizes.device == "cuda"
     config = ddpo.DDPOConfig(
         learning_rate=1e-5, batch_size=sizes.pairs, micro_batch=sizes.pairs, steps=10**6)
-    data = Data(make_examples(sizes))
+    data = Data(make_examples(sizes, sizes.pairs))
     loop = Loop(ddpo.DDPO(start, config, data), start, data)
     a = torch.randn(sizes.matrix, sizes.matrix, device=sizes.device, dtype=torch.bfloat16)
     useful, peak = step_flops(loop), rate(2 * len(a) ** 3, partial(torch.mm, a, a), sizes.device)
@@ -261,13 +261,13 @@ def make_start(sizes: Sizes, rank: int) -> Start:
     return start
 
 
-def make_examples(sizes: Sizes, count: int | None = None) -> list[Example]:
+def make_examples(sizes: Sizes, count: int) -> list[Example]:
     """Make pairs of random image features and tokens."""
     torch.manual_seed(0)
     config, examples = sizes.model, []
     draw = lambda length: torch.randint(3, config.image_token, (length,)).tolist()
     weight = [5.0 if i % 7 == 0 else 1.0 for i in range(sizes.response)]
-    for i in range(count or sizes.pairs):
+    for i in range(count):
         image = torch.randn(config.vision.patches, config.vision.hidden_size)
         prompt = [1, *[config.image_token] * len(image), *draw(sizes.question)]
         responses = [Response(draw(sizes.response), weight) for _ in range(2)]
