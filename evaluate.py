@@ -32,7 +32,6 @@ Answers go to --output (by default the run's `answers`, or runs/suite); the same
 import signal
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Sequence
 from pathlib import Path
 
 from config import check_early, number

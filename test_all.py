@@ -81,7 +81,7 @@ from evaluation import (
     synonyms, vqa,
 )
 from formats import (
-    Conversation, DataError, Pair, checkpoint, features, files, fingerprint, latest_state, layouts,
+    Conversation, DataError, Pair, features, files, fingerprint, latest_state, layouts,
     load_adapter, load_llava, load_state, open_image, read_conversations, read_pairs, read_prompts,
     opening, readers, report_skipped, runs, save_adapter, save_llava, save_state,
 )
