@@ -3332,7 +3332,8 @@ def test_world_texts_are_as_true_as_they_say():
      "This is a park. Two red dogs are at the top left. Three buses are here."),
     *((true, true) for true in (
         "", " ", "...", "Yes.", "No, there is no cat.", "It is not a cat.", "carpet busy",
-        "the dogs", "Is there a cat?", "Two dog at the top left", "a nice picture\n\nwith birds",
+        "the dogs", "Is there a cat?", "A buſ on the rıght",
+        "Two dog at the top left", "a nice picture\n\nwith birds",
         "two red dogs are at the top left two red dogs", "A blue umbrella a blue umbrella a")),
 ])
 def test_world_oracle_marks_and_corrects_exactly_what_is_false(marked, corrected):

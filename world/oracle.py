@@ -16,8 +16,11 @@ from world.texts import be, capital, noun, phrase, plural, with_article
 
 
 def any_of(words: Iterable[str]) -> str:
-    """Return a regular expression for any of the words, the longest first."""
-    return "|".join(sorted(words, key=len, reverse=True))
+    """Return a regular expression for any of the words, the longest first.
+
+    Only ASCII letters match: with re.I alone, an "s" is also a long s, which `lower` keeps.
+    """
+    return f"(?a:{'|'.join(sorted(words, key=len, reverse=True))})"
 
 
 NOUNS = {form: kind for kind in KINDS for form in (kind, plural(kind))}
