@@ -236,10 +236,10 @@ def prompt_tokens(tokenizer: Tokenizer, text: str, patches: int) -> list[int]:
     return ids
 
 
-def turn(tokenizer: Tokenizer, given: str, answer: str, weight: float = 1.0) -> Response:
+def turn(tokenizer: Tokenizer, given: str, answer: str) -> Response:
     """Return a branch that begins with `given` and learns only `answer` and end-of-sequence."""
     before, after = tokenizer.encode(given), tokenizer.encode(answer, eos=True)
-    return Response(before + after, [0.0] * len(before) + [weight] * len(after))
+    return Response(before + after, [0.0] * len(before) + [1.0] * len(after))
 
 
 def trunk_tokens(

@@ -168,7 +168,7 @@ def conversations(
     rng, rows = Random(f"conversations {seed}"), []
     for i in range(count):
         scene = world.make_scene(f"conversations {seed} {i}")
-        picture, turns = world.draw(scene, settings.size), []
+        picture = world.draw(scene, settings.size)
         if about == "questions":
             turns = [(asked.text, asked.answer) for asked in world.questions(scene, rng, 4)]
         else:

@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from random import Random
-from typing import TypeVar
 
 COLOURS = {  # name: RGB
     "red": (225, 40, 40), "green": (45, 165, 60), "blue": (45, 95, 230),
@@ -46,8 +45,6 @@ UNUSUAL_COLOUR = 0.3  # chance that a thing has another colour than its usual on
 NUMBER_WEIGHTS = (65, 20, 15)  # of one, two, three
 TEST_SHARE = 5  # one scene content in five belongs to the test split
 
-Key = TypeVar("Key")
-
 
 @dataclass(frozen=True)
 class Thing:
@@ -80,7 +77,7 @@ def in_reading_order(things: Iterable[Thing]) -> tuple[Thing, ...]:
     return tuple(sorted(things, key=lambda thing: thing.cell))
 
 
-def weighted_choice(rng: Random, weights: Mapping[Key, float]) -> Key:
+def weighted_choice(rng: Random, weights: Mapping[str, float]) -> str:
     """Draw a key with a probability proportional to its weight."""
     return rng.choices(list(weights), list(weights.values()))[0]
 

@@ -121,7 +121,7 @@ def reported(scene: Scene, rng: Random, rates: Rates = Rates()) -> dict[int, Thi
 
 
 def misreported(scene: Scene, rng: Random) -> Scene:
-    """Return the scene that the noisy annotator describes."""
+    """Return the scene that the noisy annotator describes; of two things in one cell, the last."""
     things = {thing.cell: thing for thing in reported(scene, rng).values()}
     return replace(scene, things=in_reading_order(things.values()))
 
