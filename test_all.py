@@ -2366,13 +2366,12 @@ def test_readme_quotes_the_claims():
     shown = lambda mean, low, high: f"{abs(100 * mean):.1f} ± {100 * (mean - low):.1f}"
     left = lambda claim, label: shown(*tally.mean([*tally.arm_values(
         runs, definitions.CLAIMS[claim], label, definitions.ANY).values()]))
-    less, _ = tally.difference(runs, definitions.CLAIMS["overlooked"], "DDPO + anchor", "SFT",
-                               definitions.ANY)
-    assert (f"DDPO leaves {left('methods', 'DDPO + anchor')} % of the descriptions with anything "
-            f"false, supervised training {left('methods', 'SFT')} %") in readme
-    assert f"overlooks 30 % of what is false, DDPO leaves {shown(*less)} points less" in readme
-    assert f"PPO with facts leaves {left('ppo', 'with facts')} % of the descriptions" in readme
-    assert f"({left('ppo', 'with facts, one pass')} % after one pass over the prompts)" in readme
+    both = lambda claim: f"{left(claim, 'DDPO + anchor')} and {left(claim, 'SFT')} %"
+    assert f"complete corrections ({both('methods')} of the descriptions" in readme
+    assert f"overlooked ({both('overlooked')})" in readme and f"200 ({both('few')})" in readme
+    paper = left("methods", "DDPO, the paper's loss")
+    assert f"The paper's own loss leaves {paper} %" in readme
+    assert f"PPO with facts leaves {left('ppo', 'with facts')} %" in readme
 
 
 def test_claims_are_command_lines_and_compare_their_arms():
@@ -2401,6 +2400,8 @@ def test_claims_verdicts_follow_their_rule(tmp_path):
         "best": ("a", "b", "c"), "worse": ("c",), "near": ("d",), "silent": ("e",), "new": ("f",)},
         ())
     assert tally.best(runs, claim.arms["best"]) == "b" and not tally.best(runs, ("f",))
+    runs["g", 2] = {"before": base, "after": {**after, "hallucination/any": 0.41}}
+    assert tally.best(runs, ("c", "g")) == "g"  # by the seed that both have
     verdict = lambda *pair: tally.verdict(runs, claim, *pair)
     assert verdict("best", "worse") == "holds" == verdict("worse", "base")
     assert verdict("worse", "best") == "does not hold: the opposite does"
@@ -2408,6 +2409,10 @@ def test_claims_verdicts_follow_their_rule(tmp_path):
     assert verdict("silent", "best") == "only at 3.0 points less coverage"
     assert verdict("best", "silent") == "the opposite, but only at 3.0 points less coverage"
     assert verdict("best", "new") == "not measured yet"
+    amounts = replace(claim, arms={"50 corrections": ("c",), "200 corrections": ("b",)})
+    drawn = claims_page.amounts(amounts, runs)
+    assert {"50", "200", "corrections"} <= {each.text for each in ElementTree.fromstring(
+        drawn).iter()} and not claims_page.amounts(claim, runs)
     (value, low, high), seeds = tally.difference(runs, claim, "worse", "best", definitions.ANY)
     half = 4.30 * np.std([0.19, 0.2, 0.22], ddof=1) / 3**0.5
     assert (value, high - value, seeds) == pytest.approx((0.61 / 3, half, 3)) and low < value

@@ -27,7 +27,7 @@ algorithms behave on it, not how large models behave.
 """
 COLOUR = "#3b6fb6"
 LINES = (COLOUR, "#c8553d", "#4f9d69", "#a06cd5", "#c99700", "#7f7f7f")
-ROW, WIDTH, LEFT = 22, 640, 250  # pixels
+ROW, WIDTH, LEFT, PANEL = 22, 640, 250, 180  # pixels
 
 
 def write_page(folder: Path = ROOT, runs: Runs | None = None) -> None:
@@ -38,7 +38,8 @@ def write_page(folder: Path = ROOT, runs: Runs | None = None) -> None:
     for claim in CLAIMS.values():
         parts.append(section(claim, runs))
         if measured(claim, runs):
-            write_atomic(folder / f"claims/figures/{claim.name}.svg", figure(claim, runs))
+            drawn = amounts(claim, runs) or figure(claim, runs)
+            write_atomic(folder / f"claims/figures/{claim.name}.svg", drawn)
             if drawn := curves(claim, runs):
                 write_atomic(folder / f"claims/figures/{claim.name}_kl.svg", drawn)
     write_atomic(folder / "CLAIMS.md", "\n".join(parts))
@@ -135,44 +136,82 @@ def figure(claim: Claim, runs: Runs) -> str:
 
 def curves(claim: Claim, runs: Runs) -> str:
     """Draw the logged metrics of seed 0 against the KL to the reference; "" if there are none."""
-    panels, height = [], 180
+    panels = []
     arms = [(label, results["trace"]) for label in measured(claim, runs)
             if (results := runs.get((best(runs, claim.arms[label], claim.measure), 0), {}))
             and results.get("trace", {}).get("objective/kl")]
     colours = dict(zip((label for label, _ in arms), LINES))
     for metric in claim.curves:
-        series = {label: sorted({*zip(trace["objective/kl"], trace[metric])})
+        series = {label: [(*point, 0.0) for point in
+                          sorted({*zip(trace["objective/kl"], trace[metric])})]
                   for label, trace in arms if metric in trace}
         if series:
-            panels.append(f'<g transform="translate(0 {height * len(panels)})">'
-                          f"{panel(metric, series, colours, height)}</g>")
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height * len(panels)}" '
-        'font-family="sans-serif" font-size="12" fill="#888" stroke-width="1.5">'
-        f'{"".join(panels)}</svg>\n') if panels else ""
+            most = max(kl for points in series.values() for kl, _, _ in points)
+            panels.append(panel(f"{metric}, by KL (nats per completion)", series, colours,
+                                [(kl, tick(kl)) for kl in ticks(0, most)]))
+    return stacked(panels) if panels else ""
+
+
+def amounts(claim: Claim, runs: Runs) -> str:
+    """Draw the measure against the number of rows, with its interval over seeds.
+
+    Its arms are named by number and kind, as in "200 corrections"; "" if they are not.
+    """
+    series: dict[str, list[tuple[float, float, float]]] = {}
+    counts = []
+    for label in measured(claim, runs):
+        count, _, kind = label.partition(" ")
+        if not count.isdigit():
+            return ""
+        value, low, high = mean([*arm_values(runs, claim, label, claim.measure).values()])
+        half = 0.0 if math.isnan(low) else (high - low) / 2
+        series.setdefault(kind, []).append((math.log2(int(count)), 100 * value, 100 * half))
+        counts.append(int(count))
+    across = [(math.log2(count), str(count)) for count in sorted({*counts})]
+    return stacked([panel(f"{claim.measure}, %, by number (log scale)", series,
+                          dict(zip(series, LINES)), across)])
+
+
+def stacked(panels: list[str]) -> str:
+    """Put panels below each other."""
+    body = "".join(f'<g transform="translate(0 {PANEL * i})">{each}</g>'
+                   for i, each in enumerate(panels))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {PANEL * len(panels)}" '
+            'font-family="sans-serif" font-size="12" fill="#888" stroke-width="1.5">'
+            f"{body}</svg>\n")
 
 
 def panel(
-    metric: str, series: dict[str, list[tuple[float, float]]], colours: dict[str, str], height: int
+    title: str, series: dict[str, list[tuple[float, float, float]]], colours: dict[str, str],
+    across: list[tuple[float, str]],
 ) -> str:
-    """Draw lines over the KL (a dot for a single point), with their names at the right."""
-    xs, ys = zip(*(point for points in series.values() for point in points))
-    across, up = ticks(0, max(xs)), ticks(min(ys), max(ys))
-    x = lambda kl: 60 + (WIDTH - 260) * kl / across[-1]
-    y = lambda value: height - 40 - (height - 60) * (value - up[0]) / (up[-1] - up[0])
-    parts = [f'<text x="60" y="12">{escape(metric)}, by KL (nats per completion)</text>']
-    parts += [f'<text x="{x(kl):.0f}" y="{height - 22}" text-anchor="middle">{tick(kl)}</text>'
-              for kl in across]
-    parts += [f'<text x="52" y="{y(value) + 4:.0f}" text-anchor="end">{tick(value)}</text>'
-              f'<line x1="60" x2="{WIDTH - 200}" y1="{y(value):.0f}" y2="{y(value):.0f}" '
-              'stroke="#8884"/>' for value in up]
+    """Draw lines with their names at the right.
+
+    Args:
+        series: by name, (x, y, half the width of the interval, or 0 for none).
+        across: marks of the x axis, ascending, with their labels.
+    """
+    ends = [y + side * half for points in series.values() for _, y, half in points
+            for side in (-1, 1)]
+    (first, _), (last, _), up = across[0], across[-1], ticks(min(ends), max(ends))
+    px = lambda x: 60 + (WIDTH - 260) * (x - first) / (last - first or 1)
+    py = lambda y: PANEL - 40 - (PANEL - 60) * (y - up[0]) / (up[-1] - up[0])
+    parts = [f'<text x="60" y="12">{escape(title)}</text>']
+    parts += [f'<text x="{px(x):.0f}" y="{PANEL - 22}" text-anchor="middle">{label}</text>'
+              for x, label in across]
+    parts += [f'<text x="52" y="{py(y) + 4:.0f}" text-anchor="end">{tick(y)}</text>'
+              f'<line x1="60" x2="{WIDTH - 200}" y1="{py(y):.0f}" y2="{py(y):.0f}" '
+              'stroke="#8884"/>' for y in up]
     for i, (label, points) in enumerate(series.items()):
-        path = "L".join(f"{x(kl):.1f} {y(value):.1f}" for kl, value in points)
-        parts.append(f'<path d="M{path}" fill="none" stroke="{colours[label]}"/>'
-                     f'<text x="{WIDTH - 190}" y="{24 + 16 * i}" fill="{colours[label]}">'
+        colour = colours[label]
+        path = "L".join(f"{px(x):.1f} {py(y):.1f}" for x, y, _ in points)
+        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}"/>'
+                     f'<text x="{WIDTH - 190}" y="{24 + 16 * i}" fill="{colour}">'
                      f"{escape(label)}</text>")
-        if len(points) == 1:
-            kl, value = points[0]
-            parts.append(f'<circle cx="{x(kl):.1f}" cy="{y(value):.1f}" r="3" '
-                         f'fill="{colours[label]}"/>')
+        for x, y, half in points:
+            if half or len(points) == 1:
+                parts.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="3" fill="{colour}"/>')
+            if half:
+                parts.append(f'<line x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{py(y - half):.1f}" '
+                             f'y2="{py(y + half):.1f}" stroke="{colour}"/>')
     return "".join(parts)

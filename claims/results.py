@@ -104,15 +104,17 @@ def best(runs: Runs, alternatives: tuple[str, ...], measure: str = ANY) -> str |
     """Return the command line that represents an arm, or None if none of its runs is done.
 
     It has the lowest measure among those that lose at most a point of coverage against the base; if
-    all lose more, it is the one that loses least.
+    all lose more, it is the one that loses least. Only seeds count that all of them have, if any.
     """
+    done = {options: found for options in alternatives if (found := values(runs, options, measure))}
+    shared = set.intersection(*map(set, done.values())) if done else set()
     scores = {}
-    for options in alternatives:
-        if error := list(values(runs, options, measure).values()):
-            before, after = (list(values(runs, options, "coverage", part).values()) or [0.0]
-                             for part in ("before", "after"))
-            scores[options] = (max(0.0, np.mean(before) - np.mean(after) - COVERAGE),
-                               np.mean(error))
+    for options, errors in done.items():
+        part_of = lambda numbers: [each for seed, each in numbers.items()
+                                   if seed in (shared or errors)] or [0.0]
+        before, after = (np.mean(part_of(values(runs, options, "coverage", part)))
+                         for part in ("before", "after"))
+        scores[options] = max(0.0, before - after - COVERAGE), np.mean(part_of(errors))
     return min(scores, key=scores.__getitem__) if scores else None
 
 
