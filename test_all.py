@@ -2371,6 +2371,10 @@ def test_readme_quotes_the_claims():
     less, _ = tally.difference(runs, definitions.CLAIMS["overlooked"], "DDPO + anchor", "SFT",
                                definitions.ANY)
     assert f"DDPO leaves {shown(*less)} points less" in readme
+    verdict = lambda claim, *pair: tally.verdict(runs, definitions.CLAIMS[claim], *pair)
+    decided = [verdict(claim, "DDPO + anchor", "SFT") for claim in ("overlooked", "methods", "few")]
+    assert decided == ["holds", *["not decided by these seeds"] * 2]
+    assert verdict("scaling", "200 corrections", "2200 rankings") == "holds"
     assert f"only 200 ({both('few')})" in readme
     paper = left("methods", "DDPO, the paper's loss")
     assert f"The paper's own loss leaves {paper} %" in readme
