@@ -62,10 +62,11 @@ class Data:
     correct: Callable[[Example, str], str | None] = lambda example, answer: None
 
     def digest(self) -> str:
-        """Identify the rows: a hash of their names and tokens."""
+        """Identify the rows: a hash of their names, tokens and facts."""
         digest = hashlib.sha256()
-        for example in (*self.train, *self.held_out):
-            digest.update(repr((example.name, example.prompt, example.responses)).encode())
+        for each in (*self.train, *self.held_out):
+            row = each.name, each.prompt, each.responses, each.facts
+            digest.update(repr(row).encode())
         return digest.hexdigest()
 
 

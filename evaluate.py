@@ -76,7 +76,7 @@ def make_parser(**options) -> ArgumentParser:
     add("--max_new_tokens", type=count, metavar="N", help="longest answer; default: by the task")
     add("--temperature", type=number(float, 0), metavar="T",
         help="0: greedy; default: 0, with --best_of 1")
-    add("--batch_size", type=count, default=16, metavar="N", help="questions at a time [16]")
+    add("--batch_size", type=count, default=16, metavar="N", help="rows of files at a time [16]")
     add("--seed", type=number(int, 0), default=0, metavar="N", help="of sampling and intervals [0]")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",

@@ -385,10 +385,15 @@ def test_a_gpu_that_is_too_small_ends_in_a_sentence(photos, tmp_path, monkeypatc
     assert asked.endswith("too little memory; try a smaller --batch_size\n")
 
 
-@pytest.mark.parametrize("algo", ["sft", "ddpo"])
-def test_resuming_refuses_other_data(photos, tmp_path, monkeypatch, run_train, algo):
-    rows = Path(shutil.copytree(photos, tmp_path / "photos")) / "rows.jsonl"
-    command = own_data(rows.parent, tmp_path / "run", "--algo", algo, "--steps", 2)
+@pytest.mark.parametrize("algo, edited, more", [
+    ("sft", "rows.jsonl", ()), ("ddpo", "rows.jsonl", ()),
+    ("rm", "captions.json", ("--facts", "--captions", "captions.json"))])
+def test_resuming_refuses_other_data(
+        photos, tmp_path, monkeypatch, run_train, algo, edited, more):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    monkeypatch.chdir(folder)
+    Path("captions.json").write_text(json.dumps({f"{i}.png": ["a red car"] for i in range(6)}))
+    command = own_data(folder, tmp_path / "run", "--algo", algo, "--steps", 2, *more)
     with monkeypatch.context() as patch:
         one_step = loop.Loop.one_step
 
@@ -400,7 +405,7 @@ def test_resuming_refuses_other_data(photos, tmp_path, monkeypatch, run_train, a
 
         patch.setattr(loop.Loop, "one_step", asked_late)
         assert "saved at step 2 of 2" in run_train(*command, status=130)
-    rows.write_text(rows.read_text().replace("red", "green"))
+    Path(edited).write_text(Path(edited).read_text().replace("red", "green"))
     assert "the data have changed" in run_train(*command, "--resume", status=1) or algo == "ddpo"
     run_train(*command, "--overwrite")
 
@@ -5348,6 +5353,9 @@ def test_adapters_runs_and_towers_are_models(photos, tokenizer_model, tmp_path, 
     config_file = tmp_path / "one/adapter/adapter_config.json"
     damage(config_file, {"base_model_name_or_path": "us/gone"})
     assert f"{config_file}: an adapter over us/gone: no such folder" in run_train(
+        *own("three", "--model", tmp_path / "one/adapter"), status=1)
+    damage(config_file, {"base_model_name_or_path": str(config_file.parent)})
+    assert f"{config_file}: an adapter over itself" in run_train(
         *own("three", "--model", tmp_path / "one/adapter"), status=1)
     run = config.Run(model=str(base))
     for names in (("a", "b"), ("a/model", "b/model")):  # folders of one name are two models

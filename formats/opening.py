@@ -35,7 +35,9 @@ def base_of(folder: Path) -> Path | None:
     base = str(read_json(file).get("base_model_name_or_path"))
     if fault := path_fault(base, "model"):
         raise FileNotFoundError(f"{file}: an adapter over {fault}")
-    return model_folder(base)
+    if (found := model_folder(base)).samefile(folder):
+        raise ValueError(f"{file}: an adapter over itself")
+    return found
 
 
 def open_model(
