@@ -119,7 +119,7 @@ class LossConfig(Training):
     """Options of the loss."""
 
     learning_rate: float | None = option(
-        None, "peak learning rate [1e-3, with --lora 3e-3; without an anchor 1e-5, 1e-3; of a "
+        None, "peak learning rate [5e-4, with --lora 3e-3; without an anchor 1e-5, 1e-3; of a "
         "model of 1B and more 5e-7 (paper), with --lora 2e-4]")
     epochs: int = option(2, "passes over the data (paper: 7)")
     beta: float | None = option(None, "strength of the tie to the reference [5; without an anchor "
@@ -139,7 +139,7 @@ class LossConfig(Training):
 
     @property
     def rates(self) -> dict[str, float]:
-        return Training.rates | ({"small": 1e-3, "small lora": 3e-3} if self.anchor else {})
+        return Training.rates | ({"small": 5e-4, "small lora": 3e-3} if self.anchor else {})
 
 
 @dataclass

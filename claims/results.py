@@ -15,11 +15,12 @@ from formats.files import jsonl, write_atomic
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 MEASURES = (ANY, "hallucination/object", "hallucination/attribute", "hallucination/number",
-            "hallucination/position", "coverage", "over_generalisation", "length", "agreement")
+            "hallucination/position", "coverage", "questions", "over_generalisation", "length",
+            "agreement")
 TRACED = ("objective/kl", "truth/hallucination", "score/rm", "score/held_out")  # while training
 POINTS = 40  # of these, at most
 FOLDER = Path("runs/claims")  # of all runs
-COVERAGE = 0.01  # the most that an arm may lose against the other
+COVERAGE = 0.01  # the most that an arm may lose against the other, of right answers, too
 SCENES = 300  # held-out scenes of every run
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5 % quantiles, 1..9 degrees
 Interval = tuple[float, float, float]  # mean, low, high
@@ -41,6 +42,7 @@ def do_run(options: str, seed: int, path: Path = RESULTS) -> None:
     """
     folder = make(options, seed)
     found = {part: {name: round(metrics[name]["value"], 5) for name in MEASURES if name in metrics}
+             | short_answers(metrics)
              for part, (metrics, _) in read_results(folder / "results.json").items()}
     if (log := folder / "metrics.jsonl").exists():
         lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -51,6 +53,13 @@ def do_run(options: str, seed: int, path: Path = RESULTS) -> None:
     rows = [{"options": each, "seed": number, "results": results}
             for (each, number), results in sorted(runs.items())]
     write_atomic(path, jsonl(rows))
+
+
+def short_answers(metrics: dict) -> dict[str, float]:
+    """Return {"questions": the mean share of right answers over the kinds of short questions}."""
+    shares = [found["value"] for name, found in metrics.items()
+              if name.startswith("question/") or name == "pope/random/accuracy"]
+    return {"questions": round(float(np.mean(shares)), 5)} if shares else {}
 
 
 def make(options: str, seed: int) -> Path:
@@ -103,8 +112,9 @@ def mean(numbers: list[float]) -> Interval:
 def best(runs: Runs, alternatives: tuple[str, ...], measure: str = ANY) -> str | None:
     """Return the command line that represents an arm, or None if none of its runs is done.
 
-    It has the lowest measure among those that lose at most a point of coverage against the base; if
-    all lose more, it is the one that loses least. Only seeds count that all of them have, if any.
+    It has the lowest measure among those that lose at most a point of coverage, and of right
+    answers to short questions, against the base; if all lose more, it is the one that loses least.
+    Only seeds count that all of them have, if any.
     """
     done = {options: found for options in alternatives if (found := values(runs, options, measure))}
     shared = set.intersection(*map(set, done.values())) if done else set()
@@ -112,9 +122,10 @@ def best(runs: Runs, alternatives: tuple[str, ...], measure: str = ANY) -> str |
     for options, errors in done.items():
         part_of = lambda numbers: [each for seed, each in numbers.items()
                                    if seed in (shared or errors)] or [0.0]
-        before, after = (np.mean(part_of(values(runs, options, "coverage", part)))
+        before, after = (np.array([np.mean(part_of(values(runs, options, each, part)))
+                                   for each in ("coverage", "questions")])
                          for part in ("before", "after"))
-        scores[options] = max(0.0, before - after - COVERAGE), np.mean(part_of(errors))
+        scores[options] = max(0.0, *(before - after - COVERAGE)), np.mean(part_of(errors))
     return min(scores, key=scores.__getitem__) if scores else None
 
 
