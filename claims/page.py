@@ -23,9 +23,8 @@ the order and the base's sampled answers) with its 95 % t-interval, on the same 
 scenes: per cent of descriptions with a false statement (any, object, colour, number, place), per
 cent of the objects mentioned (coverage), right answers to short questions about seven topics
 (questions; not kept of earlier runs), over-generalisation Δ in points. Where an arm stands for
-several learning rates, the table shows the best on these same scenes of those that cost at most a
-point of coverage and of right answers. A small world shows how the algorithms behave on it, not how
-large models behave.
+several learning rates, the table shows the best on these same scenes. A small world shows how the
+algorithms behave on it, not how large models behave.
 """
 COLOUR = "#3b6fb6"
 LINES = (COLOUR, "#c8553d", "#4f9d69", "#a06cd5", "#c99700", "#7f7f7f")

@@ -20,7 +20,7 @@ MEASURES = (ANY, "hallucination/object", "hallucination/attribute", "hallucinati
 TRACED = ("objective/kl", "truth/hallucination", "score/rm", "score/held_out")  # while training
 POINTS = 40  # of these, at most
 FOLDER = Path("runs/claims")  # of all runs
-COVERAGE = 0.01  # the most that an arm may lose against the other, of right answers, too
+COVERAGE = 0.01  # the most that an arm may lose against the other
 SCENES = 300  # held-out scenes of every run
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5 % quantiles, 1..9 degrees
 Interval = tuple[float, float, float]  # mean, low, high
@@ -112,9 +112,8 @@ def mean(numbers: list[float]) -> Interval:
 def best(runs: Runs, alternatives: tuple[str, ...], measure: str = ANY) -> str | None:
     """Return the command line that represents an arm, or None if none of its runs is done.
 
-    It has the lowest measure among those that lose at most a point of coverage, and of right
-    answers to short questions, against the base; if all lose more, it is the one that loses least.
-    Only seeds count that all of them have, if any.
+    It has the lowest measure among those that lose at most a point of coverage against the base; if
+    all lose more, it is the one that loses least. Only seeds count that all of them have, if any.
     """
     done = {options: found for options in alternatives if (found := values(runs, options, measure))}
     shared = set.intersection(*map(set, done.values())) if done else set()
@@ -122,10 +121,9 @@ def best(runs: Runs, alternatives: tuple[str, ...], measure: str = ANY) -> str |
     for options, errors in done.items():
         part_of = lambda numbers: [each for seed, each in numbers.items()
                                    if seed in (shared or errors)] or [0.0]
-        before, after = (np.array([np.mean(part_of(values(runs, options, each, part)))
-                                   for each in ("coverage", "questions")])
+        before, after = (np.mean(part_of(values(runs, options, "coverage", part)))
                          for part in ("before", "after"))
-        scores[options] = max(0.0, *(before - after - COVERAGE)), np.mean(part_of(errors))
+        scores[options] = max(0.0, before - after - COVERAGE), np.mean(part_of(errors))
     return min(scores, key=scores.__getitem__) if scores else None
 
 
