@@ -35,7 +35,7 @@ What this file does differently from the released code (RLHF-V/RLHF-V), and why:
 3. The diff covers only the answers; the released code diffs prompt and answer together. So where
    both answers begin with the same one or two tokens, as in "The image", these count as corrected
    here. difflib's "autojunk", which the release leaves on, is off: it skips frequent tokens.
-4. AdamW's betas are (0.9, 0.95), the release's (0.9, 0.999): `--adam_beta2 0.999`. There are 2
+4. AdamW's betas are (0.9, 0.95), the release's (0.9, 0.999): `--adam_beta2 0.999`. There are 3
    passes over the data, in the paper 7: `--epochs 7`.
 5. With `--lora` the learning rate of a model of 1B and more is 2e-4 and alpha twice the rank, as in
    LLaVA-1.5's own LoRA recipe; the papers train DDPO without LoRA.
@@ -119,9 +119,8 @@ class LossConfig(Training):
     """Options of the loss."""
 
     learning_rate: float | None = option(
-        None, "peak learning rate [5e-4, with --lora 3e-3; without an anchor 1e-5, 1e-3; of a "
+        None, "peak learning rate [3e-4, with --lora 3e-3; without an anchor 1e-5, 1e-3; of a "
         "model of 1B and more 5e-7 (paper), with --lora 2e-4]")
-    epochs: int = option(2, "passes over the data (paper: 7)")
     beta: float | None = option(None, "strength of the tie to the reference [5; without an anchor "
                                 "0.5 (paper), of sums 0.1 (release)]")
     gamma: float = option(5.0, "weight of corrected segments (paper; release: 1.1; 1: no segments)")
@@ -139,7 +138,7 @@ class LossConfig(Training):
 
     @property
     def rates(self) -> dict[str, float]:
-        return Training.rates | ({"small": 5e-4, "small lora": 3e-3} if self.anchor else {})
+        return Training.rates | ({"small": 3e-4, "small lora": 3e-3} if self.anchor else {})
 
 
 @dataclass

@@ -30,7 +30,7 @@ from torch import Tensor
 
 import parallel
 from algorithm import Data, Start
-from config import Training, option
+from config import option
 from data import Epochs, Example
 from ddpo import DDPO, LossConfig, PreferenceBatch, pair_scores
 from formats.readers import Pair
@@ -44,10 +44,6 @@ from scoring import SamplingConfig
 
 @dataclass
 class OnlineDDPOConfig(SamplingConfig, LossConfig):
-    learning_rate: float | None = option(
-        None, "peak learning rate [3e-4, with --lora 3e-3; of a model of 1B and more 5e-7, with "
-        "--lora 2e-4]")
-    rates = Training.rates | {"small": 3e-4, "small lora": 3e-3}
     epochs: int = option(3, "passes over the pairs of a round")
     rounds: int = option(4, "number of rounds that share the prompts", least=1)
     feedback: str = option("annotator", "the built-in world's annotator corrects completions; or a "

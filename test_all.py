@@ -239,7 +239,7 @@ def test_command_line_follows_the_dataclasses(capsys):
 
 def test_alignment_reduces_hallucination_from_end_to_end(tmp_path, monkeypatch, run_train):
     """The main job, small: sample, correct, align, measure. A fresh process does the same, and
-    LoRA at its own default rate makes at least 80 % of the reduction.
+    LoRA at its own default rate makes at least 80 % of the reduction at no more loss of coverage.
     """
     monkeypatch.chdir(tmp_path)
     command = ("--algo ddpo --corrections 128 --test_scenes 60 --epochs 6 --out out").split()
@@ -259,7 +259,7 @@ def test_alignment_reduces_hallucination_from_end_to_end(tmp_path, monkeypatch, 
     assert last["step"] == 24 and last["rewards/accuracies"] > 0.8
     run_train(*command[:-1], "lora", "--lora", 16)
     assert change("hallucination/any", "lora")[0] < 0.8 * change("hallucination/any")[0]
-    assert change("coverage", "lora")[0] > -0.05
+    assert change("coverage", "lora")[0] > change("coverage")[0] - 0.01
     shutil.move("out", "kept")
     shutil.rmtree("runs")  # the corrections are collected again
     again = subprocess.run(
@@ -5351,7 +5351,7 @@ def test_adapters_runs_and_towers_are_models(photos, tokenizer_model, tmp_path, 
     layer.adapters["x"].A.data.fill_(1), layer.adapters["x"].B.data.fill_(delta / 2)
     assert torch.equal(layer.merged("x", torch.float16), (layer.weight.float() + delta).half())
     shown = run_train(*own("two", "--model", tmp_path / "one/adapter"))
-    assert "learning rate 0.0005, that for all of a small model (--learning_rate)" in shown
+    assert "learning rate 0.0003, that for all of a small model (--learning_rate)" in shown
     assert opening.open_model(tmp_path / "two")[0].stored_dtype == torch.float16
     config_file = tmp_path / "one/adapter/adapter_config.json"
     damage(config_file, {"base_model_name_or_path": "us/gone"})
@@ -5373,7 +5373,7 @@ def test_large_models_get_the_papers_learning_rate(tmp_path):
               "config.json")
     lora, own = ("--lora", "8"), ("--learning_rate", "1e-2")
     for kind, more, large, small in (
-        ("ddpo", (), 5e-7, 5e-4), ("ddpo", lora, 2e-4, 3e-3), ("ddpo", own, 1e-2, 1e-2),
+        ("ddpo", (), 5e-7, 3e-4), ("ddpo", lora, 2e-4, 3e-3), ("ddpo", own, 1e-2, 1e-2),
         ("ddpo", ("--anchor", "0"), 5e-7, 1e-5), ("dpo", (), 5e-7, 1e-5),
         ("sft", (), 2e-5, 3e-4), ("sft", lora, 2e-4, 3e-3),
         ("rm", (), 1e-5, 1e-4), ("rm", lora, 2e-5, 3e-4), ("rm", (*lora, *own), 1e-2, 1e-2),
