@@ -22,10 +22,10 @@ released code (its `SFT_weight`) and RPO (arXiv 2404.19733) do:
 
     L + alpha * mean over the chosen response's tokens of -log p
 
-`--anchor 0` is the paper's loss to the letter, with its beta of 0.5. The defaults were chosen on the
-built-in world (CLAIMS.md). Means of log-probabilities differ by little, so with beta 0.5 the sigmoid
-hardly saturates there: `rewards/margins` ends near 0.25, and every pair pushes at nearly full
-strength until the last step. With beta 5 a pair counts less once it is told apart.
+`--anchor 0` is the paper's loss to the letter, with its beta of 0.5. The defaults were chosen on
+the built-in world (CLAIMS.md). Means of log-probabilities differ by little, so with beta 0.5 the
+sigmoid hardly saturates there: `rewards/margins` ends near 0.25, and every pair pushes at nearly
+full strength until the last step. With beta 5 a pair counts less once it is told apart.
 
 What this file does differently from the released code (RLHF-V/RLHF-V), and why:
 1. Gamma 5 and the mean are the paper's, whose beta is 0.5; the released command used beta 0.1,
@@ -36,7 +36,7 @@ What this file does differently from the released code (RLHF-V/RLHF-V), and why:
    both answers begin with the same one or two tokens, as in "The image", these count as corrected
    here. difflib's "autojunk", which the release leaves on, is off: it skips frequent tokens.
 4. AdamW's betas are (0.9, 0.95), the release's (0.9, 0.999): `--adam_beta2 0.999`. There are 3
-   passes over the data, in the paper 7: `--epochs 7`.
+   passes over the data, in the paper 7: `--epochs 7`, which is no better here (CLAIMS.md, passes).
 5. With `--lora` the learning rate of a model of 1B and more is 2e-4 and alpha twice the rank, as in
    LLaVA-1.5's own LoRA recipe; the papers train DDPO without LoRA.
 Like the released code, it computes the reference's scores once, before the first step.

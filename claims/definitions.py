@@ -111,7 +111,7 @@ CLAIMS = {claim.name: claim for claim in (
     Claim("few", "The same, with 200 corrections.", "RLHF-V, Figure 2",
           methods(FEW, " --corrections 200"), PAIRS,
           note="These are only 19 steps, so SFT and DDPO leave half as much at the larger of their "
-          "two rates as at 3e-4. DPO and the paper's loss hardly move at 3e-5; at 1e-4 they move, and "
+          "two rates as at 3e-4. DPO and the paper's loss hardly move at 3e-5; at 1e-4 they do and "
           "cost more than two points of coverage."),
     Claim("anchor", "The likelihood term needs a large weight, and beta must let the sigmoid "
           "saturate.", "ours",
