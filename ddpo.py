@@ -36,7 +36,7 @@ What this file does differently from the released code (RLHF-V/RLHF-V), and why:
    both answers begin with the same one or two tokens, as in "The image", these count as corrected
    here. difflib's "autojunk", which the release leaves on, is off: it skips frequent tokens.
 4. AdamW's betas are (0.9, 0.95), the release's (0.9, 0.999): `--adam_beta2 0.999`. There are 3
-   passes over the data, in the paper 7: `--epochs 7`, which is no better here (CLAIMS.md, passes).
+   passes over the data, in the paper 7: `--epochs 7` (CLAIMS.md compares them).
 5. With `--lora` the learning rate of a model of 1B and more is 2e-4 and alpha twice the rank, as in
    LLaVA-1.5's own LoRA recipe; the papers train DDPO without LoRA.
 Like the released code, it computes the reference's scores once, before the first step.
@@ -138,6 +138,7 @@ class LossConfig(Training):
 
     @property
     def rates(self) -> dict[str, float]:
+        # Without an anchor larger rates cost coverage (CLAIMS.md, methods).
         return Training.rates | ({"small": 3e-4, "small lora": 3e-3} if self.anchor else {})
 
 
