@@ -1533,7 +1533,7 @@ def test_rows_become_examples_with_their_facts(read_given, tokenizer, tmp_path):
         (example,) = read_given(
             ppo.PPO, captions="both.json", caption_type=kind, conversations=asked)
         assert example.facts == expected
-    with pytest.raises(ValueError, match="no captions for image .*aok_a.png"):
+    with pytest.raises(ValueError, match="no captions for image .*aok_a"):
         read_given(ppo.PPO, caption_type=2, conversations=asked)
     (tmp_path / "other.json").write_text(json.dumps({"b.png": ["a car"]}))
     for captions, phrase in (("other.json", r"rows.json row 1: no captions for .*a\.png"),
@@ -2696,7 +2696,7 @@ def test_questions_are_asked_as_the_papers_do(run_evaluate, monkeypatch):
     assert parts.SUFFIX == "Answer the question using a single word or phrase."
     pope, mmhal = "--pope set/pope/random.json", "--mmhal set/mmhal/response_template.json"
     for i, (command, *wanted) in enumerate((  # float32 for a stored float16 on a CPU
-        (f"{pope} --model half", "Is it 0?" + ending, 64),
+        (f"{pope} --model half --device cpu", "Is it 0?" + ending, 64),
         (f"{pope} --model half --dtype float16", "Is it 0?" + ending, 64, half),
         (f"{pope} --model one --suffix= --max_new_tokens 5", "Is it 0?", 5),
         ("--vqa set/vqa/val.jsonl --model one --suffix Short.", "What?\nShort.", 64),
@@ -4264,7 +4264,7 @@ def test_activation_estimate_is_near_what_autograd_keeps(checkpointing, half):
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and not {tensor.shape, tensor.mT.shape} & copied:
+        if storage.data_ptr() not in weights and not {tensor.shape, tensor.shape[::-1]} & copied:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -5547,7 +5547,7 @@ SHAPES = [  # R, V, D: ragged against tiles of 128 x 256 x 64, blocks of 4096 an
 def pieces(request, monkeypatch):
     """Run once as shipped, once cut so that small inputs take several chunks and slices."""
     if request.param == "pieces":
-        monkeypatch.setattr(fused, "chunk_rows", lambda weight: 7)
+        monkeypatch.setattr(fused, "chunk_rows", lambda inputs: 7)
         monkeypatch.setattr(fused, "slice_columns", lambda hidden: 200)
     return request.param
 
@@ -5586,9 +5586,10 @@ def as_float64(*tensors):
 
 def assert_within(ours, plain, truth, dtype, what):
     """ours is no further from the truth than plain is, but for chance: another order of the same
-    sum may round a logit the other way. One rounding (float32: 1e-6) more is allowed."""
+    sum may round a logit the other way. One rounding more is allowed (float32: 4e-6, as a kernel
+    sums thousands of products one by one)."""
     errors = [(x.detach().double() - truth).norm().item() for x in (ours, plain)]
-    slack = max(torch.finfo(dtype).eps / 2, 1e-6) * truth.norm().item() + 1e-12
+    slack = max(torch.finfo(dtype).eps / 2, 4e-6) * truth.norm().item() + 1e-12
     assert ours.shape == truth.shape and errors[0] <= errors[1] + slack, f"{what}: {errors}"
 
 
@@ -5618,6 +5619,20 @@ def test_kernels_values_and_gradients(job, shape, method, backend, pieces):
         assert all(x.dtype == dtype for x in gradients[0])
         for place, three in enumerate([*zip(*results), *zip(*gradients)]):
             assert_within(*three, dtype, f"result {place}, {dtype}")
+
+
+def test_kernels_chunks_are_nearly_equal_or_one():
+    """Cut at pairs; all rows at once where their logits take no more than a float32 sum of dW."""
+    bounds = [0, 5, 20, 30, 40, 60, 90]
+    assert fused.pair_chunks(bounds, 90) == [slice(0, 90)]
+    assert fused.pair_chunks(bounds, 60) == [slice(0, 40), slice(40, 90)]
+    assert fused.equal_chunks(range(11), 4) == [slice(0, 3), slice(3, 7), slice(7, 10)]
+    assert fused.pair_chunks(bounds, 1) == [slice(0, 20), slice(20, 40), slice(40, 90)]
+    rows = lambda R, dtype, trained: fused.chunk_rows(fused.Inputs(
+        None, torch.empty(R, 8, dtype=dtype), torch.empty(2**20, 8, dtype=dtype, device="meta"),
+        None, (True, trained)))
+    assert rows(16, torch.bfloat16, True) == 16 and rows(17, torch.bfloat16, True) == 4
+    assert rows(16, torch.bfloat16, False) == rows(16, torch.float32, True) == 4
 
 
 @backends
@@ -5839,13 +5854,14 @@ TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "b
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("name, D", [
-    ("tile_logp", 4096), ("tile_logp", 80), ("logp_rows", 0), ("gradient_rows", 0)])
+    ("tile_logp", 4096), ("tile_logp", 80), ("tile_logp", 81), ("logp_rows", 0),
+    ("gradient_rows", 0)])
 @pytest.mark.parametrize("dtype", TRITON_TYPES, ids=str)
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 def test_kernels_compile_ahead_of_time(arch, dtype, name, D, tmp_path):
     """Compile for sm_<arch> as a first launch would: within shared memory, no register spilled.
 
-    D = 4096 is a whole number of steps, D = 80 is not.
+    D = 4096 is a whole number of steps, D = 80 is not, and rows of 81 are not aligned.
     """
     triton = pytest.importorskip("triton")
     from kernels import triton_forward, triton_rows
@@ -5857,12 +5873,16 @@ def test_kernels_compile_ahead_of_time(arch, dtype, name, D, tmp_path):
     constants, options = dict(BLOCK=triton_rows.BLOCK), triton_rows.OPTIONS
     if D:
         tile = triton_forward.choose_tile(dtype, divmod(arch, 10), D)
+        if tile.copied:
+            types = types.replace("*{0} *{0}", "tensordesc<{0}[%d,%d]> tensordesc<{0}[%d,%d]>" % (
+                tile.rows, tile.width, tile.vocab, tile.width))
         constants = dict(TILE_R=tile.rows, TILE_V=tile.vocab, TILE_D=tile.width,
-                         WHOLE_D=D % tile.width == 0, PRECISION="ieee")
+                         COPIED=tile.copied, WHOLE_D=D % tile.width == 0, PRECISION="ieee")
         options = dict(num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
     names = [name for name in kernel.arg_names if name not in constants]
     kinds = dict(zip(names, types.format(TRITON_TYPES[dtype]).split()))
-    places = [kernel.arg_names.index(name) for name in names if name != "R"]  # multiples of 16
+    places = [kernel.arg_names.index(name) for name in names  # multiples of 16
+              if name != "R" and "tensordesc" not in kinds[name]]
     compiled = triton.compile(
         triton.compiler.ASTSource(
             kernel, dict.fromkeys(kernel.arg_names, "constexpr") | kinds, constants,
@@ -5870,6 +5890,7 @@ def test_kernels_compile_ahead_of_time(arch, dtype, name, D, tmp_path):
         target=triton.backends.compiler.GPUTarget("cuda", arch, 32), options=options)
     if D and arch == 90 and dtype != torch.float32:
         assert "wgmma" in compiled.asm["ptx"]
+        assert ("cp.async.bulk" in compiled.asm["ptx"]) == (D % 8 == 0)
     assert compiled.metadata.shared <= SHARED_LIMIT[arch]
     # Read from the cubin, as only the one of Triton's two ptxas that made it knows the PTX.
     (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])

@@ -44,6 +44,11 @@ class Options:
     device: str = option("cuda" if GPU else "cpu", "where to run", choices=("cuda", "cpu"))
     repeats: int = option(20 if GPU else 5, "measured turns", least=1)
 
+    @property
+    def bounds(self) -> list[int]:
+        """The row where each response begins, and R."""
+        return list(range(0, (2 * self.pairs + 1) * self.response, self.response))
+
 
 class Inputs(NamedTuple):
     hidden: Tensor  # (R, D)
@@ -78,15 +83,16 @@ PEERS = {  # (hidden, weight, target) -> log-probs
 }
 
 
-def make_cases() -> dict[str, dict[str, Callable]]:
-    """Return {job: {name: function of the inputs}}."""
+def make_cases(bounds: list[int]) -> dict[str, dict[str, Callable]]:
+    """Return {job: {name: function of the inputs}}; the trainer knows the bounds, too."""
     plain = lambda function: {"eager": function, "torch.compile": torch.compile(function)}
-    ours = lambda function: {"ours B (chunks)": partial(function, method="chunks"),
-                             "ours C (slices)": partial(function, method="slices")}
+    ours = lambda function, **known: {
+        f"ours {name}": partial(function, method=method, **known)
+        for name, method in (("B (chunks)", "chunks"), ("C (slices)", "slices"))}
     return {
         FORWARD: plain(reference.token_logp) | {"ours A (forward)": kernels.token_logp},
         GRADIENTS: plain(reference.token_logp) | PEERS | ours(kernels.token_logp),
-        DDPO: plain(reference.ddpo_loss) | ours(kernels.ddpo_loss),
+        DDPO: plain(reference.ddpo_loss) | ours(kernels.ddpo_loss, bounds=bounds),
     }
 
 
@@ -150,7 +156,7 @@ def head_rows(options: Options) -> Iterator[Row]:
     """Yield the rows of both heads and all jobs."""
     for head in ("frozen", "trained"):
         x = make_inputs(options, head == "frozen")
-        for job, functions in make_cases().items():
+        for job, functions in make_cases(options.bounds).items():
             yield from ({"head": head, **row} for row in job_rows(job, functions, x, options))
 
 

@@ -8,11 +8,11 @@ dW = dz^T H), which `bench.py` calls the matmul floor.
 
             V                                        V = slices of at least 1024
         +-----------------------+                    +-----+-----+-----+-----+
-     R  |  pairs 0..9           | chunk 0        R   |     |     |     |     |
+     R  |  pairs 0..10          | chunk 0        R   |     |     |     |     |
         +-----------------------+                    |  0  |  1  |  2  | ... |
-        |  pairs 10..18         | chunk 1            |     |     |     |     |
+        |  pairs 11..20         | chunk 1            |     |     |     |     |
         +-----------------------+                    +-----+-----+-----+-----+
-        |  pairs 19..31         | chunk 2
+        |  pairs 21..31         | chunk 2
         +-----------------------+
 
 B turns a chunk of logits into dz in place, writes dH of those rows and adds to dW. For the DDPO
@@ -25,9 +25,12 @@ writes that slice of dW once, in its final precision, and adds to dH: 4 products
 inputs and gradients, at R = 6400, V = 32064, D = 4096, bfloat16:
 
                 B                                          C
-    logits      ~2090 rows x V           134 MB            R x 2560            33 MB
-    sums        dW, float32              525 MB            dH, float32        105 MB
-                (none if the head is frozen or one chunk holds all rows)
+    logits      frozen head: 1600 rows   103 MB            R x 5120            66 MB
+                trained: all rows        410 MB
+    sums        none                                       dH, float32        105 MB
+
+Several chunks need a float32 sum of dW, V D numbers. So with a trained head B takes all rows at
+once where their logits are no larger: up to R = 2 D, in half precision.
 
 A, B and C round logits to the precision of the hidden states before the softmax, as a model's own
 head does. So a policy equal to its reference scores the same, and lse matches the logits that the
@@ -36,7 +39,8 @@ for the rare logit whose rounding depends on the order of a sum. Softmax, scores
 all sums over pieces are float32.
 """
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -49,7 +53,7 @@ from .reference import preference
 # Logits held at a time. On a GPU enough for full-speed products; on a CPU (16 MB in float32) more
 # are no faster.
 CHUNK_ELEMENTS = {"cuda": 2**26, "cpu": 2**22}  # B
-SLICE_ELEMENTS = {"cuda": 2**24, "cpu": 2**22}  # C
+SLICE_ELEMENTS = {"cuda": 2**25, "cpu": 2**22}  # C
 SLICE_LEAST = 1024  # C: a narrower slice leaves the matmul too little work per row of W
 
 Gradients = tuple[Tensor | None, Tensor | None]  # dH (R, D) and dW (V, D), where needed
@@ -127,7 +131,7 @@ class DDPOLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, method, hidden, weight, target, pairs):
         inputs = Inputs(backend, hidden, weight, target, ctx.needs_input_grad[2:4])
-        ctx.unit = gradient_unit(pairs)
+        ctx.unit, ctx.dtypes = gradient_unit(pairs), (hidden.dtype, weight.dtype)
         # Without gradients the logits have no second use: C's first pass keeps none.
         compute = ddpo_by_chunks if method == "chunks" and any(inputs.needs) else ddpo_by_slices
         results, ctx.gradients = compute(inputs, pairs, ctx.unit)
@@ -142,10 +146,9 @@ class DDPOLoss(torch.autograd.Function):
                 "backward through ddpo_loss a second time: the first one scaled the gradients in "
                 "place to save memory; call ddpo_loss again")
         gradients, ctx.gradients = ctx.gradients, None
-        for gradient in gradients:
-            if gradient is not None:
-                scale_(gradient, grad_loss * ctx.unit)
-        return None, None, *gradients, None, None
+        scaled = (each if each is None else rescale(each, grad_loss * ctx.unit, dtype)
+                  for each, dtype in zip(gradients, ctx.dtypes))
+        return None, None, *scaled, None, None
 
 
 def preference_of(logp: Tensor, pairs: Pairs, unit: Tensor) -> tuple[Results, Tensor]:
@@ -172,7 +175,7 @@ def ddpo_by_chunks(inputs: Inputs, pairs: Pairs, unit: Tensor) -> tuple[Results,
         parts.append(results)
         return lse, scale
 
-    chunks = pair_chunks(pairs.bounds, chunk_rows(inputs.weight))
+    chunks = pair_chunks(pairs.bounds, chunk_rows(inputs))
     gradients = by_chunks(inputs, chunks, coefficients)
     losses, *rest = zip(*parts)
     return (torch.stack(losses).sum(), *map(torch.cat, rest)), gradients
@@ -190,7 +193,7 @@ def logp_by_chunks(inputs: Inputs) -> tuple[Tensor, Tensor]:
 def by_chunks(inputs: Inputs, chunks: list[slice], coefficients: Callable) -> Gradients:
     """Return dH and dW, where needed; coefficients(rows, logits) gives lse and scale of a chunk.
 
-    A dW summed over several chunks is float32, which autograd rounds to the weight's dtype.
+    A dW summed over several chunks is float32.
     """
     backend, hidden, weight, target, needs = inputs
     sum_dtype = torch.float32 if len(chunks) > 1 else weight.dtype
@@ -215,22 +218,33 @@ def chunk_logits(inputs: Inputs, chunks: list[slice]) -> Iterator[tuple[slice, T
         yield rows, torch.mm(inputs.hidden[rows], inputs.weight.T, out=out)
 
 
-def chunk_rows(weight: Tensor) -> int:
+def chunk_rows(inputs: Inputs) -> int:
+    (R, D), weight = inputs.hidden.shape, inputs.weight
+    if inputs.needs[1] and weight.element_size() == 2 and R <= 2 * D:
+        return max(1, R)  # R V half-precision logits, no more bytes than a float32 sum of dW
     return max(1, CHUNK_ELEMENTS["cuda" if weight.is_cuda else "cpu"] // len(weight))
 
 
 def row_chunks(inputs: Inputs) -> list[slice]:
-    R, step = len(inputs.hidden), chunk_rows(inputs.weight)
-    return [slice(start, min(start + step, R)) for start in range(0, max(R, 1), step)]
+    return equal_chunks(range(len(inputs.hidden) + 1), chunk_rows(inputs))
 
 
 def pair_chunks(bounds: list[int], most_rows: int) -> list[slice]:
-    """Cut the rows between pairs into chunks of at most `most_rows`, or of one pair."""
-    cuts = [0]
-    for start, stop in zip(bounds[2::2], bounds[4::2]):
-        if stop - cuts[-1] > most_rows:
-            cuts.append(start)
-    return [slice(*ends) for ends in pairwise([*cuts, bounds[-1]])]
+    """Cut the rows between pairs."""
+    return equal_chunks(bounds[::2], most_rows)
+
+
+def equal_chunks(places: Sequence[int], most_rows: int) -> list[slice]:
+    """Cut rows at some of these places, from the first to the last, into nearly equal chunks.
+
+    A chunk has `most_rows` at the most, but for the distance to the nearest place.
+    """
+    rows, cuts = places[-1], {0, places[-1]}
+    pieces = -(-rows // most_rows)
+    for exact in (rows * k / pieces for k in range(1, pieces)):
+        after = bisect_left(places, exact)
+        cuts.add(min(places[after - 1 : after + 1], key=lambda place: abs(place - exact)))
+    return [slice(*ends) for ends in pairwise(sorted(cuts))] or [slice(0, 0)]
 
 
 # C ------------------------------------------------------------------------------------------
@@ -331,8 +345,13 @@ def gradient_unit(pairs: Pairs) -> Tensor:
     return torch.exp2(largest.log2().ceil() + 4)
 
 
-def scale_(matrix: Tensor, factor: Tensor) -> None:
-    """Multiply matrix by factor in place, in float32: a factor rounded to the matrix's own half
-    precision would be off by 0.4 %, or zero."""
-    for rows in matrix.split(4096):
-        rows.copy_(rows.float() * factor)
+def rescale(matrix: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return matrix * factor in a dtype; in place if that is the matrix's own.
+
+    Multiplied in float32, where a factor in half precision would be off by 0.4 % or zero, and
+    rounded once.
+    """
+    out = matrix if matrix.dtype == dtype else torch.empty_like(matrix, dtype=dtype)
+    for rows, place in zip(matrix.split(4096), out.split(4096)):  # on a CPU, float32 copies of them
+        torch.mul(rows, factor.view(1), out=place)  # a scalar would take on the matrix's dtype
+    return out
