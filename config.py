@@ -105,7 +105,7 @@ class Run:
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, more time")
     image_mode: str = option("auto", "pad: to a square, as in LLaVA-1.5; crop: the middle; "
                              "auto: as the model's folder says", choices=("auto", "pad", "crop"))
-    test_scenes: int = option(500, "held-out scenes of the evaluation (built-in world)")
+    test_scenes: int = option(300, "held-out scenes of the evaluation (built-in world)")
     save_every: int = option(100, "steps between checkpoints", least=1)
     log_every: int = option(10, "steps between lines of metrics.jsonl", least=1)
     tensorboard: bool = option(False, "also write the metrics as events for TensorBoard")

@@ -61,6 +61,7 @@ from config import Corrected, Training, option
 from data import Batch, Epochs, Example, collate_for, micro_batches, pair_tokens, row_length
 from formats.checkpoint import fingerprint
 from formats.files import read_json, write_atomic
+from formats.runs import read_replaced
 from model import LLaVA
 
 
@@ -225,7 +226,8 @@ def reference_scores(start: Start, config: DDPOConfig, data: Data) -> dict[str, 
 
     The reference is the model before its first step. Its scores are computed once, under the
     autocast of training, and kept in the run's folder: computed at every step, as usual trainers
-    do, they would take a third of the time. Several processes compute a share each.
+    do, they would take a third of the time. A run that replaces one with the same pairs takes its
+    scores. Several processes compute a share each.
 
     Raises:
         ValueError: the folder holds scores of another model, other data or settings; or a score
@@ -234,11 +236,14 @@ def reference_scores(start: Start, config: DDPOConfig, data: Data) -> dict[str, 
     key = (f"{fingerprint(start.model)} {data.digest()} normalize={config.normalize} "
            f"bfloat16={start.bfloat16}")
     path = start.folder / "reference.json"
-    if saved := parallel.once(lambda: read_json(path) if path.exists() else None):
-        if saved.get("key") != key:
-            raise ValueError(f"{path} belongs to another model, other data or settings; delete it")
-        return saved["scores"]
-    scores = pair_scores(start.model, data.train, start, config, "reference")
+    saved = parallel.once(lambda: read_json(path) if path.exists() else None)
+    if saved and saved.get("key") != key:
+        raise ValueError(f"{path} belongs to another model, other data or settings; delete it")
+    saved = saved or parallel.once(lambda: read_replaced(path))
+    if saved.get("key") == key:
+        scores = saved["scores"]
+    else:
+        scores = pair_scores(start.model, data.train, start, config, "reference")
     parallel.once(lambda: write_atomic(path, {"key": key, "scores": scores}))
     return scores
 

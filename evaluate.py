@@ -72,7 +72,7 @@ def make_parser(**options) -> ArgumentParser:
     add("--reward_model", metavar="DIR", help="run of train.py --algo rm, for --best_of")
     add("--captions", metavar="FILE", help="image_to_caption.json, for one trained with facts")
     add("--output", metavar="DIR", help="folder for answers and scores")
-    add("--scenes", type=count, metavar="N", help="of the built-in world [500]")
+    add("--scenes", type=count, metavar="N", help="of the built-in world [300]")
     add("--max_new_tokens", type=count, metavar="N", help="longest answer; default: by the task")
     add("--temperature", type=number(float, 0), metavar="T",
         help="0: greedy; default: 0, with --best_of 1")

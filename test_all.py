@@ -883,13 +883,24 @@ def test_margin_is_0_where_policy_is_reference(tiny, tmp_path, lora, dtype, fuse
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_reference_is_kept_for_its_own_data_and_precision(tiny, tmp_path):
+def test_reference_is_kept_for_its_own_data_and_precision(tiny, tmp_path, monkeypatch):
     examples = [random_example(i) for i in range(3)]
     first = make_ddpo(tiny, examples, tmp_path).reference
     assert make_ddpo(tiny, examples, tmp_path).reference == first  # read back
     for changed, settings in ((examples, {"normalize": False}), (examples[:2], {})):
         with pytest.raises(ValueError, match="reference.json belongs to another"):
             make_ddpo(tiny, changed, tmp_path, **settings)
+    aside = tmp_path / runs.ASIDE / "reference.json"  # of a run that this one replaces
+    aside.parent.mkdir()
+    (tmp_path / aside.name).rename(aside)
+    with monkeypatch.context() as patch:
+        patch.setattr(ddpo, "pair_scores", None)
+        assert make_ddpo(tiny, examples, tmp_path).reference == first
+    assert json.loads((tmp_path / aside.name).read_text())["scores"] == first
+    for broken in ("{", json.dumps({"key": "another", "scores": {}})):
+        aside.write_text(broken)
+        (tmp_path / aside.name).unlink()
+        assert make_ddpo(tiny, examples, tmp_path).reference == first
 
 
 def test_supervised_loss_by_hand():

@@ -35,7 +35,7 @@ MMHAL_QUESTIONS = {  # the question of a record for each of MMHal's kinds but "h
 }
 FREQUENT = 5  # objects of a setting that Delta counts; the paper takes 10 of COCO's 80
 
-SCENES = 500
+SCENES = 300
 DESCRIPTION_TOKENS = 128  # twice the longest true description
 YES_OR_NO_TOKENS = 6  # enough to tell which
 SHORT_TOKENS = 16  # enough for every true answer to a short question

@@ -77,6 +77,13 @@ def restore(folder: Path) -> None:
         aside.rmdir()
 
 
+def read_replaced(path: Path) -> dict:
+    """Return the content of a JSON file set aside; an empty dict if it is absent or broken."""
+    with contextlib.suppress(ValueError, OSError):
+        return read_json(path.parent / ASIDE / path.name)
+    return {}
+
+
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[None]:
     """Delete the files set aside if this block succeeds; else put them back."""
