@@ -2,15 +2,17 @@
 
 import fcntl
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from glob import escape
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
 from data import prompt_text, prompt_tokens
-from formats.files import jsonl, parse_json
+from formats.files import jsonl, parse_json, write_atomic
 from formats.readers import image_of, read_records
 from formats.rows import DataError, Source, open_image, skipping, whole_rows
 from formats.tokenizer import IMAGE, Tokenizer
@@ -127,12 +129,9 @@ def answer_file(
     Returns all rows. ValueError if the file answers other questions or is another model's.
     """
     wanted = [{**each.fields, "by": by} for each in questions]
-    with path.open("ab") as file, progress_bar(len(wanted), path.stem) as bar:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{path}: another command is writing it; choose another --output"
-                             ) from None
+    with ExitStack() as opened:
+        file = opened.enter_context(open_locked(path))
+        bar = opened.enter_context(progress_bar(len(wanted), path.stem))
         rows = whole_lines(path)
         fits = (want.items() <= row.items() for row, want in zip(rows, wanted))
         if len(rows) > len(wanted) or not all(fits):
@@ -145,12 +144,12 @@ def answer_file(
             batch = slice(start, start + batch_size)
             answer_batch(respond, questions[batch], wanted[batch], seed + start, skip)
             rows[batch] = wanted[batch]
-        lines = path.read_bytes().splitlines(keepends=True)
         if mended:
-            lines = jsonl(rows).encode().splitlines(keepends=True)
-            file.truncate(0)
-            file.write(b"".join(lines))
-        file.truncate(sum(map(len, lines[: len(rows)])))
+            write_atomic(path, jsonl(rows))
+            file = opened.enter_context(open_locked(path))  # another file now
+        else:
+            lines = path.read_bytes().splitlines(keepends=True)
+            file.truncate(sum(map(len, lines[: len(rows)])))
         bar.update(len(rows))
         for start in range(len(rows), len(wanted), batch_size):
             batch = slice(start, start + batch_size)
@@ -160,6 +159,18 @@ def answer_file(
             rows += wanted[batch]
             bar.update(len(wanted[batch]))
     return rows
+
+
+def open_locked(path: Path) -> BinaryIO:
+    """Open a file to append to, for this command alone."""
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{path}: another command is writing it; choose another --output"
+                         ) from None
+    return file
 
 
 def readable(
