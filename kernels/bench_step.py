@@ -49,7 +49,7 @@ RATE, BETA = 1e-6, 0.5
 class Options:
     pairs: int = option(8 if GPU else 4, "per step", least=1)
     width: int = option(2048 if GPU else 512, "of the decoder, a multiple of 64", least=64)
-    layers: int = option(24 if GPU else 8, "of the decoder", least=1)
+    layers: int = option(16 if GPU else 8, "of the decoder", least=1)
     device: str = option("cuda" if GPU else "cpu", "where to run", choices=("cuda", "cpu"))
     vocab: int = option(640, "size of the vocabulary")
     repeats: int = option(5, "measured turns", least=1)
