@@ -5633,12 +5633,12 @@ def test_kernels_values_and_gradients(job, shape, method, backend, pieces):
 
 
 def test_kernels_chunks_are_nearly_equal_or_one():
-    """Cut at pairs; all rows at once where their logits take no more than a float32 sum of dW."""
-    bounds = [0, 5, 20, 30, 40, 60, 90]
-    assert fused.pair_chunks(bounds, 90) == [slice(0, 90)]
-    assert fused.pair_chunks(bounds, 60) == [slice(0, 40), slice(40, 90)]
+    """Cut at given places; all rows at once where their logits take no more than a float32 sum of dW."""
+    places = [0, 20, 40, 90]
+    assert fused.equal_chunks(places, 90) == [slice(0, 90)]
+    assert fused.equal_chunks(places, 60) == [slice(0, 40), slice(40, 90)]
     assert fused.equal_chunks(range(11), 4) == [slice(0, 3), slice(3, 7), slice(7, 10)]
-    assert fused.pair_chunks(bounds, 1) == [slice(0, 20), slice(20, 40), slice(40, 90)]
+    assert fused.equal_chunks(places, 1) == [slice(0, 20), slice(20, 40), slice(40, 90)]
     rows = lambda R, dtype, trained: fused.chunk_rows(fused.Inputs(
         None, torch.empty(R, 8, dtype=dtype), torch.empty(2**20, 8, dtype=dtype, device="meta"),
         None, (True, trained)))

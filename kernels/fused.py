@@ -29,8 +29,8 @@ inputs and gradients, at R = 6400, V = 32064, D = 4096, bfloat16:
                 trained: all rows        410 MB
     sums        none                                       dH, float32        105 MB
 
-Several chunks need a float32 sum of dW, V D numbers. So with a trained head B takes all rows at
-once where their logits are no larger: up to R = 2 D, in half precision.
+Several chunks need a float32 sum of dW. So with a trained head in half precision B takes all rows
+at once where their logits are no larger: up to R = 2 D.
 
 A, B and C round logits to the precision of the hidden states before the softmax, as a model's own
 head does. So a policy equal to its reference scores the same, and lse matches the logits that the
@@ -175,7 +175,7 @@ def ddpo_by_chunks(inputs: Inputs, pairs: Pairs, unit: Tensor) -> tuple[Results,
         parts.append(results)
         return lse, scale
 
-    chunks = pair_chunks(pairs.bounds, chunk_rows(inputs))
+    chunks = equal_chunks(pairs.bounds[::2], chunk_rows(inputs))  # cut between pairs
     gradients = by_chunks(inputs, chunks, coefficients)
     losses, *rest = zip(*parts)
     return (torch.stack(losses).sum(), *map(torch.cat, rest)), gradients
@@ -227,11 +227,6 @@ def chunk_rows(inputs: Inputs) -> int:
 
 def row_chunks(inputs: Inputs) -> list[slice]:
     return equal_chunks(range(len(inputs.hidden) + 1), chunk_rows(inputs))
-
-
-def pair_chunks(bounds: list[int], most_rows: int) -> list[slice]:
-    """Cut the rows between pairs."""
-    return equal_chunks(bounds[::2], most_rows)
 
 
 def equal_chunks(places: Sequence[int], most_rows: int) -> list[slice]:
