@@ -5646,6 +5646,15 @@ def test_kernels_chunks_are_nearly_equal_or_one():
     assert rows(16, torch.bfloat16, False) == rows(16, torch.float32, True) == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kernels_rescale_in_float32(dtype):
+    """1 + 2^-8 would be 1 in bfloat16, and 1.5 of it 1.5."""
+    matrix, factor = torch.full((5000, 2), 1.5, dtype=dtype), torch.tensor(1 + 2**-8)
+    found = fused.rescale(matrix, factor, torch.bfloat16)
+    assert found.dtype == torch.bfloat16 and (found == 1.5078125).all()
+    assert (found is matrix) == (dtype == torch.bfloat16)
+
+
 @backends
 def test_kernels_large_logits(backend):
     """The online softmax subtracts the peak: logits of 10,000 and equal logits are no problem."""
