@@ -5633,7 +5633,7 @@ def test_kernels_values_and_gradients(job, shape, method, backend, pieces):
 
 
 def test_kernels_chunks_are_nearly_equal_or_one():
-    """Cut at given places; all rows at once where their logits take no more than a float32 sum of dW."""
+    """All rows at once where their logits take no more than a float32 sum of dW would."""
     places = [0, 20, 40, 90]
     assert fused.equal_chunks(places, 90) == [slice(0, 90)]
     assert fused.equal_chunks(places, 60) == [slice(0, 40), slice(40, 90)]
@@ -5677,6 +5677,17 @@ def test_kernels_without_rows_or_gradient(method, backend):
         with torch.set_grad_enabled(graded):
             found = kernels.token_logp(hidden, weight, target, method, backend)
         assert found.requires_grad == graded and torch.allclose(found, expected, atol=1e-5)
+
+
+@backends
+def test_kernels_take_matrices_at_any_address(backend):
+    """The copy engine's descriptors begin at multiples of 16 bytes; views need not."""
+    hidden, weight, target = make_head(5, 40, 16, torch.float16)
+    moved = hidden.new_empty(5 * 16 + 1)[1:].view(5, 16).copy_(hidden.detach())
+    with torch.no_grad():
+        expected, found = (kernels.token_logp(x, weight, target, None, backend)
+                           for x in (hidden, moved))
+    assert moved.data_ptr() % 16 and torch.equal(found, expected)
 
 
 @backends

@@ -13,7 +13,7 @@ number per row, the tile's own log-sum-exp (`reference.py` derives why these can
     of 128 |      |      |      |     |//|                                  over D in steps of 64
            +------+------+------+- - -+--+
            |//////////////////////////|//|        // past the end: loads repeat the last row or
-           +------+------+------+- - -+--+        column, results are masked
+           +------+------+------+- - -+--+        column or bring zeros, results are masked
 
     tile_lse[r, j]  = log sum over the tile's columns of exp(acc[r, :])     (R, V / 256) float32
     target_logit[r] = acc[r, t_r], written by the one tile whose columns hold t_r
@@ -52,7 +52,7 @@ def choose_tile(dtype: torch.dtype, capability: tuple[int, int], D: int) -> Tile
       numbers are 147 KB of the 227 KB of shared memory. With 4 warps the accumulator would spill.
     * Others: steps of 32 need a third of that, which consumer cards (99 KB) have as well.
     * From 9.0 on a copy engine brings whole tiles, zero past the end of the matrix, if rows begin
-      at multiples of 16 bytes. With the threads' own loads, A takes 1.2 times as long on an H200.
+      at multiples of 16 bytes. On an H200 the threads' own loads took 1.2 times as long.
     * float32 passes through registers, and without the engine a D that is not a multiple of the
       step needs masks in the inner loop: smaller tiles.
     """
