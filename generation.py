@@ -1,6 +1,7 @@
 """Decoding: a prompt is computed once, and its samples are decoded as branches of it.
 
-The keys and values of a batch lie in buffers of fixed size, one slot per token:
+What several prompts about one image begin with is computed once, too. The keys and values of a
+batch lie in buffers of fixed size, one slot per token:
 
     slot      0 .. width - 1      width, +1, ..       ..                       .. slots - 1
               prompt (trunk)      step 0: sample 1..k | step 1: sample 1..k |  ..  | unused
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from data import prompt_text, prompt_tokens, split
 from formats.tokenizer import IMAGE
-from model import LLaVA, TextConfig, product_dtype, rotary
+from model import LLaVA, TextConfig, attention_mask, product_dtype, rotary
 from parallel import Draws
 from vision import ImageSettings, preprocess
 
@@ -79,7 +80,7 @@ def generate(
     model: LLaVA, images: Tensor | None, prompts: list[Tensor], max_new_tokens: int = 256,
     temperature: float = 0.0, samples: int = 1, generator: torch.Generator | Draws | None = None,
     on_token: Callable[[Tensor], None] | None = None, compiled: bool = False,
-    on_logp: Callable[[Tensor], None] | None = None,
+    on_logp: Callable[[Tensor], None] | None = None, image_of: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """Decode a batch of prompts: each prompt is computed once, its samples are branches of it.
 
@@ -94,6 +95,8 @@ def generate(
         compiled: decode with `torch.compile`, as CUDA graphs on a GPU (see `worth_compiling`).
         on_logp: called once with (R,) float32 log-probabilities of the new tokens, one completion
             after another, at the temperature (1 if that is 0).
+        image_of: the place in `images` of each prompt's image. What all prompts begin with, at
+            least up to the image's end, is computed once per image. None: an image per prompt.
 
     Returns:
         len(prompts) * samples 1-D token tensors, the samples of one prompt side by side. The draws
@@ -107,9 +110,10 @@ def generate(
     if min(max_new_tokens, context - width) < 1:
         raise ValueError(f"a prompt of {width} tokens leaves no room for an answer in a context of "
                          f"{context}")
+    logits, start = prefill(model, images, prompts, samples, steps, image_of)
     completions, logp = decode_steps(
-        model, *prefill(model, images, prompts, samples, steps), width, steps, temperature,
-        generator, on_token, compiled, on_logp is not None)
+        model, logits, start, width, steps, temperature, generator, on_token, compiled,
+        on_logp is not None)
     inside = completions != model.config.pad_token
     with torch.inference_mode(False):  # autograd accepts the tensors made here
         if on_logp:
@@ -173,7 +177,8 @@ def decode_steps(
 
 
 def prefill(
-    model: LLaVA, images: Tensor | None, prompts: list[Tensor], samples: int, steps: int
+    model: LLaVA, images: Tensor | None, prompts: list[Tensor], samples: int, steps: int,
+    image_of: Sequence[int] | None = None,
 ) -> tuple[Tensor, Decoding]:
     """Compute the prompts; return the first new token's logits (B, samples, V) and the state."""
     device = model.head.weight.device
@@ -183,13 +188,23 @@ def prefill(
     rows, width = tokens.shape
     slots = -(-(width + steps * samples) // SLOTS) * SLOTS
     weight = model.decoder.embed_tokens.weight
-    cache = KVCache(model.config.text, rows, slots, device, product_dtype(weight))
     slot = torch.arange(slots, device=device)
     inside = slot < length[:, None]  # (B, slots)
+    causal = attention_mask(inside[:, :width].long() - 1)  # (B, 1, T, T)
+    first = rows if image_of is None else len(images)
+    cache = KVCache(model.config.text, first, slots, device, product_dtype(weight))
+    shared = 0  # tokens that all prompts begin with, computed once per image
+    if image_of is not None:
+        alike = (tokens == tokens[0]).all(dim=0)[: min(map(len, prompts)) - 1]
+        shared = int(alike.long().cumprod(0).sum())
+        model(images, tokens[:first, :shared], slot[:shared].expand(first, -1),
+              mask=causal[:first, :, :shared, :shared], cache=cache, slots=slot[:shared])
+        images = None
+        cache.keep(torch.tensor(image_of, device=device))
     hidden = model(
-        images, tokens, slot[:width].expand(rows, -1), inside[:, :width].long() - 1,
-        cache=cache, slots=slot[:width])  # (B, T, D)
-    logits = model.head(hidden[torch.arange(rows, device=device), length - 1])  # (B, V)
+        images, tokens[:, shared:], slot[shared:width].expand(rows, -1),
+        mask=causal[:, :, shared:], cache=cache, slots=slot[shared:width])  # (B, T - shared, D)
+    logits = model.head(hidden[torch.arange(rows, device=device), length - 1 - shared])  # (B, V)
     mask = torch.zeros(rows, samples, slots, dtype=cache.k[0].dtype, device=device)
     return logits.unsqueeze(1).expand(-1, samples, -1), Decoding(
         row=torch.arange(rows, device=device),
@@ -270,7 +285,7 @@ def progress_bar(total: int, label: str | None):
 
 
 def answers(
-    model: LLaVA, tokenizer, settings: ImageSettings, images: Sequence[Image.Image] | Tensor,
+    model: LLaVA, tokenizer, settings: ImageSettings, images: Sequence[Image.Image | Tensor],
     questions: Sequence[str], max_new_tokens: int = 128, temperature: float = 0.0,
     samples: int = 1, seed: int = 0, batch_size: int = 64, progress: str | None = None,
     compiled: bool | None = None,
@@ -278,12 +293,14 @@ def answers(
     """Answer questions about images, one image and one question each.
 
     Args:
-        images: one per question: Pillow images, or features (N, patches, D_vision) of the tower.
+        images: one per question: Pillow images, or the tower's features (patches, D_vision). The
+            same object several times is computed once, so questions about one image cost less.
         questions: without `<image>` and template; both are added.
         max_new_tokens: per answer.
         temperature: 0 is greedy; above 0 draws from a generator seeded by (seed, batch index).
         samples: answers per question.
-        batch_size: questions per batch; prompts of similar length go together.
+        batch_size: questions per batch; those about one image go together, or else prompts of
+            similar length.
         progress: label of a progress bar; None shows none.
         compiled: see `generate`; None leaves it to `worth_compiling`.
 
@@ -297,18 +314,22 @@ def answers(
                for question in questions]
     if compiled is None:
         compiled = worth_compiling(like.device, len(prompts) / batch_size * max_new_tokens)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    images = list(images)  # of a tensor, every access would make another object
+    first = {}
+    which = [first.setdefault(id(image), i) for i, image in enumerate(images)]
+    shared = len(first) < len(images)
+    order = sorted(range(len(prompts)), key=lambda i: (shared and which[i], len(prompts[i])))
     texts = [""] * (len(prompts) * samples)
     with progress_bar(len(prompts), progress) as bar:
         for index, rows in enumerate(split(order, batch_size)):
-            if isinstance(images, Tensor):
-                batch = images[rows]
-            else:
-                batch = pixels_of([images[i] for i in rows], settings)
+            distinct = list(dict.fromkeys(which[i] for i in rows))
+            image_of = [distinct.index(which[i]) for i in rows] if shared else None
+            found = [images[i] for i in distinct]
+            batch = torch.stack(found) if torch.is_tensor(found[0]) else pixels_of(found, settings)
             generator = torch.Generator(like.device).manual_seed(seed * 1_000_003 + index)
             out = generate(
                 model, batch.to(like), [prompts[i] for i in rows], max_new_tokens, temperature,
-                samples, generator, compiled=compiled)
+                samples, generator, compiled=compiled, image_of=image_of)
             for k, tokens in enumerate(out):
                 row = rows[k // samples] * samples + k % samples
                 texts[row] = tokenizer.decode(tokens).strip()

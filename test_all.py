@@ -4073,7 +4073,7 @@ def test_decoding_compiles_itself_where_that_pays(tiny_world, tokenizer, monkeyp
     assert asked == [(cpu, 6), (cpu,)]  # one batch and a half of four steps
 
 
-def test_answers_keep_the_order_of_the_questions(tiny_world, tokenizer):
+def test_answers_keep_the_order_of_the_questions(tiny_world, tokenizer, monkeypatch):
     setup = (tiny_world, tokenizer, IMAGES)
     ask = lambda images, texts, **more: generation.answers(*setup, images, texts, 8, **more)
     images = [world.draw(world.make_scene(i), 12) for i in range(5)]
@@ -4084,6 +4084,13 @@ def test_answers_keep_the_order_of_the_questions(tiny_world, tokenizer):
     assert ask(images, texts, batch_size=2) == ask(features, texts) == apart
     with pytest.raises(ValueError, match="5 images for 1 questions"):
         ask(images, ["Why?"])
+    shared = [images[i] for i in (0, 1, 0, 1, 0)]  # the same pictures several times
+    apart_too = [ask([image], [text])[0] for image, text in zip(shared, texts)]
+    opened, pixels_of = [], generation.pixels_of
+    monkeypatch.setattr(generation, "pixels_of",
+                        lambda found, how: opened.append(len(found)) or pixels_of(found, how))
+    assert ask(shared, texts) == ask(shared, texts, batch_size=3) == apart_too != apart
+    assert opened == [2, 1, 1]  # batches of five, and of three and two
     draw = lambda seed: ask(images[:2], texts[:2], temperature=1.0, samples=3, seed=seed)
     assert len(draw(0)) == 6 and len(set(draw(0))) > 3 and draw(0) == draw(0) != draw(1)
     written = []

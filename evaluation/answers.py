@@ -32,7 +32,8 @@ class ImageQuestion:
     fields: dict  # fields of the row that the answers file repeats
 
 
-Respond = Callable[[list[Image.Image], list[ImageQuestion], int], list[str]]  # the last is a seed
+# From images, the same object wherever questions share one; questions; and a seed.
+Respond = Callable[[list[Image.Image], list[ImageQuestion], int], list[str]]
 
 
 def read_questions(
@@ -189,10 +190,12 @@ def answer_batch(
     skip: list[str] | None,
 ) -> None:
     """Add "answer" or "error" to the row of every question."""
-    images, asked = [], []
+    opened, images, asked = {}, [], []
     for question, row in zip(questions, rows):
         with skipping(skip):
-            images.append(open_image(question.name, question.image))
+            if question.image not in opened:
+                opened[question.image] = open_image(question.name, question.image)
+            images.append(opened[question.image])
             asked.append((question, row))
             continue
         row["error"] = skip[-1]

@@ -59,7 +59,7 @@ def measure_world(
     drawn = held_out(scenes)
     records = questionnaire(drawn, seed)
     pictures = [world.draw(scene, settings.size) for scene in drawn]
-    features = generation.image_features(model, settings, pictures)
+    features = list(generation.image_features(model, settings, pictures))
     if best:
         sampling = {"samples": best.samples, "temperature": best.temperature, "seed": seed}
         facts = [world.facts(scene) for scene in drawn]
@@ -68,8 +68,9 @@ def measure_world(
     def ask(items: list[tuple[int, dict]], tokens: int, label: str) -> None:
         """Add the model's answers to items (scene, {"question": text})."""
         places, questions = [i for i, _ in items], [item["question"] for _, item in items]
-        texts = generation.answers(model, tokenizer, settings, features[places], questions, tokens,
-                                   progress=label, **(sampling if best else {}))
+        texts = generation.answers(
+            model, tokenizer, settings, [features[i] for i in places], questions, tokens,
+            progress=label, **(sampling if best else {}))
         if best:
             texts = best.choose(questions, seen[places], texts, [facts[i] for i in places])
         for (_, item), text in zip(items, texts):
