@@ -2225,6 +2225,11 @@ def test_answer_file_resumes_where_it_was_stopped(run_evaluate):
         return ["-"] * len(asked)
 
     assert len(answers.answer_file(while_busy, "m", questions, Path("a.jsonl"), 4)) == 7
+    shutil.copy("images/0.png", "images/1.png")
+    together = []
+    answers.answer_file(lambda images, asked, seed: together.append(images) or ["-"] * len(asked),
+                        "m", questions, Path("b.jsonl"), 7)
+    assert [image is together[0][0] for image in together[0]] == [True] * 2 + [False] * 5
 
 
 def test_questions_are_checked(run_evaluate):

@@ -32,7 +32,7 @@ class ImageQuestion:
     fields: dict  # fields of the row that the answers file repeats
 
 
-# From images, the same object wherever questions share one; questions; and a seed.
+# From images, the same object where questions are about the same pixels; questions; and a seed.
 Respond = Callable[[list[Image.Image], list[ImageQuestion], int], list[str]]
 
 
@@ -190,12 +190,11 @@ def answer_batch(
     skip: list[str] | None,
 ) -> None:
     """Add "answer" or "error" to the row of every question."""
-    opened, images, asked = {}, [], []
+    distinct, images, asked = {}, [], []
     for question, row in zip(questions, rows):
         with skipping(skip):
-            if question.image not in opened:
-                opened[question.image] = open_image(question.name, question.image)
-            images.append(opened[question.image])
+            image = open_image(question.name, question.image)
+            images.append(distinct.setdefault((image.size, image.tobytes()), image))
             asked.append((question, row))
             continue
         row["error"] = skip[-1]
