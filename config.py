@@ -23,6 +23,9 @@ from typing import ClassVar, get_args, get_type_hints
 VERSION = "0.2"
 TRANSIENT = {  # options that do not change a result
     "resume", "overwrite", "dry_run", "gpus", "save_every", "log_every", "tensorboard"}
+MEMORY = {"micro_batch", "gradient_checkpointing"}  # may differ when a run resumes: only rounding
+# Options of the built-in feedback, without effect on one's own data.
+OF_WORLD = {"corrections", "overlook", "noise", "rankings", "prompts"}
 
 
 def option(default, help: str, choices: tuple | None = None, least: float = 0):
@@ -154,7 +157,8 @@ def add_options(parser: argparse.ArgumentParser, config: type, **choices: tuple)
         elif kind is str:
             parser.add_argument(f"--{spec.name}", metavar="str", **common)
         else:  # list[str]
-            parser.add_argument(f"--{spec.name}", nargs="+", metavar="str", **common)
+            parser.add_argument(
+                f"--{spec.name}", nargs="+", action="extend", metavar="str", **common)
 
 
 def from_options(config: type, namespace: argparse.Namespace):
@@ -188,9 +192,9 @@ def check_early(parser: argparse.ArgumentParser, **kinds: str) -> None:
 def path_fault(path: str | Path, kind: str) -> str | None:
     """Return an error message if there is no such path, else None."""
     if kind == "files":
-        there = Path(path).exists() or glob(str(path), recursive=True)
+        there = os.path.exists(path) or glob(str(path), recursive=True)
         return None if there else f"{path}: no such file"
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return None
     hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not Path(path).parent.exists()
     if kind == "model" and hub:

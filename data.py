@@ -270,7 +270,8 @@ def pair_tokens(
 
     Tokens in corrected segments weigh gamma, all others 1 (RLHF-V, Eq. 5).
     """
-    texts = [tokenizer.encode(text, eos=True) for text in (pair.chosen, pair.rejected)]
+    texts = [tokenizer.encode(text, eos=True, image=False)
+             for text in (pair.chosen, pair.rejected)]
     weights = [[1.0] * len(tokens) for tokens in texts]
     if gamma != 1:
         try:

@@ -117,10 +117,11 @@ def with_request(
     """
     if request:
         listed = "".join(f"  - {fact}\n" for fact in sorted(facts))
-        tokens = list(answer) + tokenizer.encode(request.replace(FACTS, listed))
+        tokens = list(answer) + tokenizer.encode(request.replace(FACTS, listed), image=False)
     else:
         tokens = [token for token in answer if token != tokenizer.eos_token]
-        tokens += tokenizer.encode(f"USER: {reward_request(sorted(facts))} ASSISTANT:")
+        request = f"USER: {reward_request(sorted(facts))} ASSISTANT:"
+        tokens += tokenizer.encode(request, image=False)
     # The request's last token predicts the closing one, which the model never reads.
     return Response(tokens + [tokenizer.eos_token], [0.0] * len(tokens) + [1.0])
 
@@ -187,7 +188,7 @@ class RewardTraining(Algorithm):
     def __init__(self, start: Start, config: RMConfig, data: Data):
         self.tokenizer, self.config, self.seed = start.tokenizer, config, start.run.seed
         self.held_out = data.held_out
-        self.provenance = provenance(start.tokenizer, start.base, config.facts)
+        self.provenance = provenance(start, config.facts)
         request = read_request(config.request, config.facts) if config.request else ""
         self.reward_model = RewardModel(
             start.model, "default" if start.run.lora else None, request)
@@ -284,10 +285,10 @@ def agreement(records: Sequence[dict]) -> np.ndarray:
 # ----------------------------------------------------------------------------------- on the disk
 
 
-def provenance(tokenizer: Tokenizer, base: str, facts: bool) -> dict[str, str]:
+def provenance(start: Start, facts: bool) -> dict[str, str]:
     """Return what a reward model and a policy that uses it must have in common."""
-    return {"tokenizer": hashlib.sha256(tokenizer.model_proto).hexdigest()[:16], "base": base,
-            "facts": FACTS_LABELS[facts]}
+    return {"tokenizer": hashlib.sha256(start.tokenizer.model_proto).hexdigest()[:16],
+            "base": start.base, "facts": FACTS_LABELS[facts], "image_mode": start.images.mode}
 
 
 def save_head(reward_model: RewardModel, folder: Path, provenance: dict[str, str]) -> None:
@@ -317,18 +318,21 @@ def load_head(
     A published head has none.
 
     Raises:
-        ValueError: it belongs to another tokenizer or base, or was trained with other use of facts.
+        ValueError: it belongs to another tokenizer or base, or was trained with other use of facts
+            or on pictures cut otherwise.
     """
     tensors, found = open_file(folder / HEAD)
     for key, value in provenance.items() if "base" in found else ():
-        if found.get(key) != value and key == "facts":
-            raise ValueError(f"{folder}: a reward model trained {found.get(key)}; "
-                             f"{'leave out' if value == 'with facts' else 'add'} --facts, or train "
-                             "one with python train.py --algo rm")
-        if found.get(key) != value:
-            raise ValueError(f"{folder}: a reward model for another {key} ({found.get(key)}, not "
-                             f"{value}); train one with python train.py --algo rm, for "
-                             "--reward_model, or delete the folder if it was made before the base")
+        if (was := found.get(key, value)) == value:  # older files have no image_mode
+            continue
+        advice = {"facts": f"{was}; {'leave out' if value == 'with facts' else 'add'} --facts",
+                  "image_mode": f"with --image_mode {was}; add it"}.get(key)
+        if advice:
+            raise ValueError(f"{folder}: a reward model trained {advice}, or train one with "
+                             "python train.py --algo rm")
+        raise ValueError(f"{folder}: a reward model for another {key} ({was}, not {value}); train "
+                         "one with python train.py --algo rm, for --reward_model, or delete the "
+                         "folder if it was made before the base")
     sizes = {name: getattr(reward_model, name).numel() for name in ("weight", "bias")}
     if {name: tensor.numel() for name, tensor in tensors.items()} != sizes:
         raise ValueError(f"{folder / HEAD}: not a head of {sizes['weight']} weights and a bias")
@@ -359,5 +363,5 @@ def load_reward_model(
         reward_model = RewardModel(start.model, adapter)
     else:
         reward_model = RewardModel(load_llava(folder / "model", start.device, torch.float32)[0])
-    load_head(reward_model, folder, provenance(start.tokenizer, start.base, facts))
+    load_head(reward_model, folder, provenance(start, facts))
     return reward_model

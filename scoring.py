@@ -98,7 +98,8 @@ class Judge:
             prompt = trunk_tokens(self.tokenizer, (), question, patches)
             example = Example(f"question {i + 1}", features[i].cpu(), prompt, question=question,
                               facts=facts[i] if self.facts else ())
-            rows.append((example, [self.tokenizer.encode(text, eos=True) for text in answers[i]]))
+            rows.append((example, [self.tokenizer.encode(text, eos=True, image=False)
+                                   for text in answers[i]]))
         return rate(self.reward_model, self.tokenizer, rows, batch_size)
 
     def rate_completions(

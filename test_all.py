@@ -223,8 +223,12 @@ def test_command_line_follows_the_dataclasses(capsys):
     assert beta == {"ddpo": 5.0, "online_ddpo": 5.0, "dpo": 0.1}
     assert train.parse(["--algo", "ddpo", "--anchor", "0"])[1].beta == 0.5  # the paper's loss
     assert train.parse("--algo ppo --missing_eos_penalty -3".split())[1].missing_eos_penalty == -3
+    assert train.parse("--data a b --data c".split())[0].data == ["a", "b", "c"]
+    train.parse("--algo rm --captions a --no-facts".split())
     for wrong in ("--algo nonsense", "--gama 3", "--algo sft --gamma 3", "--beta much", "--lora -8",
-                  "--normalize False", "--batch_size 0", "--learning_rate nan", "--images photos"):
+                  "--normalize False", "--batch_size 0", "--learning_rate nan", "--images photos",
+                  "--data a --corrections 9", "--algo rm --captions a", "--lora_alpha 8",
+                  "--lora 4 --lora_alpha 0"):
         with pytest.raises(SystemExit) as stopped:
             train.parse(wrong.split())
         assert stopped.value.code == 2
@@ -426,7 +430,7 @@ def test_dry_run_and_rows_that_stop_or_are_listed(photos, tmp_path, run_train):
         assert "context holds" in shown and "no image 'gone.png'" in shown
 
 
-def test_folders_are_never_lost(photos, tmp_path, run_train):
+def test_folders_are_never_lost(photos, tmp_path, run_train, monkeypatch):
     thesis, done = tmp_path / "thesis", tmp_path / "done"
     model = Path(shutil.copytree(ROOT / "world" / "base", tmp_path / "model"))
     thesis.mkdir()
@@ -465,6 +469,10 @@ def test_folders_are_never_lost(photos, tmp_path, run_train):
         assert (done / "config.json").read_bytes() == before
     (done / "answers").mkdir()
     jsonl_file(done / "answers", GOOD)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_atomic", lambda *_: exec("raise OSError(28, 'full')"))
+        assert "error: " in run_train(*other, status=1)
+    assert (done / "config.json").read_bytes() == before and (done / "model").exists()
     run_train(*other)
     (done / runs.ASIDE).mkdir()
     for name in ("config.json", "model", "report.html"):  # killed before it began to train
@@ -488,7 +496,8 @@ def test_what_a_kill_leaves_is_not_in_the_way(photos, tmp_path, run_train):
     files_of = lambda: {path.name for path in out.iterdir()}
     assert not [name for name in files_of() if name.startswith(".")]
     log = (out / "metrics.jsonl").read_bytes()
-    assert "the run is finished" in run_train(*command, "--resume", "--out", f"{out}/")
+    assert "the run is finished" in run_train(  # settings that only save memory may differ
+        *command, "--resume", "--out", f"{out}/", "--micro_batch", 2)
     assert (out / "metrics.jsonl").read_bytes() == log and len(log.splitlines()) == 3
     (out / "report.html").unlink()  # killed before that, and before any checkpoint
     run_train(*command, "--resume")
@@ -1058,13 +1067,15 @@ def test_scorer_adds_the_rules(tiny_world, tokenizer):
 
 def test_head_is_saved_and_refused_elsewhere(tiny_world, tokenizer, tmp_path):
     saved, again = make_reward_model(tiny_world, tokenizer), reward.RewardModel(tiny_world)
-    origin = reward.provenance(tokenizer, "abc", facts=True)
+    start = SimpleNamespace(tokenizer=tokenizer, base="abc", images=IMAGES)
+    origin = reward.provenance(start, facts=True)
     reward.save_head(saved, tmp_path, origin)
     reward.load_head(again, tmp_path, origin)
     assert torch.equal(saved.weight, again.weight)
     for key, wrong, phrase in (
         ("base", "xyz", "another base"), ("tokenizer", "x", "another tokenizer"),
-        ("facts", "without facts", "trained with facts; add --facts")):
+        ("facts", "without facts", "trained with facts; add --facts"),
+        ("image_mode", "crop", "trained with --image_mode pad; add it")):
         with pytest.raises(ValueError, match=phrase):
             reward.load_head(again, tmp_path, {**origin, key: wrong})
     for change in (lambda w: {"weight": w["weight"][:5]}, lambda w: w | {"x": w["bias"].clone()}):
@@ -2056,7 +2067,7 @@ BENCH_COMMANDS = {"AMBER": "--amber set/amber --answers",
     ("--mmhal template.json --replies wrong.jsonl", 1, "row 1: expected"),
     ("--mmhal truth.json --replies replies.jsonl", 1, "row 1: no image_id"),
     ("--model one --pope unlabelled.jsonl --images images", 1, "every row needs a label"),
-    ("--model one --data rows.jsonl ./rows.jsonl --images images", 1, "2 files of questions are"),
+    ("--model one --data rows.jsonl images/../rows.jsonl", 1, "2 files of questions are"),
     ("one --temperature 0.5", 1, "measured greedily"),
     ("few", 1, "few: an unfinished run"), ("no/run", 1, "no/run: no such folder"),
     ("--model one --image none.png --prompt ?", 1, "cannot read image none.png .* No such file"),
@@ -2135,7 +2146,8 @@ def test_best_of_n_is_what_the_reward_model_prefers(
     """The reward model has another base and its own tower; its captions come from a file."""
     judge = make_reward_model(load_llava("two/model")[0], tokenizer)
     save_llava(judge.model, tokenizer, IMAGES, "rm/model")
-    reward.save_head(judge, Path("rm"), reward.provenance(tokenizer, "x", facts=True))
+    start = SimpleNamespace(tokenizer=tokenizer, base="x", images=IMAGES)
+    reward.save_head(judge, Path("rm"), reward.provenance(start, facts=True))
     Path("captions.json").write_text(json.dumps({f"{i}.png": ["a car", "a dog"] for i in range(7)}))
     choose = "--best_of 3 --reward_model rm"
     asked = f"--data rows.jsonl --images images --max_new_tokens 5 {choose}"
@@ -4574,6 +4586,9 @@ BAD_ROWS = {
         (b'{"image": "ok.jpg", "image": "b.jpg"}', "'image' is given more than once"),
         ({"image": "ok.jpg", "x" * 9000: 1}, "no preference among its fields"),
         ({"image": "ok.jpg", "label": 1}, "no preference among its fields (image, label)"),
+        *[(GOOD | {"chosen": [*before, {"role": role, "content": "Thanks."}]},
+           "chosen should be one answer of the assistant")
+          for before, role in (([], "user"), ([user("Not the question?")], "assistant"))],
         (chat("<image>?", "Yes."), "a conversation has no two answers to compare"),
         (human_preference("<image>?", "Yes.", "What?"), "the last turn should be from 'gpt'"),
         *[(human_preference(**{key: value}), phrase) for key, value, phrase in (
@@ -4721,6 +4736,9 @@ def test_other_parquet_files(image_folder):
     write_parquet(path, {"image": {"bytes": image_bytes(3), "path": "a"}, **seen},
                   {"image": None, "conversations": turns})
     assert [each.image is None for each in readers.read_conversations([path])] == [False, True]
+    without = {"images": [], "conversations": turns}
+    write_parquet(path, {"images": inside["images"], **seen}, without)
+    assert [each.image is None for each in readers.read_conversations([path])] == [False, True]
     write_parquet(path, inside, inside | {"images": [None]})
     pair, empty = read_pairs([path])
     assert pair.image.read() and (empty.image.name, empty.image.read()) == ("", None)
@@ -4753,6 +4771,8 @@ def test_images_are_upright_with_transparency_on_white_or_named_as_bad(tmp_path,
     (tmp_path / "odd.jpg").write_bytes(
         jpeg[:2] + struct.pack(">HH", 0xFFE1, len(tags) + 2) + tags + jpeg[2:])
     assert open_image("x", tmp_path / "odd.jpg").size == (10, 30)
+    turned.save(tmp_path / "odd.png", exif=b"no EXIF data")
+    assert open_image("x", tmp_path / "odd.png").size == (30, 10)
     assert open_image("x", tmp_path / "clear.png").getcolors() == [(64 * 64, (255, 255, 255))]
     grey = np.array([[0, 128 * 256, 65535]], dtype=np.uint16)
     Image.fromarray(grey).save(tmp_path / "grey.png")
@@ -4992,9 +5012,14 @@ def test_original_layout(tokenizer_model, tmp_path, linear, inside):
         vision_config=public.config.vision_config.to_dict(), projection_dim=32))
     clip.vision_model.load_state_dict(public.model.vision_tower.state_dict())
     clip.save_pretrained(tmp_path / "tower")
+    clip.vision_model.save_pretrained(tmp_path / "half")  # its vision half alone, without prefix
     ids = {"vision_model.embeddings.position_ids": torch.arange(5)}  # in old files
     damage(tmp_path / "tower/model.safetensors", None if inside else lambda w: w | ids)
-    ours, tokenizer, settings = load_llava(path, tower=tmp_path / "tower")
+    tower = tmp_path / "tower"
+    json_file(tower, {"do_pad": None}, "preprocessor_config.json")  # leaves it to the model
+    ours, tokenizer, settings = load_llava(path, tower=tower)
+    if not inside:
+        assert_equal_logits(load_llava(path, tower=tmp_path / "half")[0], public, rows=PIECES)
     asked = train.parse(["--model", str(path), "--tower", str(tmp_path / "tower")])
     start = recipes.load_start(*asked, ddpo.DDPO, torch.device("cpu"), tmp_path)
     assert start.model.config == ours.config
@@ -5005,6 +5030,9 @@ def test_original_layout(tokenizer_model, tmp_path, linear, inside):
     torch.testing.assert_close(ours.head.weight[-1], ours.head.weight[:PIECES].mean(0))
     save_llava(ours, tokenizer, settings, tmp_path / "saved")
     assert_equal_logits(ours, open_public(tmp_path / "saved"))
+    damage(path / "config.json", {"mm_vision_tower": "openai/clip-vit-large-patch14"})
+    with pytest.raises(ValueError, match="a tower for pictures of 28 pixels, but the model was"):
+        load_llava(path, tower=tower)
 
 
 def test_saving_and_loading_again_changes_nothing(hub_folder, tmp_path):
@@ -5094,6 +5122,7 @@ BAD_MODELS = {
             ("num_hidden_layers", 4, "9 missing"), ("head_dim", 8, "head_dim is 8, but only 12"),
             ("rope_scaling", {"type": "linear"}, "scaling is"), ("attention_bias", True, "is True"),
             ("num_attention_heads", 0, "is 0, not"), ("num_attention_heads", 5, "multiple of its"),
+            ("num_key_value_heads", 3, "not a multiple of num_key_value_heads 3"),
             ("num_hidden_layers", 2 * 10**9, "is 2000000000, not a positive int up to 1000"),
             ("hidden_size", 192.0, "is 192.0, not"), ("rms_norm_eps", 1e999, "is inf, not a posit"),
             ("rope_parameters", 5, "an invalid value"), ("vocab_size", True, "True, no"),
@@ -5102,6 +5131,7 @@ BAD_MODELS = {
     "tokenizer.model": [(None, "not a sentencepiece .*No such"), (b"v", "not a sentencepiece")],
     "preprocessor_config.json": [
         (b'{"crop_size": {"height": 224, "width": 28}}', "'height': 224.*but the tower takes 28"),
+        (b'{"size": {"height": 28, "width": 28}}', "would distort pictures"),
         (b'{"image_mean": [0.5]}', "image_mean is .0.5., not three"), (b"[" * 10**5, "too deeply"),
         (b'{"rescale_factor": 1.0}', "rescale_factor is 1.0, but only 0.0039"),
         (b'{"image_std": [1, 1, null]}', "an invalid value")],
@@ -5142,6 +5172,14 @@ def test_files_in_which_public_models_differ(hub_folder, public, tmp_path):
     json_file(path, {"<a>": 800, "<b>": 801}, "added_tokens.json")
     tokenizer = load_llava(path)[1]
     assert (tokenizer.image_token, tokenizer.pad_token) == (802, 803)  # 2 ends answers
+    save_llava(*load_llava(path), tmp_path / "again")
+    assert load_llava(tmp_path / "again")[1].image_token == 802
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert theirs("a<image>b").input_ids == tokenizer.encode("a<image>b", bos=True)
+    for file in (tmp_path / "again").glob("*token*"):
+        file.unlink()
+    theirs.save_pretrained(tmp_path / "again")  # one file names all tokens
+    assert load_llava(tmp_path / "again")[1].image_token == 802
     torch.save({"x": Path("x")}, path / "pytorch_model-1.bin")  # would run code
     with pytest.raises(ValueError, match="model-1.bin: not a complete file of plain values"):
         load_llava(path)
@@ -5184,7 +5222,11 @@ def test_their_adapter_here(hub_model, tmp_path, targets):
     theirs = peft.get_peft_model(public_model(), config).eval()
     randomise(w for w in theirs.parameters() if w.requires_grad)
     theirs.save_pretrained(tmp_path / "adapter")
-    load_adapter(hub_model, tmp_path / "adapter", "sft")
+    weights = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    (tmp_path / "old").mkdir()
+    shutil.copy(tmp_path / "adapter/adapter_config.json", tmp_path / "old")
+    torch.save(weights, tmp_path / "old/adapter_model.bin")  # as older versions of PEFT write
+    load_adapter(hub_model, tmp_path / "old", "sft")
     save_adapter(hub_model, "sft", tmp_path / "again")
     with use_adapter(hub_model, "sft"):
         assert_equal_logits(hub_model, theirs)
@@ -5286,6 +5328,8 @@ def test_tokens_are_those_of_transformers(hub_folder, tmp_path):
     for text in ("a</s>b", "<s>", "<pad>", "<unk>"):  # where we differ: they are plain characters
         ids = tokenizer.encode(text)
         assert not {0, 1, 2, PUBLIC_PAD} & set(ids) and tokenizer.decode(ids) == text
+    ids = tokenizer.encode("a <image>", image=False)  # a model wrote it
+    assert PUBLIC_IMAGE not in ids and tokenizer.decode(ids) == "a <image>"
     padded = tokenizer_file.Tokenizer(hub_folder / "tokenizer.model", pad_token=0)  # as some pad
     assert padded.decode([0, *padded.encode("a b"), 0]) == "a b"
 
@@ -5353,9 +5397,11 @@ def test_adapters_runs_and_towers_are_models(photos, tokenizer_model, tmp_path, 
     base = write_model(tmp_path / "base", public.half(), tokenizer_model)
     own = lambda out, *more: own_data(
         photos, tmp_path / out, "--steps", 1, "--device", "cpu", *more)
-    shown = run_train(*own("one", "--lora", 4, "--model", base))
+    shown = run_train(*own("one", "--lora", 4, "--model", base, "--image_mode", "pad"))
     assert "learning rate 0.003, LoRA's in a small model (--learning_rate); alpha 8, twice" in shown
-    whole, merged = (opening.open_model(tmp_path / "one" / name)[0] for name in (".", "adapter"))
+    opened = [opening.open_model(tmp_path / "one" / name) for name in (".", "adapter")]
+    (whole, _, images), (merged, _, again) = opened
+    assert images == again and (images.mode, load_llava(base)[2].mode) == ("pad", "crop")
     assert whole.stored_dtype == torch.float16  # as the base
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(merged.state_dict()[name], weight, atol=1e-3, rtol=1e-3)
@@ -5378,7 +5424,7 @@ def test_adapters_runs_and_towers_are_models(photos, tokenizer_model, tmp_path, 
     assert opening.open_model(tmp_path / "two")[0].stored_dtype == torch.float16
     config_file = tmp_path / "one/adapter/adapter_config.json"
     damage(config_file, {"base_model_name_or_path": "us/gone"})
-    assert f"{config_file}: an adapter over us/gone: no such folder" in run_train(
+    assert f"{config_file}: an adapter over us/gone, which is no folder here" in run_train(
         *own("three", "--model", tmp_path / "one/adapter"), status=1)
     damage(config_file, {"base_model_name_or_path": str(config_file.parent)})
     assert f"{config_file}: an adapter over itself" in run_train(

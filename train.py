@@ -16,7 +16,7 @@ import time
 import traceback
 from pathlib import Path
 
-from config import Run, Training, add_options, check_early, from_options
+from config import OF_WORLD, Run, Training, add_options, check_early, from_options
 
 if __name__ == "__main__":
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -130,7 +130,8 @@ def save_result(start: Start, algorithm: Algorithm, folder: Path) -> None:
     adapter = "default" if start.run.lora else None
     if adapter:
         base = recipes.model_path(start.run, algorithm.first[0])
-        save_adapter(start.model, adapter, folder / "adapter", base=str(model_folder(base)))
+        save_adapter(start.model, adapter, folder / "adapter", str(model_folder(base)),
+                     start.images)
     # In the precision of the user's model; built-in models, which later runs start from, in full.
     dtype = start.model.stored_dtype if start.run.model else None
     save_llava(start.model, start.tokenizer, start.images, folder / "model", adapter=adapter,
@@ -158,16 +159,29 @@ def parse(arguments: list[str] | None) -> tuple[Run, Training]:
     add_options(parser.add_argument_group(f"hyperparameters of {algo}"), config)
     found = parser.parse_args(arguments)
     run = from_options(Run, found)
-    if run.resume and run.overwrite:
-        parser.error("--resume continues the run in --out, --overwrite deletes it; give one")
-    if run.images and run.on_world():
-        parser.error("--images is the folder of the images that --data names; give --data too")
-    if run.gpus and not run.dry_run:
-        parser.error("--gpus goes with --dry_run; torchrun --nproc_per_node N uses N of them")
+    if fault := misuse(run, vars(found)):
+        parser.error(fault)
     try:
         return run, from_options(config, found)
     except ValueError as error:  # of options that exclude each other
         parser.error(str(error))
+
+
+def misuse(run: Run, given: dict) -> str:
+    """Return which of the given options do not go together, or ""."""
+    if run.resume and run.overwrite:
+        return "--resume continues the run in --out, --overwrite deletes it; give one"
+    if run.images and run.on_world():
+        return "--images is the folder of the images that --data names; give --data too"
+    if not run.on_world() and (idle := sorted(OF_WORLD & given.keys())):
+        return f"--{idle[0]} is about the built-in feedback and does nothing with --data"
+    if "captions" in given and "facts" not in given:
+        return "--captions goes with --facts"
+    if run.lora_alpha is not None and not (run.lora and run.lora_alpha):
+        return "--lora_alpha goes with --lora, and is above 0"
+    if run.gpus and not run.dry_run:
+        return "--gpus goes with --dry_run; torchrun --nproc_per_node N uses N of them"
+    return ""
 
 
 def run_all(run: Run, config: Training) -> None:

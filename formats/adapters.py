@@ -12,9 +12,12 @@ import formats.layouts as layouts
 import parallel
 import sharding
 from formats.checkpoint import fingerprint, match
-from formats.files import atomic_folder, brief, open_file, read_json, write_atomic, write_tensors
+from formats.files import (
+    atomic_folder, brief, open_file, open_pickle, read_json, write_atomic, write_tensors,
+)
 from lora import LoRALinear, add_adapter, lora_layers
 from model import LLaVA
+from vision import ImageSettings
 
 WRAPPER = "base_model.model."  # PEFT's prefix of module paths
 # The only supported settings; the first stands for an absent field.
@@ -24,14 +27,19 @@ SUPPORTED = {
     "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
     # PiSSA, OLoRA and similar methods also change the base's weights.
     "init_lora_weights": (True, False, None, "gaussian"),
+    "alora_invocation_tokens": (None,),
 }
 
 
-def save_adapter(model: LLaVA, name: str, path: Path | str, base: str | Path = "") -> None:
+def save_adapter(
+    model: LLaVA, name: str, path: Path | str, base: str | Path = "",
+    images: ImageSettings | None = None,
+) -> None:
     """Write one adapter as a folder, which appears only when it is complete.
 
     Args:
         base: folder or hub name of the base model, for `peft` and for the record.
+        images: how training made pixels of images, if not as the base's folder says.
     """
     lora = lora_layers(model, name)[0].adapters[name]  # ValueError if there is none
     tensors, targets = {}, {}
@@ -55,6 +63,8 @@ def save_adapter(model: LLaVA, name: str, path: Path | str, base: str | Path = "
     with atomic_folder(Path(path)) as out:
         write_tensors(out / "adapter_model.safetensors", tensors, metadata)
         write_atomic(out / "adapter_config.json", config)
+        if images:
+            write_atomic(out / "preprocessor_config.json", layouts.image_processor(images))
 
 
 def load_adapter(model: LLaVA, path: Path | str, name: str, sharded: bool = True) -> None:
@@ -74,7 +84,10 @@ def load_adapter(model: LLaVA, path: Path | str, name: str, sharded: bool = True
         raise ValueError(f"{settings}: r is {brief(rank)} and lora_alpha {brief(alpha)}; both "
                          "should be numbers above 0")
     layouts.require_supported(settings, config, SUPPORTED)
-    weights, metadata = open_file(file)
+    if (old := file.with_suffix(".bin")).exists() and not file.exists():
+        file, weights, metadata = old, open_pickle(old), {}
+    else:
+        weights, metadata = open_file(file)
     base = config.get("base_model_name_or_path") or "unknown"
     layers, shapes = {}, {}
     for layer, module in model.named_modules():

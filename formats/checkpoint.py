@@ -183,6 +183,7 @@ def read_tokenizer(folder: Path, config: LLaVAConfig) -> Tokenizer:
         raise ValueError(f"{file}: not a sentencepiece model ({error}); copy the one that the "
                          "weights were trained with") from None
     added = set(read_json(folder / "added_tokens.json", optional=True).values())
+    added |= {token["id"] for token in read_json(fast, optional=True).get("added_tokens", ())}
     fields = read_json(folder / "tokenizer_config.json", optional=True)
     added |= {int(key) for key in fields.get("added_tokens_decoder", {}) if key.isdecimal()}
     pieces = tokenizer.sp.vocab_size()

@@ -52,9 +52,14 @@ def plain(name: str, row: dict) -> dict:
                             "with the user's question")
         *before, row["question"] = (turn["value"].replace(IMAGE, "").strip() for turn in turns)
         row["history"] = list(map(list, zip(before[0::2], before[1::2])))
+    asked = chat_turns(name, row["prompt"]) if isinstance(row.get("prompt"), list) else []
     for key in ("chosen", "rejected"):
         if isinstance(row.get(key), list):
-            row[key] = chat_turns(name, row[key])[-1]["value"]
+            *earlier, last = chat_turns(name, row[key])
+            if last["from"] != "gpt" or earlier not in ([], asked):
+                raise DataError(f"{name}: {key} should be one answer of the assistant, alone or "
+                                "after the messages of the prompt")
+            row[key] = last["value"]
     return row
 
 

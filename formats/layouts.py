@@ -41,7 +41,7 @@ PARTS = {
         "vision_tower.vision_model.", "model.vision_tower.vision_model.",
         "vision_tower.", "model.vision_tower.",  # as saved by transformers 5
         "model.vision_tower.vision_tower.vision_model.",
-        "vision_model.",  # a separate CLIP
+        "vision_model.", "",  # a separate CLIP; its vision half alone
     ),
 }
 # Inside the tower public names nest more deeply; inside the decoder they equal ours.
@@ -83,6 +83,7 @@ MODEL_VALUES = {  # of config.json and its text_config
     "projector_hidden_act": ("gelu", "linear"), "multimodal_projector_bias": (True,),
     "vision_feature_select_strategy": ("default",), "mm_vision_select_feature": ("patch",),
     "mm_projector_type": ("linear", "mlp2x_gelu"), "mm_use_im_start_end": (False,),
+    "image_aspect_ratio": ("square", "pad", None), "mm_patch_merge_type": ("flat",),
 }
 VISION_VALUES = {"model_type": ("clip_vision_model",), "hidden_act": ("quick_gelu", *ACTIVATIONS)}
 IMAGE_VALUES = dict.fromkeys(("do_rescale", "do_normalize", "do_resize"), (True,)) | {
@@ -121,6 +122,9 @@ def text_config(file: Path, values: dict) -> TextConfig:
     heads = {"num_key_value_heads": values.get("num_attention_heads", 32)}
     text = shape(file, TextConfig, values, LLAMA | heads)
     require_supported(file, values, {"head_dim": (text.head_dim, None)})
+    if text.num_attention_heads % text.num_key_value_heads:
+        raise ValueError(f"{file}: {text.num_attention_heads} attention heads are not a multiple "
+                         f"of num_key_value_heads {text.num_key_value_heads}")
     return text
 
 
@@ -177,6 +181,9 @@ def original_config(file: Path, values: dict, tower: Path | None) -> LLaVAConfig
     else:
         raise ValueError(f"{file}: mm_vision_tower {brief(name)} is not known; give the tower's "
                          "folder (--tower)")
+    if vision.image_size != OPENAI_TOWERS.get(name, vision.image_size):
+        raise ValueError(f"{tower}: a tower for pictures of {vision.image_size} pixels, but the "
+                         f"model was trained with {name}")
     text = replace(text, vocab_size=-(-(stored + 2) // 64) * 64)
     eos, layer = values.get("eos_token_id", 2), values.get("mm_vision_select_layer", -2)
     act = "linear" if values.get("mm_projector_type", "linear") == "linear" else "gelu"
@@ -192,8 +199,13 @@ def image_settings(file: Path, values: dict, size: int, pad: bool) -> ImageSetti
         pad: whether to pad to a square if the file does not say.
     """
     values = values.get("image_processor", values)
-    pad = bool(values.get("do_pad", pad))
+    if values.get("do_pad") is not None:
+        pad = bool(values["do_pad"])
     require_supported(file, values, IMAGE_VALUES | ({} if pad else {"do_center_crop": (True,)}))
+    sides = values.get("size")
+    if not pad and isinstance(sides, dict) and {k for k in sides if sides[k]} != {"shortest_edge"}:
+        raise ValueError(f"{file}: size is {brief(sides)}, which would distort pictures; only "
+                         "shortest_edge is supported")
     for key in ("size", "crop_size"):
         sides = values.get(key) or size
         if set(sides.values() if isinstance(sides, dict) else [sides]) - {size, None}:
@@ -251,7 +263,9 @@ MARKS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_tok
 def added_tokens(tokenizer: Tokenizer) -> list[dict]:
     """Return the tokens that `transformers` finds in a text before it cuts the text into pieces."""
     sp = tokenizer.sp
-    ids = {i: sp.id_to_piece(i) for i in (sp.unk_id(), sp.bos_id(), sp.eos_id())}
+    last = max(tokenizer.image_token, tokenizer.pad_token)
+    ids = {i: f"<extra_{i}>" for i in range(sp.vocab_size(), last)}  # rows that the base added
+    ids |= {i: sp.id_to_piece(i) for i in (sp.unk_id(), sp.bos_id(), sp.eos_id())}
     ids |= {tokenizer.image_token: "<image>", tokenizer.pad_token: "<pad>"}
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     return [{"id": i, "content": ids[i], "special": True, **flags} for i in sorted(ids)]

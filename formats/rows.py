@@ -73,7 +73,10 @@ def refuse(bad: list[str], least: int = 1) -> None:
 
 
 def find_files(patterns: Sequence[str | Path]) -> list[Path]:
-    """Return the files that match names or glob patterns, each pattern's in alphabetical order."""
+    """Return the files that match names or glob patterns, each file once.
+
+    Those of one pattern are in alphabetical order.
+    """
     paths = []
     for pattern in patterns:
         whole = Path(pattern).exists()  # it may contain [brackets]
@@ -86,7 +89,7 @@ def find_files(patterns: Sequence[str | Path]) -> list[Path]:
             if not path.is_file():  # a pipe could be read once, and only in order
                 raise DataError(f"{path}: not a regular file; write the rows into one")
             paths.append(path)
-    return paths
+    return list(dict.fromkeys(paths))
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -167,7 +170,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
         for i, row in enumerate(rows):
             number += 1
             name = f"{path} row {number}"
-            if embedded and not (column in row and row[column] is None):  # null: has no image
+            if embedded and not (column in row and row[column] in (None, [])):  # has no image
                 cell = row.get(column) or {}
                 cells = cell if isinstance(cell, list) else [cell]
                 if len(cells) > 1:
@@ -288,7 +291,9 @@ def open_image(name: str, source: Source | bytes) -> Image.Image:
         with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError
-            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+            turn = None
+            with contextlib.suppress(Exception):  # broken EXIF data turn nothing
+                turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
             return to_rgb(image if turn is None else image.transpose(turn))
     except Image.DecompressionBombError:
         most = Image.MAX_IMAGE_PIXELS / 1e6

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import parallel
-from config import TRANSIENT, VERSION, Run, Training
+from config import MEMORY, TRANSIENT, VERSION, Run, Training
 from formats.files import read_json, remove, remove_leftovers, write_atomic
 from formats.state import latest_state
 
@@ -111,7 +111,7 @@ def open_folder(folder: Path, run: Run, config: Training, about: str, reads: str
     if old is None and run.resume:
         raise ValueError(f"{folder} holds no run to resume")
     if old is not None and not run.overwrite:
-        names = (old.keys() | settings.keys()) - {"out"}  # a folder may have several
+        names = (old.keys() | settings.keys()) - MEMORY - {"out"}  # a folder may have several
         changed = sorted(name for name in names if old.get(name) != settings.get(name))
         if changed and (run.resume or state or (folder / "metrics.jsonl").exists()):
             raise ValueError(
@@ -129,6 +129,10 @@ def open_folder(folder: Path, run: Run, config: Training, about: str, reads: str
         set_aside(folder, run, config)
     versions = {"plumbline": VERSION, "torch": torch.__version__,
                 "python": platform.python_version()}
-    write_atomic(file, {
-        "settings": settings, "versions": versions, "about": about, "reads": reads})
+    try:
+        write_atomic(file, {
+            "settings": settings, "versions": versions, "about": about, "reads": reads})
+    except OSError:  # a full disk
+        restore(folder)
+        raise
     return resume

@@ -45,10 +45,16 @@ class Tokenizer:
         self._pieces = lru_cache(maxsize=65536)(
             lambda text: tuple(map(shared, self.sp.encode(text))))
 
-    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """Return the ids of a text, with begin- or end-of-sequence if asked."""
+    def encode(
+        self, text: str, bos: bool = False, eos: bool = False, image: bool = True
+    ) -> list[int]:
+        """Return the ids of a text, with begin- or end-of-sequence if asked.
+
+        Args:
+            image: False takes `<image>` for ordinary characters, as in what a model wrote.
+        """
         ids = [self.bos_token] if bos else []
-        for i, piece in enumerate(text.split(IMAGE)):
+        for i, piece in enumerate(text.split(IMAGE) if image else [text]):
             ids += [self.image_token] * (i > 0)
             ids += self._pieces(piece)
         return ids + [self.eos_token] * eos
