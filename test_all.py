@@ -4505,6 +4505,7 @@ GOOD_ROWS = {  # rows, and what becomes of the fields behind name and image
         (chat("Is it red?\n<image>", "to be written", "And?", "No."), ("Is it red?", 1, 1.0)),
         (chat("<image>?", caption_type=6, length_bonus=0.5), ("?", 6, 0.5)),
         (chat("<image>\nA. car B. bus", caption_type=3), ("A. car B. bus", 3, 1.0)),
+        (chat("Hello.", "<image>Who?", "A man.", first="gpt"), ("Who?", 1, 1.0)),
         (GOOD, ("What?", 1, 1.0)),
     ],
 }
@@ -4522,7 +4523,7 @@ def test_rows_in_lines_and_in_an_array(image_folder, read, tmp_path_factory):
         assert [tuple(vars(r).values())[2:] for r in found] == list(expected)
         assert {r.picture for r in found} <= {"ok.jpg", ""}
     if read is read_prompts:
-        assert [prompt.truth for prompt in found] == [None, "no", "B", None]
+        assert [prompt.truth for prompt in found] == [None, "no", "B", None, None]
     elsewhere = json_file(tmp_path_factory.mktemp("elsewhere"), given)
     with pytest.raises(DataError, match="row 1: no image 'ok.jpg' in .*point --images"):
         read([elsewhere])

@@ -224,7 +224,8 @@ def make_prompt(name: str, row: dict, images: str | Path) -> Prompt:
     """Return a Prompt from a row of any format."""
     image = image_of(name, row, images)
     if "conversations" in row:
-        question = turns_of(name, messages_of(name, row)[:1], True)[0][0]
+        messages = messages_of(name, row)
+        question = turns_of(name, messages[: 1 + greets(messages)], True)[0][0]
     else:
         question = [*history_of(name, row), (question_of(name, row), "")][0][0]
     kind, bonus = row.get("caption_type", 1), row.get("length_bonus", 1.0)
@@ -277,6 +278,11 @@ def messages_of(name: str, row: dict) -> list[dict]:
     return turns
 
 
+def greets(messages: list[dict]) -> bool:
+    """Return whether `gpt` begins the conversation."""
+    return bool(messages) and messages[0].get("from") == "gpt"
+
+
 def turns_of(name: str, messages: list[dict], image: bool) -> list[Turn]:
     """Return questions and their answers ("" if the last has none), without `<image>`.
 
@@ -284,8 +290,7 @@ def turns_of(name: str, messages: list[dict], image: bool) -> list[Turn]:
     loses that turn, and the image goes before the first question, wherever in it `<image>` stands.
     That code silently drops an image without `<image>`; here it is an error.
     """
-    greeting = bool(messages) and messages[0].get("from") == "gpt"
-    values = []
+    greeting, values = greets(messages), []
     for number, message in enumerate(messages[greeting:], 1 + greeting):
         expected = ("human", "gpt")[len(values) % 2]
         speaker, value = message.get("from"), message.get("value")
