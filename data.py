@@ -210,6 +210,8 @@ class Epochs:
         return [*order[:start], *(i for batch in batches for i in batch), *order[stop:]]
 
     def examples(self, step: int) -> list[Example]:
+        if not self.all:
+            raise ValueError("there are no rows to train on")
         first = step * self.batch_size
         places = (divmod(i, len(self.all)) for i in range(first, first + self.batch_size))
         return [self.all[self._order(epoch)[i]] for epoch, i in places]

@@ -29,7 +29,7 @@ full strength until the last step. With beta 5 a pair counts less once it is tol
 
 What this file does differently from the released code (RLHF-V/RLHF-V), and why:
 1. Gamma 5 and the mean are the paper's, whose beta is 0.5; the released command used beta 0.1,
-   gamma 1.1 and the sum: `--beta 0.1 --gamma 1.1 --no-normalize`.
+   gamma 1.1 and the sum: `--anchor 0 --beta 0.1 --gamma 1.1 --no-normalize`.
 2. Inserted and deleted segments count as corrected, as Eq. 5 says. The released code counts only
    replacements: `--replacements_only`.
 3. The diff covers only the answers; the released code diffs prompt and answer together. So where
@@ -136,6 +136,8 @@ class LossConfig(Training):
     def __post_init__(self):
         if self.beta is None:
             self.beta = 0.1 if not self.normalize else 5.0 if self.anchor else 0.5
+        if self.beta == 0:
+            raise ValueError("--beta should be above 0")
 
     @property
     def rates(self) -> dict[str, float]:
@@ -234,7 +236,7 @@ def reference_scores(start: Start, config: DDPOConfig, data: Data) -> dict[str, 
             is not finite.
     """
     key = (f"{fingerprint(start.model)} {data.digest()} normalize={config.normalize} "
-           f"bfloat16={start.bfloat16}")
+           f"bfloat16={start.bfloat16} {start.model.head.weight.dtype}")
     path = start.folder / "reference.json"
     saved = parallel.once(lambda: read_json(path) if path.exists() else None)
     if saved and saved.get("key") != key:

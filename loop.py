@@ -25,6 +25,7 @@ from data import Batch
 from evaluation.answers import whole_lines
 from formats import latest_state, load_state, not_finite, save_state
 from formats.files import jsonl, remove, write_atomic
+from formats.runs import discard_replaced
 
 
 class Interrupted(Exception):
@@ -59,6 +60,7 @@ class Loop:
             while self.step < self.algorithm.steps:
                 metrics = self.one_step()
                 self.step += 1
+                discard_replaced(self.folder)
                 bar.update()
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}")
                 last = self.step == self.algorithm.steps
@@ -146,8 +148,8 @@ class Loop:
     def save(self) -> None:
         """Write a checkpoint, then remove older ones."""
         folder = self.folder / f"checkpoint-{self.step}"
-        state = {"step": self.step, "data": self.data, "rng": torch.get_rng_state(),
-                 "algorithm": self.algorithm.state()}
+        state = {"step": self.step, "data": self.data, "base": self.start.base,
+                 "rng": torch.get_rng_state(), "algorithm": self.algorithm.state()}
         weights = dict(self.weights)
         for name, weight in self.weights.items():
             for optimizer in self.optimizers:
@@ -161,6 +163,8 @@ class Loop:
         state, stored = load_state(folder)
         if state["data"] != self.data:
             raise ValueError(f"{folder}: the data have changed since; --overwrite starts again")
+        if state["base"] != self.start.base:
+            raise ValueError(f"{folder}: the base has changed since; --overwrite starts again")
         if {name for name in stored if " of " not in name} != self.weights.keys():
             raise ValueError(f"{folder}: belongs to a run that trains other weights")
         of_weight = {each: optimizer.state for optimizer in self.optimizers

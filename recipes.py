@@ -21,7 +21,7 @@ from config import Run, Training
 from evaluation import measure_world, read_results, with_intervals, write_results
 from formats import fingerprint, load_llava, not_finite
 from formats.opening import open_model, parameter_count
-from formats.runs import settings_of, settings_of_run
+from formats.runs import ASIDE, settings_of, settings_of_run
 from lora import add_adapter, lora_layers, select_trainable
 from world import pretraining
 
@@ -42,6 +42,8 @@ def plan(
     steps = []
     if parallel.world() > 1 and not algorithms[run.algo].reads:
         raise ValueError(f"--algo {run.algo} runs in one process: python train.py")
+    if run.lora and not algorithms[run.algo].reads:
+        raise ValueError(f"--algo {run.algo} trains all weights; leave out --lora")
     for name in algorithms[run.algo].depends(config):
         folder = dependency(name, run, config)
         if folder is None or (folder / "model" / "config.json").exists():
@@ -53,7 +55,7 @@ def plan(
         settings = algorithms[name].Config(**({"facts": config.facts} if name == "rm" else {}))
         settings = with_rate(first, settings)
         first = replace(first, out=str(folder), resume=False, overwrite=False)
-        begun = settings_of_run(folder)
+        begun = settings_of_run(folder / ASIDE) or settings_of_run(folder)
         same = begun == settings_of(first, settings)  # else a killed run with others is in the way
         first = replace(first, resume=same, overwrite=begun is not None and not same)
         steps += [step for step in plan(first, settings, algorithms) if step not in steps]
@@ -117,6 +119,8 @@ def reward_folder(run: Run, config: Training) -> Path:
     kind = "facts" if config.facts else "plain"
     kind += "-scratch" * (run.from_scratch and not run.model)
     kind += f"-lora{run.lora}" if run.lora else ""
+    kind += f"-alpha{run.lora_alpha:g}" if run.lora_alpha else ""
+    kind += "-bf16" * (run.dtype == "bfloat16")
     if run.model:  # its name, and a hash that tells folders of one name apart
         path = Path(run.model).resolve()
         kind += f"-{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:6]}"
@@ -180,11 +184,14 @@ def measure(start: Start, algorithm: Algorithm, trained: bool) -> tuple[dict, li
     def on_world() -> tuple[dict, list[dict]] | None:
         if not run.test_scenes or not run.on_world():
             return None
-        path = WORLD / f"before-{start.key}-{run.test_scenes}.json"  # shared by all runs
+        cast = "-autocast" * (parallel.world() > 1 and start.bfloat16)
+        path = WORLD / f"before-{start.key}{cast}-{run.test_scenes}.json"  # shared by all runs
         if trained or not parallel.once(path.exists):
+            # In every process: FSDP's backward prefetches in the order of the latest passes, which
+            # therefore has to be the same in all.
             with sharding.gathered(start.model):
-                found = parallel.once(lambda: measure_world(
-                    start.model, start.tokenizer, start.images, run.test_scenes))
+                found = measure_world(
+                    start.model, start.tokenizer, start.images, run.test_scenes)
             if trained:
                 return found
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -228,7 +228,7 @@ def test_command_line_follows_the_dataclasses(capsys):
     for wrong in ("--algo nonsense", "--gama 3", "--algo sft --gamma 3", "--beta much", "--lora -8",
                   "--normalize False", "--batch_size 0", "--learning_rate nan", "--images photos",
                   "--data a --corrections 9", "--algo rm --captions a", "--lora_alpha 8",
-                  "--lora 4 --lora_alpha 0"):
+                  "--lora 4 --lora_alpha 0", "--beta 0", f"--seed {2**32}"):
         with pytest.raises(SystemExit) as stopped:
             train.parse(wrong.split())
         assert stopped.value.code == 2
@@ -472,6 +472,10 @@ def test_folders_are_never_lost(photos, tmp_path, run_train, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(runs, "write_atomic", lambda *_: exec("raise OSError(28, 'full')"))
         assert "error: " in run_train(*other, status=1)
+    assert (done / "config.json").read_bytes() == before and (done / "model").exists()
+    with monkeypatch.context() as patch:  # the first step is where a GPU would be too small
+        patch.setattr(ddpo.DDPO, "loss", lambda self, batch: (torch.tensor(math.nan), {}))
+        assert "the loss is nan at step 1" in run_train(*other, status=1)
     assert (done / "config.json").read_bytes() == before and (done / "model").exists()
     run_train(*other)
     (done / runs.ASIDE).mkdir()
@@ -742,6 +746,7 @@ def test_runs_are_planned_from_settings_alone(tmp_path, monkeypatch, run_train):
                                *rm("plain-scratch-0")],
         "ppo": rm("plain-0"), "ppo --facts --seed 2": rm("facts-2"),
         "ppo --lora 4": rm("plain-lora4-0"), "ppo --reward_model x": [],
+        "ppo --dtype bfloat16 --lora 4 --lora_alpha 2": rm("plain-lora4-alpha2-bf16-0"),
         "base --model x": [], "base --seed 1": [("vision", f"{made}/vision-seed1")],
     }.items():
         algo = command.partition(" ")[0]
@@ -758,11 +763,13 @@ def test_runs_are_planned_from_settings_alone(tmp_path, monkeypatch, run_train):
         Path(step.out).mkdir(exist_ok=True)
         json_file(Path(step.out), {"versions": {"plumbline": "0"},
                                    "settings": runs.settings_of(step, cfg)}, "config.json")
-        for seed, resume in (("", True), ("--dtype bfloat16", False)):
-            (step, _), _ = plan(f"--algo ppo --lora 2 {facts} {seed}")
+        for more, resume in (("", True), ("--image_mode pad", False)):
+            (step, _), _ = plan(f"--algo ppo --lora 2 {facts} {more}")
             assert (step.resume, step.overwrite) == (resume, not resume)
     (first, settings), _ = plan("--algo ppo --facts --dtype bfloat16")
     assert settings.facts and first.dtype == "bfloat16" and not first.resume
+    with pytest.raises(ValueError, match="--algo vision trains all weights; leave out --lora"):
+        plan("--algo vision --lora 4")
     assert run_train("--algo", "ppo", "--facts", "--dry_run").count("--algo") == 2
     few = ("--corrections", 3, "--dry_run")
     assert "rankings-train-3-" in run_train("--algo", "dpo", "--feedback", "rankings", *few)
@@ -896,7 +903,8 @@ def test_reference_is_kept_for_its_own_data_and_precision(tiny, tmp_path, monkey
     examples = [random_example(i) for i in range(3)]
     first = make_ddpo(tiny, examples, tmp_path).reference
     assert make_ddpo(tiny, examples, tmp_path).reference == first  # read back
-    for changed, settings in ((examples, {"normalize": False}), (examples[:2], {})):
+    other = [replace(examples[0], image=examples[1].image), *examples[1:]]
+    for changed, settings in ((examples, {"normalize": False}), (examples[:2], {}), (other, {})):
         with pytest.raises(ValueError, match="reference.json belongs to another"):
             make_ddpo(tiny, changed, tmp_path, **settings)
     aside = tmp_path / runs.ASIDE / "reference.json"  # of a run that this one replaces

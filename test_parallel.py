@@ -107,6 +107,8 @@ PARALLEL_RUNS = {  # sizes that neither 2 nor 3 divides
                         "../2/ddpo_lora/adapter"),
     "sft": ("--algo", "sft", "--data", "talk.json", "--images", "photos", "--batch_size", 4,
             "--micro_batch", 1, "--learning_rate", 2e-5),
+    "sft_world": ("--algo", "sft", "--corrections", 7, "--batch_size", 4, "--learning_rate", 2e-5,
+                  "--test_scenes", 3),  # measures first what no other run has measured
     "rm": ("--algo", "rm", *RANKINGS),
     "rm_lora": ("--algo", "rm", *RANKINGS, "--lora", 4),
     "ppo": ("--algo", "ppo", "--reward_model", "../2/rm", *PROMPTS),

@@ -42,7 +42,7 @@ from evaluation import SHAPES, columns, memory_table, table, write_report, write
 from formats import find_device, latest_state, save_adapter, save_llava
 from formats.files import error_message, lock_folder
 from formats.opening import model_folder, open_model
-from formats.runs import is_finished, open_folder, replacing
+from formats.runs import discard_replaced, is_finished, open_folder, replacing
 from loop import Interrupted, Loop, TrainingError, event_writer, remove_checkpoints, verdict
 from world import pretraining
 
@@ -97,11 +97,12 @@ def train_in(folder: Path, start: Start, config: Training, kind: type[Algorithm]
         algorithm = kind(start, config, data)
         before = recipes.measure(start, algorithm, trained=False)
         loop = Loop(algorithm, start, data)
-    state = parallel.once(lambda: latest_state(folder) if resume else None)
-    if state:
-        loop.load(state)
-        print(f"resumed at step {loop.step} of {algorithm.steps}", file=sys.stderr)
-    loop.train()
+        state = parallel.once(lambda: latest_state(folder) if resume else None)
+        if state:
+            loop.load(state)
+            print(f"resumed at step {loop.step} of {algorithm.steps}", file=sys.stderr)
+        loop.train()
+    discard_replaced(folder)  # where there was no step
     if not parallel.rank() and (said := verdict(folder, kind.reads, start, config)):
         print(said, file=sys.stderr)
     save_result(start, algorithm, folder)
@@ -179,6 +180,8 @@ def misuse(run: Run, given: dict) -> str:
         return "--captions goes with --facts"
     if run.lora_alpha is not None and not (run.lora and run.lora_alpha):
         return "--lora_alpha goes with --lora, and is above 0"
+    if run.seed >= 2**32:
+        return "--seed should be below 2**32"
     if run.gpus and not run.dry_run:
         return "--gpus goes with --dry_run; torchrun --nproc_per_node N uses N of them"
     return ""

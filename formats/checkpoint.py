@@ -37,9 +37,12 @@ def find_device(name: str | None) -> torch.device:
     if name in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):  # torch raises either
-        raise ValueError(f"--device {name}: this torch installation has no such device") from None
+        device = torch.device("meta")
+    if device.type == "meta":
+        raise ValueError(f"--device {name}: this torch installation has no such device")
+    return device
 
 
 # ------------------------------------------------------------------------------------------ loading

@@ -19,7 +19,7 @@ from formats.state import latest_state
 WRITTEN = ("checkpoint-*", "model", "adapter", "tensorboard", "*_head.safetensors", "request.txt",
            "features.bin", "metrics.jsonl", "samples.jsonl", "pairs.json", "reference.json",
            "results.json", "report.html", "config.json")
-ASIDE = ".replaced"  # subfolder for the old files that a new run replaces once it begins to train
+ASIDE = ".replaced"  # subfolder for the old files that a new run replaces after its first step
 
 
 def settings_of(run: Run, config: Training) -> dict:
@@ -68,7 +68,7 @@ def set_aside(folder: Path, run: Run, config: Training) -> None:
 
 
 def restore(folder: Path) -> None:
-    """Put back the files set aside, over those of a run that did not begin to train."""
+    """Put back the files set aside, over those of a run that did not complete a step."""
     if (aside := folder / ASIDE).exists():
         for path in sorted(aside.iterdir()):
             if (new := folder / path.name).exists():
@@ -86,13 +86,17 @@ def read_replaced(path: Path) -> dict:
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[None]:
-    """Delete the files set aside if this block succeeds; else put them back."""
+    """Put the files set aside back if this block fails before `discard_replaced` deletes them."""
     try:
         yield
     except BaseException:
         if not parallel.rank():
             restore(folder)
         raise
+
+
+def discard_replaced(folder: Path) -> None:
+    """Delete the files set aside."""
     if not parallel.rank() and (folder / ASIDE).exists():
         remove(folder / ASIDE)
 
