@@ -22,9 +22,9 @@ runs test a claim and by which rule it holds. Every number is a mean over seeds 
 the order and the base's sampled answers) with its 95 % t-interval, on the same {SCENES} held-out
 scenes: per cent of descriptions with a false statement (any, object, colour, number, place), per
 cent of the objects mentioned (coverage), right answers to short questions about seven topics
-(questions; not kept of earlier runs), over-generalisation Δ in points. Where an arm stands for
-several learning rates, the table shows the best on these same scenes. A small world shows how the
-algorithms behave on it, not how large models behave.
+(questions; a number of seeds in brackets: the others did not keep it), over-generalisation Δ in
+points. Where an arm stands for several learning rates, the table shows the best on these same
+scenes. A small world shows how the algorithms behave on it, not how large models behave.
 """
 COLOUR = "#3b6fb6"
 LINES = (COLOUR, "#c8553d", "#4f9d69", "#a06cd5", "#c99700", "#7f7f7f")
@@ -83,9 +83,10 @@ def section(claim: Claim, runs: Runs) -> str:
         lines += [f"| | seeds | {' | '.join(TITLES[m] for m in shown)} |",
                   "|---" * (len(shown) + 2) + "|"]
         for label, row in table.items():
-            cells = [number(m, mean(row[m])) if m in row else "" for m in shown]
-            lines.append(f"| {label} | {max(map(len, row.values()))} | "
-                         f"{' | '.join(cells)} |")
+            seeds = max(map(len, row.values()))
+            cells = [number(m, mean(row[m])) + f" ({len(row[m])})" * (len(row[m]) < seeds)
+                     if m in row else "" for m in shown]
+            lines.append(f"| {label} | {seeds} | {' | '.join(cells)} |")
         lines += ["", f"![{claim.name}](claims/figures/{claim.name}.svg)\n"]
         if curves(claim, runs):
             lines.append(f"![{claim.name}, by KL](claims/figures/{claim.name}_kl.svg)\n")
