@@ -164,7 +164,7 @@ def reward_batch(reward_model: RewardModel, tokenizer: Tokenizer, rows: Sequence
 @dataclass
 class RMConfig(Training):
     learning_rate: float | None = option(
-        None, "peak learning rate [1e-4; from 1B 1e-5 (Llama 2), with --lora 2e-5 (release)]")
+        None, "peak learning rate [1e-4, with --lora 3e-4; from 1B 1e-5 (Llama 2), 2e-5 (release)]")
     rates = {"small": 1e-4, "large": 1e-5, "small lora": 3e-4, "large lora": 2e-5}
     epochs: int = option(1, "passes over the pairs; one, since more overfit (release)")
     facts: bool = option(False, "factual augmentation: put the image's captions into the request")
