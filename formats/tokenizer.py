@@ -111,6 +111,58 @@ def sentencepiece_model(file: Path, content: dict) -> bytes:
     return proto + part(2, trainer) + part(3, normalizer)
 
 
+def added_tokens(tokenizer: Tokenizer) -> list[dict]:
+    """Return the tokens that `transformers` finds in a text before it cuts the text into pieces."""
+    sp = tokenizer.sp
+    last = max(tokenizer.image_token, tokenizer.pad_token)
+    ids = {i: f"<extra_{i}>" for i in range(sp.vocab_size(), last)}  # rows that the base added
+    ids |= {i: sp.id_to_piece(i) for i in (sp.unk_id(), sp.bos_id(), sp.eos_id())}
+    ids |= {tokenizer.image_token: "<image>", tokenizer.pad_token: "<pad>"}
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    return [{"id": i, "content": ids[i], "special": True, **flags} for i in sorted(ids)]
+
+
+def fast_tokenizer(sp: sentencepiece.SentencePieceProcessor, added: list[dict]) -> dict:
+    """Return a sentencepiece BPE model as tokenizer.json, which opens without sentencepiece.
+
+    sentencepiece merges the pair whose piece has the best score, tokenizer.json the pair that comes
+    first in a list. The list therefore has every way to cut a piece in two, ordered by score.
+    """
+    vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
+    score = [sp.get_score(i) for i in range(sp.vocab_size())]
+    special = lambda i: sp.is_control(i) or sp.is_byte(i) or sp.is_unknown(i)
+    merges = [
+        (-score[i], vocab[piece[:cut]], vocab[piece[cut:]], f"{piece[:cut]} {piece[cut:]}")
+        for piece, i in vocab.items() if not special(i) for cut in range(1, len(piece))
+        if piece[:cut] in vocab and piece[cut:] in vocab
+    ]
+    replace = lambda old, new: {"type": "Replace", "pattern": {"String": old}, "content": new}
+    bos = sp.id_to_piece(sp.bos_id())
+    first, second = ([{"SpecialToken": {"id": bos, "type_id": i}},
+                      {"Sequence": {"id": "AB"[i], "type_id": i}}] for i in (0, 1))
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": [
+            # Legacy: every text between added tokens begins with its own space.
+            {"type": "Prepend", "prepend": "▁"}, replace(" ", "▁"),
+        ]},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing", "single": first, "pair": first + second,
+            "special_tokens": {bos: {"id": bos, "ids": [sp.bos_id()], "tokens": [bos]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": [
+            replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ]},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": sp.id_to_piece(sp.unk_id()),
+            "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True,
+            "byte_fallback": True, "vocab": vocab, "merges": [text for *_, text in sorted(merges)],
+        },
+    }
+
+
 def train_tokenizer(texts: Iterable[str], path: Path | str, vocab_size: int = 800) -> None:
     """Train a small sentencepiece model with LLaMA's settings: BPE, byte fallback, raw text.
 
