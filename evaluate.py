@@ -193,6 +193,10 @@ def output_file(args: Namespace, name: str) -> Path:
         run = model.parent if (model.parent / "config.json").exists() else Path("runs", model.name)
         folder = run / (f"best_of_{args.best_of}" if args.best else "answers")
     folder.mkdir(parents=True, exist_ok=True)
+    inputs = args.data, args.pope, args.chair, args.vqa, args.mmhal and [args.mmhal]
+    for file in find_files([each for given in inputs for each in given or ()]):
+        if (folder / name).exists() and file.samefile(folder / name):
+            raise ValueError(f"{file}: the results would replace it; choose another --output")
     return folder / name
 
 

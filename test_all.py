@@ -2120,6 +2120,10 @@ def test_evaluate_asks_a_model(run_evaluate):
     assert json.loads(Path("out/rows.scores.json").read_text()) == evaluation.pope(*columns)
     write_lines("one.jsonl", {"image": "3.png"})
     run_evaluate(f"--model one --data one.jsonl --prompt Why? {asked}")
+    write_lines("chair.jsonl", {"image": "0.png", "question": "?"})
+    for command in ("--data one.jsonl --prompt ?", "--chair truth.json --data chair.jsonl"):
+        shown = run_evaluate(f"--model one {command} {asked} --output .", 1)
+        assert re.search("(one|chair).jsonl: the results would replace it", shown)
     person = run_evaluate("--model one --image images/3.png --prompt Why? --max_new_tokens 4")
     assert person.strip() == read_lines("out/one.jsonl")[0]["answer"]
     run_evaluate(f"--model one --chair truth.json {asked}")
@@ -2224,6 +2228,14 @@ def test_answer_file_resumes_where_it_was_stopped(run_evaluate):
     assert answers.answer_file(respond, "m", questions, part, 2) == whole
     assert part.read_text() == path.read_text() and seeds == [0, 2, 4, 6] + [4, 6]
     assert answers.answer_file(respond, "m", questions, part, 2) == whole and len(seeds) == 6
+    part.write_text("".join(path.read_text().splitlines(True)[:6])[:-1])  # all but the line's end
+    assert answers.answer_file(respond, "m", questions, part, 2) == whole and seeds[6:] == [6]
+    assert part.read_text() == path.read_text()
+    for rows in ([{"image": "0.png"}], {"image": "0.png"}):  # without a line's end, but not ours
+        (foreign := Path("foreign.jsonl")).write_text(json.dumps(rows))
+        with pytest.raises(ValueError, match="foreign.jsonl.* move it away"):
+            answers.answer_file(respond, "m", questions, foreign, 2)
+        assert json.loads(foreign.read_text()) == rows
     other, out = Path("images/3.png").read_bytes(), Path("broken.jsonl")
     Path("images/3.png").write_bytes(b"")
     for _ in "ab":  # what cannot be read is said each time, and asked when it can be read

@@ -2,7 +2,7 @@
 
 import fcntl
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from glob import escape
@@ -105,11 +105,14 @@ def read_answers(path: Path, unreadable: bool = False) -> list[dict]:
 
 def whole_lines(path: Path) -> list[dict]:
     """Return the rows of a JSONL file, if it exists, without a killed process's unfinished line."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    with suppress(ValueError):
+        parse_json(last)
+        lines.append(last)  # it lacks nothing but its end
     try:
         return [dict(parse_json(line)) for line in lines]
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not rows in JSON lines ({error}); delete it") from None
+        raise ValueError(f"{path}: not rows in JSON lines ({error}); move it away") from None
 
 
 def answer_file(
@@ -137,7 +140,7 @@ def answer_file(
         fits = (want.items() <= row.items() for row, want in zip(rows, wanted))
         if len(rows) > len(wanted) or not all(fits):
             raise ValueError(f"{path} holds answers to other questions, or of another model or "
-                             "settings; delete it or choose another --output")
+                             "settings; move it away or choose another --output")
         if len(rows) < len(wanted):
             del rows[len(rows) // batch_size * batch_size :]  # a part of a batch: answered again
         mended = sorted({i // batch_size * batch_size for i in readable(questions, rows, skip)})
@@ -145,12 +148,9 @@ def answer_file(
             batch = slice(start, start + batch_size)
             answer_batch(respond, questions[batch], wanted[batch], seed + start, skip)
             rows[batch] = wanted[batch]
-        if mended:
-            write_atomic(path, jsonl(rows))
+        if path.read_bytes() != (whole := jsonl(rows).encode()):
+            write_atomic(path, whole)
             file = opened.enter_context(open_locked(path))  # another file now
-        else:
-            lines = path.read_bytes().splitlines(keepends=True)
-            file.truncate(sum(map(len, lines[: len(rows)])))
         bar.update(len(rows))
         for start in range(len(rows), len(wanted), batch_size):
             batch = slice(start, start + batch_size)
