@@ -322,6 +322,7 @@ def run_suite(args: Namespace) -> None:
 
         scores[name], terms[name] = suite.measure(
             chosen, ask, out / name, judged, answered, args.seed)
+        loaded = None  # before the next one is loaded
     notes = suite.notes(chosen, args.max_new_tokens, scores)
     print(*(f"{name}: {note}" for name, note in notes.items()), sep="\n")
     differences = suite.compare(terms, args.seed)
