@@ -29,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -2683,9 +2684,19 @@ def write_suite(folder, images):
         shutil.copytree(images, each, dirs_exist_ok=True, ignore=lambda *_: ["results.json"])
 
 
-def test_suite_compares_models(run_evaluate):
+def test_suite_compares_models(run_evaluate, monkeypatch):
     command = "--suite set --models one half/model --output out --max_new_tokens 3"
+    held, load = [], evaluate.load
+
+    def load_alone(args, path):
+        assert all(model() is None for model in held)  # one model in memory at a time
+        loaded = load(args, path)
+        held.append(weakref.ref(loaded[0]))
+        return loaded
+
+    monkeypatch.setattr(evaluate, "load", load_alone)
     shown = run_evaluate(command)
+    assert len(held) == 2
     assert "amber/generative: asked as in the file, at most 3 new tokens; lexical mode" in shown
     assert "no scores yet: give each model's mmhal_*_" in shown and "synonym file; obj" in shown
     filled = json.loads(Path("out/half/mmhal_official_filled.json").read_text())
@@ -2696,7 +2707,7 @@ def test_suite_compares_models(run_evaluate):
     assert not Path("executed").exists() and any(row["model_answer"] for row in filled)
     for name, base in (("one", 0), ("half", 2)):
         replies = [{"id": i, "reply": f"Rating: {base + i % 3}"} for i in range(8)]
-        write_lines(f"out/{name}/mmhal_replies.jsonl", *replies)
+        write_lines(f"out/{name}/mmhal_official_replies.jsonl", *replies)
     written = {path: path.read_bytes() for path in Path("out").glob("*/*.jsonl")}
     shown = run_evaluate(command)
     assert written == {path: path.read_bytes() for path in written}
@@ -2717,11 +2728,19 @@ def test_suite_compares_models(run_evaluate):
     assert "good" in {cell.get("class") for cell in page.iter("td")}
     responses = json.loads(Path("out/one/amber_responses.json").read_text())
     assert [[*row] for row in responses] == [["id", "response"]] * 8
-    write_lines("out/one/mmhal_replies.jsonl", *replies[:6])
+    (official := Path("set/mmhal/eval_gpt4.py")).rename("aside.py")  # now asked by the short prompt
+    assert re.search("short.*no scores yet", run_evaluate(command))
+    Path("aside.py").rename(official)
+    write_lines(given := "out/one/mmhal_official_replies.jsonl", *replies[:6])
     assert "2 replies without one rating count as 0 (to prompts 6, 7)" in run_evaluate(command)
-    Path("out/one/mmhal_official_prompts.jsonl").write_text("of other answers")
-    shown = run_evaluate(command)  # the first model has no scores of MMHal, the second has
-    assert "mmhal_replies.old.jsonl: replies to other answers" in shown and "no scores yet" in shown
+    paid, asked = Path(given).read_bytes(), Path("out/one/mmhal_official_prompts.jsonl")
+    for i, stale in enumerate((lambda: asked.write_text("of others"), asked.unlink), 1):
+        Path(given).write_bytes(paid)
+        stale()
+        shown = run_evaluate(command)  # the first model has no scores of MMHal, the second has
+        assert f"replies.old{i}.jsonl: replies to other answers or another prompt" in shown
+        assert "no scores yet" in shown and not Path(given).exists()
+    assert Path("out/one/mmhal_official_replies.old1.jsonl").read_bytes() == paid
     assert list(metrics.model_names(["runs/a/model", "b/", "c/a"])) == ["runs_a_model", "b", "c_a"]
     with pytest.raises(ValueError, match="name every model once: /a/x, a/x"):
         metrics.model_names(["/a/x", "a/x"])

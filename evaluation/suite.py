@@ -14,15 +14,16 @@ recall, VQA). The folder may have any of:
     images/                       for all; or for one: pope/images/, amber/images/ ...
 
 Every model has a folder in the output with its answers, which the same command resumes. MMHal needs
-a judge: put its replies to mmhal_*_prompts.jsonl into mmhal_replies.jsonl there. suite.json and
-suite.html beside the folders have the table with intervals and paired differences to the first
-model; both say how each benchmark was asked and scored.
+a judge: put its replies to mmhal_*_prompts.jsonl into mmhal_*_replies.jsonl there (* is the prompt,
+official or short). suite.json and suite.html beside the folders have the table with intervals and
+paired differences to the first model; both say how each benchmark was asked and scored.
 """
 
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
+from itertools import count
 from pathlib import Path
 
 from evaluation.benchmarks import rating, read_mmhal, read_replies
@@ -78,16 +79,18 @@ def find_parts(
 def judged(template: Path, prompt: JudgePrompt, rows: Rows, folder: Path) -> Rows:
     """Write the judge's prompts for MMHal's answers; return the rows with its replies, if any.
 
-    Replies to prompts about other answers are renamed and not scored.
+    Replies to other prompts, or to unknown ones, are renamed and not scored.
     """
-    prompts, path = folder / f"mmhal_{prompt.label}_prompts.jsonl", folder / "mmhal_replies.jsonl"
+    prompts = folder / f"mmhal_{prompt.label}_prompts.jsonl"
+    path = folder / f"mmhal_{prompt.label}_replies.jsonl"
     old = prompts.read_bytes() if prompts.exists() else None
     write_prompts(folder, read_mmhal(template), [row["answer"] for row in rows], prompt)
     if not path.exists():
         return []
-    if old not in (None, prompts.read_bytes()):
-        path.rename(aside := path.with_suffix(".old.jsonl"))
-        print(f"{aside}: replies to other answers, not scored", file=sys.stderr)
+    if old != prompts.read_bytes():
+        names = (path.with_suffix(f".old{i}.jsonl") for i in count(1))  # replies are paid for
+        path.rename(aside := next(each for each in names if not each.exists()))
+        print(f"{aside}: replies to other answers or another prompt, not scored", file=sys.stderr)
         return []
     replies = read_replies(path, len(rows))
     if missing := [i for i, reply in enumerate(replies) if rating(reply) is None]:
@@ -146,7 +149,7 @@ def notes(parts: Sequence[Part], limit: int | None, scores: dict[str, dict]) -> 
         if not any(name.startswith(f"{part.name}/") for name in first):
             found[part.name] += (
                 "; no scores yet: give each model's mmhal_*_prompts.jsonl to a judge, put its "
-                "replies in mmhal_replies.jsonl there, run again" if part.name == "mmhal"
+                "replies in mmhal_*_replies.jsonl there, run again" if part.name == "mmhal"
                 else "; no scores: no model answered a row")
     return found
 
