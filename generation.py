@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import prompt_text, prompt_tokens, split
 from formats.tokenizer import IMAGE
-from model import LLaVA, TextConfig, attention_mask, product_dtype, rotary
+from model import LLaVA, attention_mask, product_dtype, rotary
 from parallel import Draws
 from vision import ImageSettings, preprocess
 
@@ -39,21 +39,29 @@ class KVCache:
     The buffers start as zeros: a NaN in a masked slot would still reach the result (0 * NaN).
     """
 
-    def __init__(self, config: TextConfig, rows: int, slots: int, device, dtype: torch.dtype):
+    def __init__(self, model: LLaVA, rows: int, slots: int, positions: int):
+        config, weight = model.config.text, model.decoder.embed_tokens.weight
+        device, dtype = weight.device, product_dtype(weight)
         shape = (rows, config.num_key_value_heads, slots, config.head_dim)
         new = functools.partial(torch.zeros, shape, device=device, dtype=dtype)
         self.k = [new() for _ in range(config.num_hidden_layers)]
         self.v = [new() for _ in range(config.num_hidden_layers)]
-        position = torch.arange(slots, device=device)[None]
+        position = torch.arange(positions, device=device)[None]
         tables = rotary(position, config.head_dim, config.rope_theta, dtype)
-        self.cos, self.sin = (table[0, 0] for table in tables)  # (slots, head_dim)
+        self.cos, self.sin = (table[0, 0] for table in tables)  # (positions, head_dim)
 
     def rotary(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin of positions, as `model.rotary` computes them."""
         return self.cos[position].unsqueeze(1), self.sin[position].unsqueeze(1)
 
+    def widen(self, rows: Tensor, slots: int) -> None:
+        """Add empty slots, and repeat rows, (rows,) indices; holds one layer twice at a time."""
+        for buffers in (self.k, self.v):
+            for i, old in enumerate(buffers):
+                buffers[i] = nn.functional.pad(old[rows], (0, 0, 0, slots - old.shape[2]))
+
     def keep(self, rows: Tensor) -> None:
-        """Keep these rows alone: (rows,) indices or bool."""
+        """Keep these rows alone: (rows,) bool."""
         self.k, self.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
 
 
@@ -187,20 +195,22 @@ def prefill(
         [prompt.to(device) for prompt in prompts], True, model.config.pad_token)  # (B, T)
     rows, width = tokens.shape
     slots = -(-(width + steps * samples) // SLOTS) * SLOTS
-    weight = model.decoder.embed_tokens.weight
     slot = torch.arange(slots, device=device)
     inside = slot < length[:, None]  # (B, slots)
     causal = attention_mask(inside[:, :width].long() - 1)  # (B, 1, T, T)
-    first = rows if image_of is None else len(images)
-    cache = KVCache(model.config.text, first, slots, device, product_dtype(weight))
     shared = 0  # tokens that all prompts begin with, computed once per image
     if image_of is not None:
         alike = (tokens == tokens[0]).all(dim=0)[: min(map(len, prompts)) - 1]
-        shared = int(alike.long().cumprod(0).sum())
+        shared, first = int(alike.long().cumprod(0).sum()), len(images)
+        if (tokens[:, shared:] == model.config.image_token).any():
+            raise ValueError("prompts that share images differ before an image's end")
+        cache = KVCache(model, first, shared, slots)
         model(images, tokens[:first, :shared], slot[:shared].expand(first, -1),
               mask=causal[:first, :, :shared, :shared], cache=cache, slots=slot[:shared])
         images = None
-        cache.keep(torch.tensor(image_of, device=device))
+        cache.widen(torch.tensor(image_of, device=device), slots)
+    else:
+        cache = KVCache(model, rows, slots, slots)
     hidden = model(
         images, tokens[:, shared:], slot[shared:width].expand(rows, -1),
         mask=causal[:, :, shared:], cache=cache, slots=slot[shared:width])  # (B, T - shared, D)
