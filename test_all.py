@@ -2274,6 +2274,11 @@ def test_questions_are_checked(run_evaluate):
            ({"image": "0.png", "question": "?", "history": [["a", "b"]]}, "has earlier turns"),
            ({"image": "0.png", "question": "why " * 2000}, "tokens, the context holds"),
            ({"image": "bad.png", "prompt": "?"}, "cannot read image bad.png")]
+    described = "--model one --chair truth.json --images images --max_new_tokens 4 --output chair"
+    run_evaluate(f"{described} --prompt <image>What?")
+    assert read_lines("chair/chair.jsonl")[0]["question"] == "What?"
+    shown = run_evaluate("--model one --pope rows.jsonl --images images --suffix <image>", 1)
+    assert "rows.jsonl row 1: the question contains <image>" in shown
     asked = "--model one --data bad.jsonl --images images --output out --max_new_tokens 4"
     good = {"image": "0.png", "text": "POPE calls it so?"}
     for row, message in bad:
@@ -4147,6 +4152,8 @@ def test_answers_keep_the_order_of_the_questions(tiny_world, tokenizer, monkeypa
                         lambda found, how: opened.append(len(found)) or pixels_of(found, how))
     assert ask(shared, texts) == ask(shared, texts, batch_size=3) == apart_too != apart
     assert opened == [2, 1, 1]  # batches of five, and of three and two
+    with pytest.raises(ValueError, match="differ before an image's end"):
+        ask(shared, [f"{text} <image>" for text in texts])
     draw = lambda seed: ask(images[:2], texts[:2], temperature=1.0, samples=3, seed=seed)
     assert len(draw(0)) == 6 and len(set(draw(0))) > 3 and draw(0) == draw(0) != draw(1)
     written = []

@@ -1,6 +1,7 @@
 """Files of questions about images, and answers files that an interrupted command can resume."""
 
 import fcntl
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -69,10 +70,13 @@ def make_question(name: str, row: dict, images: str, prompt: str | None) -> Imag
 def that_fit(
     model: LLaVA, tokenizer: Tokenizer, questions: Sequence[ImageQuestion], skip: list[str] | None
 ) -> Iterator[ImageQuestion]:
-    """Yield the questions that leave room for an answer in the context; `skip`: as above."""
+    """Yield the questions without `<image>` that leave room for an answer; `skip`: as above."""
     context, patches = model.config.text.max_position_embeddings, model.config.vision.patches
     for each in questions:
         with skipping(skip):
+            if IMAGE in each.question:
+                raise DataError(f"{each.name}: the question contains {IMAGE}; leave it out, the "
+                                "image comes first anyway")
             length = len(prompt_tokens(tokenizer, prompt_text(each.question), patches))
             if length >= context:
                 raise DataError(f"{each.name}: image and question have {length} tokens, the "
@@ -194,7 +198,8 @@ def answer_batch(
     for question, row in zip(questions, rows):
         with skipping(skip):
             image = open_image(question.name, question.image)
-            images.append(distinct.setdefault((image.size, image.tobytes()), image))
+            pixels = hashlib.sha256(image.tobytes()).digest()
+            images.append(distinct.setdefault((image.size, pixels), image))
             asked.append((question, row))
             continue
         row["error"] = skip[-1]

@@ -17,6 +17,7 @@ from evaluation.metrics import Terms, with_intervals
 from evaluation.synonyms import Synonyms, synonym_terms
 from formats.files import brief, understood
 from formats.rows import DataError, ParquetImage, image_path, skipping, whole_rows
+from formats.tokenizer import IMAGE
 
 DESCRIBE = "Please describe this image in detail."  # if a benchmark has no questions
 SUFFIX = "Answer the question using a single word or phrase."  # LLaVA-RLHF's, on a separate line
@@ -153,7 +154,7 @@ def chair_part(
                      for each in read_questions(path, images, prompt, skip)]
             known([{"name": each.name, **each.fields} for each in found])
             return found
-        text, found = prompt or DESCRIBE, []
+        text, found = (prompt or "").replace(IMAGE, "").strip() or DESCRIBE, []
         for name in files.values():
             with skipping(skip):
                 image = image_path(str(paths[0]), name, images or paths[0].parent)
