@@ -222,7 +222,10 @@ def read_objects(
         keys: dict[str, str] = {}
         for image, name in named.items():
             ids[str(image)] = key = image_key(name)
-            if (other := keys.setdefault(key, name)) != name:
+            other, before = keys.setdefault(key, name), files.get(key, name)
+            if other == name and len({Path(name).parent, Path(before).parent} - {Path()}) > 1:
+                other = before  # of another file, in another folder
+            if other != name:
                 raise DataError(f"{path}: images {brief(other)} and {brief(name)} cannot be told "
                                 "apart by number or file name; rename one")
         files |= keys
