@@ -98,6 +98,8 @@ def choose_command(args: Namespace, parser: ArgumentParser) -> str:
                      "--vqa, --mmhal, --suite")
     if not args.model and not no_model[wanted[0]]:
         parser.error(f"--{wanted[0]} needs --model")
+    if args.answers and args.model:
+        parser.error("--answers are scored without --model; --output DIR names the scores' folder")
     if args.image and not args.prompt:
         parser.error("--image needs --prompt")
     if args.mmhal and not args.replies and not args.judge_prompt:
