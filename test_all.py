@@ -1882,6 +1882,12 @@ def test_chair_reads_instances_captions_and_plain_files(tmp_path):
         write_lines(tmp_path / "wrong", content)
         with pytest.raises(DataError, match=f"wrong: {phrase}"):
             coco.read_objects([tmp_path / "wrong"])
+    files = [tmp_path / "bare.json", tmp_path / "a.json", tmp_path / "b.json"]
+    for path, image in zip(files, ("1.png", "a/1.png", "b/1.png")):
+        write_lines(path, {image: ["cat"]})
+    assert coco.read_objects(files[:2])[1] == {"1": "a/1.png"}  # may be the same image
+    with pytest.raises(DataError, match="b.json: images 'a/1.png' and 'b/1.png' cannot be told"):
+        coco.read_objects(files)
 
 
 def test_mmhal_by_hand(tmp_path):
@@ -2086,6 +2092,7 @@ BENCH_COMMANDS = {"AMBER": "--amber set/amber --answers",
     ("", 2, "give one of"), ("run --pope p.jsonl", 2, "give one of"),
     ("--image a.png --model m", 2, "--image needs --prompt"), ("--poep p.jsonl", 2, "unrecognized"),
     ("--data a.jsonl --answers b.jsonl", 2, "--data needs --model"),
+    ("--pope rows.jsonl --answers wrong.jsonl --model one", 2, "scored without --model"),
     ("one --best_of 4", 2, "--best_of N and --reward_model DIR belong together"),
     ("one --best_of 1 --reward_model rm", 2, "at least 2 samples"),
     ("one --best_of 2 --reward_model rm --temperature 0", 2, "a --temperature above 0"),
@@ -2184,6 +2191,12 @@ def test_best_of_n_is_what_the_reward_model_prefers(
         rewards = [reward.rate(judge, tokenizer, [(example, [tokenizer.encode(text)])], 1).item()
                    for text in texts[3 * i : 3 * i + 3]]
         assert chosen[i] == texts[3 * i + rewards.index(max(rewards))]
+    label = best.label
+    best.judge.reward_model.bias.data += 1  # another head over the same body
+    assert best.label != label
+    best.judge.reward_model.bias.data[()] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinity for 21 of 21 answers"):
+        pick(best, questions, images, texts, facts)
     Path("some.json").write_text(json.dumps({"0.png": ["a car"]}))
     some = f"--model one {asked} --captions some.json --output some"
     assert "row 2: no captions for image" in run_evaluate(some, 1)

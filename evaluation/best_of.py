@@ -5,6 +5,7 @@ and only the choice among its own samples differs. A reward model that was train
 the captions of the images.
 """
 
+import hashlib
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,8 +37,11 @@ class BestOf:
     @property
     def label(self) -> str:
         """The text that identifies the choice in an answers file."""
+        rewards = self.judge.reward_model
+        head = torch.cat([rewards.weight, rewards.bias[None]]).detach().cpu().numpy().tobytes()
         return (f"best_of={self.samples} facts={bool(self.judge.facts)} "
-                f"reward_model={fingerprint(self.judge.reward_model.model)}")
+                f"reward_model={fingerprint(rewards.model)} "
+                f"head={hashlib.sha256(head).hexdigest()[:16]}")
 
     def facts(self, asked: ImageQuestion) -> Sequence[str]:
         """Return the captions that the judge needs; DataError if they are missing."""
@@ -71,10 +75,16 @@ class BestOf:
         Args:
             images: one per question; or the judge's own features of them (see `Judge.features`).
             facts: captions of each image, for a judge that was trained with them.
+
+        Raises:
+            ValueError: a reward is NaN or infinite.
         """
         features = images if isinstance(images, Tensor) else self.judge.features(images)
         groups = split(texts, self.samples)
         rewards = self.judge.rate(questions, features, groups, facts, BATCH)
+        if bad := int((~rewards.isfinite()).sum()):
+            raise ValueError(f"the reward model gave NaN or infinity for {bad} of {len(rewards)} "
+                             "answers; train it with a smaller --learning_rate")
         best = rewards.view(-1, self.samples).argmax(1).tolist()  # the first of equal ones
         return [group[place] for group, place in zip(groups, best)]
 
