@@ -6,8 +6,9 @@ Every submission is one line, forced onto the disk before the page says "saved":
      "time", "model"}
 
 status is "corrected", "accepted" (chosen and rejected are equal), or "skipped" (chosen is null, and
-"reason" says why). The last line of an id counts; `formats.readers` reads the file as it is. The id
-is a hash of image, question and answer, so rows of the answers may be moved or added.
+"reason" says why). The last adjudication of an id counts, a line with "adjudicated", or else its
+last line; `formats.readers` reads the file as it is. The id is a hash of image, question and
+answer, so rows of the answers may be moved or added.
 """
 
 import errno

@@ -137,11 +137,16 @@ def read_records(make: Callable, patterns: Patterns, images: Folder, skip: Skip)
 
 
 def latest_corrections(rows: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
-    """Yield rows; of annotate.py's, only the last line of each id, if that is a correction."""
+    """Yield rows; of annotate.py's, only the line of each id that counts, if that is a correction.
+
+    That is the last adjudication, or else the last line.
+    """
     last = {}
     for name, row in rows:
         if isinstance(row, dict) and {"id", "annotator", "status", "segments"} <= row.keys():
-            last[str(row["id"])] = name, row
+            _, before = last.get(str(row["id"]), ("", {}))
+            if "adjudicated" in row or "adjudicated" not in before:
+                last[str(row["id"])] = name, row
         else:
             yield name, row
     yield from (each for each in last.values() if each[1]["status"] == "corrected")
