@@ -114,11 +114,12 @@ class Handler(BaseHTTPRequestHandler):
         require(self.server.is_addressed(host), 403, "this host name is not served here")
         require(origin is None or urlsplit(origin).netloc == host, 403, "another page may not ask")
         url = urlsplit(self.path)
-        token, path = "", url.path.removeprefix("/")
+        token, slash, path = "", "/", url.path.removeprefix("/")
         if self.server.token:
-            token, _, path = path.partition("/")
+            token, slash, path = path.partition("/")
         require(hmac.compare_digest(token.encode(), self.server.token.encode()), 403,
                 "the address lacks its token; copy all of it")
+        require(slash, 404, "the address lacks the slash at its end; add it")
         site = self.headers.get("Sec-Fetch-Site", "none")
         require(not path or site in ("none", "same-origin"), 403, "another page may not ask")
         if self.command == "GET":
