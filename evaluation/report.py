@@ -242,7 +242,7 @@ def sampled_completions(rows: list[dict]) -> str:
             if row.get("false") is not None:
                 texts["false in it"] = escape("; ".join(row["false"]) or "nothing")
             cards.append(card("", texts))
-        html += grid(f"<h3>Step {step}</h3>", cards)
+        html += grid(f"<h3>Step {escape(str(step))}</h3>", cards)
     return html and f"<p>Some completions of the first and of the last rollout.</p>{html}"
 
 
