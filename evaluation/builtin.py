@@ -91,6 +91,8 @@ def compare_runs(runs: Sequence[str], seed: int = 0) -> str:
     found, terms, questions = {}, {}, {}
     for name, run in model_names(runs).items():
         path = Path(run) / "results.json"
+        if Path(run).name == "model" and not path.exists():
+            path = Path(run).parent / "results.json"
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file; first run: python evaluate.py "
                                     f"{run} (of a plain model: --output {run})")
