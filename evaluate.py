@@ -192,7 +192,8 @@ def output_file(args: Namespace, name: str) -> Path:
     folder = args.output and Path(args.output)
     if not folder:
         model = model_folder(args.run or args.model)
-        run = model.parent if (model.parent / "config.json").exists() else Path("runs", model.name)
+        is_run = (model.parent / "config.json").exists()
+        run = model.parent if is_run else Path("runs", *metrics.model_names([str(model)]))
         folder = run / (f"best_of_{args.best_of}" if args.best else "answers")
     folder.mkdir(parents=True, exist_ok=True)
     inputs = args.data, args.pope, args.chair, args.vqa, args.mmhal and [args.mmhal]

@@ -1804,6 +1804,8 @@ def test_metrics_table_is_readable():
         "length (words)          40.0   [20.0, 80.0]   30.0   [15.0, 60.0]   -10.0     -25 %",
         "mmhal/score (of 6)      3.00   [1.50, 6.00]   3.00   [1.50, 6.00]   +0.00      +0 %",
         "hallucination/number     0.0     [0.0, 0.0]    0.0     [0.0, 0.0]    +0.0"]
+    undefined = {"one": {}, "two": {"f1": metric(0.5)}}  # for the first model
+    assert evaluation.comparison(undefined, {"two": {}}).split()[-2:] == ["f1", "50.0"]
 
 
 def test_pope_by_hand():
@@ -2207,7 +2209,8 @@ def test_best_of_n_is_what_the_reward_model_prefers(
     assert len(evaluation.read_results("one/best_of_3/results.json")["after"][1]) == 3
     assert seen[-1][4][0] and len(seen[-1][5]) == len(seen[-1][1])
     shutil.copytree("one/best_of_3", "again")
-    assert "hallucination/any" in run_evaluate("--compare one/best_of_3 again")
+    write_lines("again/model/config.json", {})
+    assert "hallucination/any" in run_evaluate("--compare one/best_of_3 again/model")
 
 
 def test_evaluate_measures_a_run_again(run_evaluate):
@@ -2760,6 +2763,7 @@ def test_suite_compares_models(run_evaluate, monkeypatch):
         assert "no scores yet" in shown and not Path(given).exists()
     assert Path("out/one/mmhal_official_replies.old1.jsonl").read_bytes() == paid
     assert list(metrics.model_names(["runs/a/model", "b/", "c/a"])) == ["runs_a_model", "b", "c_a"]
+    assert metrics.model_names(["..", "../model"]).keys().isdisjoint({"..", ".", "../model"})
     with pytest.raises(ValueError, match="name every model once: /a/x, a/x"):
         metrics.model_names(["/a/x", "a/x"])
 

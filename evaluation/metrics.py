@@ -135,10 +135,12 @@ def model_names(paths: Sequence[str]) -> dict[str, str]:
     Raises:
         ValueError: a path, or a name made of one, comes twice.
     """
-    last = [[part for part in Path(path).parts if part != "model"][-1:] for path in paths]
+    whole = [Path(path) for path in paths]
+    whole = [path if path.name and ".." not in path.parts else path.resolve() for path in whole]
+    last = [[part for part in path.parts if part != "model"][-1:] for path in whole]
     named = {
-        name[0] if name and last.count(name) == 1 else path.strip("/").replace("/", "_"): path
-        for name, path in zip(last, paths)
+        name[0] if name and last.count(name) == 1 else str(each).strip("/").replace("/", "_"): path
+        for name, each, path in zip(last, whole, paths)
     }
     if len(named) < len(paths):
         raise ValueError(f"name every model once: {', '.join(paths)}")
@@ -157,9 +159,9 @@ def comparison(scores: dict[str, dict], differences: dict[str, dict] | None = No
     head, rows = [first, INTERVAL] + ['always "No"'] * trivial, {}
     for name in others:
         head += [name, f"- {first}, {INTERVAL}"]
-    for measure in shared(scores[first]):
-        own = scores[first][measure]
-        row = rows[measure] = list(format_metric(measure, own))
+    for measure in shared(every_measure(scores)):
+        own = scores[first].get(measure, {})
+        row = rows[measure] = list(format_metric(measure, own) if own else ("", ""))
         if trivial:
             row.append(format_value(measure, own["always_no"]) if "always_no" in own else "")
         for name in others:
@@ -167,6 +169,11 @@ def comparison(scores: dict[str, dict], differences: dict[str, dict] | None = No
             row.append(format_value(measure, other["value"]) if other else "")
             row.append(" ".join(format_metric(measure, change, "+")) if other and change else "")
     return aligned(head, rows)
+
+
+def every_measure(scores: dict[str, dict]) -> dict[str, None]:
+    """Return the measures of all models; one may be undefined for some (see `with_intervals`)."""
+    return dict.fromkeys(measure for each in scores.values() for measure in each)
 
 
 def colour(measure: str, change: dict | None) -> str:

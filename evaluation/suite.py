@@ -28,7 +28,9 @@ from pathlib import Path
 
 from evaluation.benchmarks import rating, read_mmhal, read_replies
 from evaluation.judge import JudgePrompt, read_judge_prompt, write_prompts
-from evaluation.metrics import Terms, colour, format_metric, format_value, paired, titled
+from evaluation.metrics import (
+    Terms, colour, every_measure, format_metric, format_value, paired, titled,
+)
 from evaluation.parts import (
     Part, Rows, amber_parts, amber_responses, chair_part, mmhal_part, pope_part, vqa_part,
 )
@@ -185,8 +187,8 @@ def page(title: str, notes: dict[str, str], scores: dict[str, dict], differences
     for part, note in notes.items():
         rows.append(f'<tr><th colspan="{len(heads)}">{escape(part)}<small>{escape(note)}</small>'
                     "</th></tr>")
-        for name in (name for name in scores[first] if name.startswith(f"{part}/")):
-            own = scores[first][name]
+        for name in (name for name in every_measure(scores) if name.startswith(f"{part}/")):
+            own = scores[first].get(name, {})
             trivial = format_value(name, own["always_no"]) if "always_no" in own else ""
             shown = escape(titled(name)[len(part) + 1 :])
             row = f"<td>{shown}</td>{cell(name, own)}<td>{trivial}</td>"
