@@ -63,7 +63,7 @@ def make_parser(**options) -> ArgumentParser:
     add("--suffix", metavar="TEXT", help="a line after each question of --pope and --vqa "
         "['Answer the question using a single word or phrase.'], and of --amber's yes/no questions "
         "['']; '' asks as the file does")
-    add("--synonyms", metavar="FILE", help="for --chair: the official data/synonyms.txt")
+    add("--synonyms", metavar="FILE", help="for CHAIR: the official data/synonyms.txt")
     add("--judge_prompt", metavar="FILE", help="for --mmhal: the release's eval_gpt4.py; "
         "'short': this project's own prompt, which no published score uses")
     add("--replies", metavar="FILE", help="a judge's replies to MMHal's prompts")
@@ -98,7 +98,7 @@ def choose_command(args: Namespace, parser: ArgumentParser) -> str:
                      "--vqa, --mmhal, --suite")
     if not args.model and not no_model[wanted[0]]:
         parser.error(f"--{wanted[0]} needs --model")
-    if args.answers and args.model:
+    if args.answers and (args.model or args.suite):
         parser.error("--answers are scored without --model; --output DIR names the scores' folder")
     if args.image and not args.prompt:
         parser.error("--image needs --prompt")
@@ -270,12 +270,13 @@ def run_benchmark(args: Namespace) -> None:
     for part, asked in zip(chosen, questions):
         if args.answers:
             with understood(args.answers):
-                rows = part.given(Path(args.answers))
+                asked = part.given(Path(args.answers))
+            rows = [row for row in asked if row["answer"] is not None]
         else:
             path = output_file(args, f"{part.file}.jsonl")
             rows = list(map(part.clean, answer(args, loaded, asked, path, part.tokens)))
         if rows:
-            note = part.note(None if args.answers else args.max_new_tokens or part.tokens)
+            note = part.note(args, len(rows), len(asked))
             print_scores(args, part, part.measure(rows, args.seed)[0], note)
         scored += rows
     if not scored:
@@ -312,7 +313,8 @@ def run_suite(args: Namespace) -> None:
     """Run all benchmarks of a folder on all models; print and write the comparison."""
     source, out = Path(args.suite), Path(args.output or "runs/suite")
     models = metrics.model_names(args.models or [args.model])
-    chosen, judged = suite.find_parts(source, args.images, args.suffix, args.skipped)
+    chosen, judged = suite.find_parts(
+        source, args.images, args.suffix, args.synonyms, args.skipped)
     metrics.refuse_twins(part.name for part in chosen)
     questions = {part.name: part.ask() for part in chosen}  # fails before a model is loaded
     scores, terms, answered = {}, {}, {}
@@ -326,7 +328,7 @@ def run_suite(args: Namespace) -> None:
         scores[name], terms[name] = suite.measure(
             chosen, ask, out / name, judged, answered, args.seed)
         loaded = None  # before the next one is loaded
-    notes = suite.notes(chosen, args.max_new_tokens, scores)
+    notes = suite.notes(chosen, args, scores, answered, questions)
     print(*(f"{name}: {note}" for name, note in notes.items()), sep="\n")
     differences = suite.compare(terms, args.seed)
     print(evaluation.comparison(scores, differences))

@@ -2025,6 +2025,9 @@ def evaluated_runs(tiny_world, tokenizer, tmp_path_factory):
         "shuffled.jsonl": [{"question_id": 6 - i, "text": "No"} for i in range(7)],
         "unread.jsonl": [{"image": "0.png", "text": "No dog."},
                          {"image": "1.png", "error": "cannot be read", "caption": "a dog"}],
+        "some.jsonl": [{"image": "0.png", "label": "maybe", "text": "No dog."},
+                       {"image": "9.png", "label": "no", "text": "No"},
+                       {"image": "1.png", "label": "no", "error": "cannot be read"}],
         "two.jsonl": [{"image": f"{i}.png", "text": "?", "label": "no"} for i in range(2)],
         "gone.json": [{"0.png": ["dog"], "gone.png": ["cat"]}],
         "few/metrics.jsonl": [{"step": 1}],
@@ -2083,7 +2086,11 @@ BENCH_COMMANDS = {"AMBER": "--amber set/amber --answers",
     ("--mmhal template.json --replies others.jsonl", 1, "prompt 9, but there are only 7"),
     ("--mmhal template.json --replies wrong.jsonl", 1, "row 1: expected"),
     ("--mmhal truth.json --replies replies.jsonl", 1, "row 1: no image_id"),
-    ("--model one --pope unlabelled.jsonl --images images", 1, "every row needs a label"),
+    ("--model one --pope unlabelled.jsonl --images images", 1, "row 1: label is None, not"),
+    ("--chair truth.json --answers some.jsonl --skip_bad_rows", 0,
+     r"chair: .* 1 of 2 rows\n(.|\n)*1 rows left out:\n  some.jsonl row 2: nothing is known"),
+    ("--pope some.jsonl --answers some.jsonl --skip_bad_rows", 0,
+     r"some: .* 1 of 2 rows\n(.|\n)*1 rows left out:\n  some.jsonl row 1: label is 'maybe', not"),
     ("--model one --data rows.jsonl images/../rows.jsonl", 1, "2 files of questions are"),
     ("one --temperature 0.5", 1, "measured greedily"),
     ("few", 1, "few: an unfinished run"), ("no/run", 1, "no/run: no such folder"),
@@ -2113,6 +2120,7 @@ BENCH_COMMANDS = {"AMBER": "--amber set/amber --answers",
     ("AMBER twice.json", 1, "row 2: id 1 comes twice"), ("AMBER far.json", 1, "id 99 is no"),
     ("--amber set --answers far.json", 1, "set/relation.json: no such file"),
     ("--suite set", 2, "--suite needs --model"), ("--suite one --models two", 1, "no benchmark"),
+    ("--suite set --models one --synonyms broken", 1, "words separated by"),
     ("--suite set --models one one", 1, "every model once: one, one"),
     ("measured --scenes 3", 1, "measures of 2 scenes, which do not compare with --scenes 3"),
     ("measured", 1, "the measures to compare with have another --seed"),
@@ -2172,8 +2180,11 @@ def test_best_of_n_is_what_the_reward_model_prefers(
     reward.save_head(judge, Path("rm"), reward.provenance(start, facts=True))
     Path("captions.json").write_text(json.dumps({f"{i}.png": ["a car", "a dog"] for i in range(7)}))
     choose = "--best_of 3 --reward_model rm"
-    asked = f"--data rows.jsonl --images images --max_new_tokens 5 {choose}"
+    how = f"--images images --max_new_tokens 5 {choose}"
+    asked = f"--data rows.jsonl {how}"
     assert "--captions image_to_caption.json" in run_evaluate(f"--model one {asked}", 1)
+    shown = run_evaluate(f"--model one --pope two.jsonl {how} --captions captions.json")
+    assert "at most 5 new tokens, temperature 1, the best of 3 by rm; POPE" in shown
     seen, pick = [], evaluation.best_of.BestOf.choose
 
     def watched(self, questions, images, texts, facts):

@@ -84,18 +84,16 @@ def that_fit(
             yield each
 
 
-def read_answers(path: Path, unreadable: bool = False) -> list[dict]:
+def read_answers(path: Path) -> list[dict]:
     """Read answers that were made elsewhere: rows with "answer", and "name" for error messages.
 
-    The answer may also be called caption or text; a row without any is a DataError.
-
-    Args:
-        unreadable: keep the rows, without "answer", of images that evaluate.py could not read.
+    The answer may also be called caption or text; a row without any is a DataError. It is None for
+    an image that evaluate.py could not read.
     """
     rows = []
     for name, row in whole_rows(path):
         if "error" in row and "answer" not in row:
-            rows += [{**row, "name": name}] * unreadable
+            rows.append({**row, "answer": None, "name": name})
             continue
         texts = [row[k] for k in ("answer", "caption", "text") if isinstance(row.get(k), str)]
         if not texts:

@@ -1,5 +1,6 @@
 """Each benchmark as one `Part`: its questions, its measures, and notes on how they are made."""
 
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +34,7 @@ class Part:
     name: str  # such as "pope/coco_pope_random": begins the names of measures in a suite
     file: str  # stem of the answers file of a single benchmark
     ask: Callable[[], list[ImageQuestion]]  # opens the images, so only if a model answers
-    given: Callable[[Path], Rows]  # rows to score, from a file of answers made elsewhere
+    given: Callable[[Path], Rows]  # from a file of answers made elsewhere; see `read_answers`
     terms: Callable[[Rows], dict[str, Terms]]  # measures of rows with "answer"; an item per image
     tokens: int  # limit of an answer
     asked: str  # how a model is asked; all scores of its answers say so
@@ -43,10 +44,15 @@ class Part:
     baseline: Callable[[Rows], dict[str, float]] = lambda rows: {}
     mode: str = ""  # part of the names of the files with scores, if there are several modes
 
-    def note(self, tokens: int | None) -> str:
-        """Return how the answers were made and scored; `tokens`: a model's limit, None: a file."""
-        how = f"{self.asked}, at most {tokens} new tokens" if tokens else "answers from a file"
-        return f"{how}; {self.scored}"
+    def note(self, args: Namespace, scored: int, total: int) -> str:
+        """Return how answers were made, by evaluate.py's options, and how many rows were scored."""
+        how = "answers from a file"
+        if not args.answers:
+            how = f"{self.asked}, at most {args.max_new_tokens or self.tokens} new tokens"
+            how += f", temperature {args.temperature:g}" if args.temperature else ""
+            how += f", the best of {args.best_of} by {args.reward_model}" if args.best_of else ""
+        count = f"; {scored} of {total} rows" if scored < total else ""
+        return f"{how}; {self.scored}{count}"
 
     def measure(self, rows: Rows, seed: int) -> tuple[dict[str, dict], dict[str, Terms]]:
         """Return {measure: {"value", "low", "high"}} and the terms of the same measures.
@@ -74,9 +80,9 @@ def how_asked(suffix: str) -> str:
     return f"asked with {suffix.strip()!r}" if suffix else "asked as in the file"
 
 
-def in_order(path: Path, answers: Path) -> list[tuple[str, dict, str]]:
+def in_order(path: Path, answers: Path) -> list[tuple[str, dict, str | None]]:
     """Return (name, row, answer) of each question of a file and the answer at the same place."""
-    rows, given = list(whole_rows(path)), read_answers(answers, unreadable=True)
+    rows, given = list(whole_rows(path)), read_answers(answers)
     for name, row in rows:
         if isinstance(row.get("image"), ParquetImage):
             row["image"] = row["image"].name or name  # as in the answers file
@@ -88,7 +94,7 @@ def in_order(path: Path, answers: Path) -> list[tuple[str, dict, str]]:
                 raise DataError(f"{each['name']}: answers {key} {brief(each[key])}, where {name} "
                                 f"has {brief(row[key])}; answers have the order of the questions")
     return [(name, {**row, "image": str(row.get("image", i))}, each["answer"])
-            for i, ((name, row), each) in enumerate(zip(rows, given)) if "answer" in each]
+            for i, ((name, row), each) in enumerate(zip(rows, given))]
 
 
 # --------------------------------------------------------------------------- POPE and short answers
@@ -99,21 +105,30 @@ def pope_part(path: Path, images: str | None, suffix: str | None, skip: list | N
     ending = on_new_line(suffix)
 
     def ask() -> list[ImageQuestion]:
-        found = read_questions(path, images, skip=skip)
-        check([q.fields for q in found])
-        return [replace(q, question=q.question + ending,
-                        fields=q.fields | {"question": q.question + ending}) for q in found]
+        found = []
+        for each in read_questions(path, images, skip=skip):
+            with skipping(skip):
+                check(each.name, each.fields)
+                text = each.question + ending
+                found.append(replace(each, question=text, fields=each.fields | {"question": text}))
+        return found
 
-    def check(rows: Rows) -> None:
-        if not all(row.get("label") in ("yes", "no") for row in rows):
-            raise DataError(f"{path}: every row needs a label, yes or no")
+    def given(answers: Path) -> Rows:
+        rows = []
+        for name, row, text in in_order(path, answers):
+            with skipping(skip):
+                check(name, row)
+                rows.append({**row, "answer": text})
+        return rows
+
+    def check(name: str, row: dict) -> None:
+        if row.get("label") not in ("yes", "no"):
+            raise DataError(f"{name}: label is {brief(row.get('label'))}, not 'yes' or 'no'")
 
     def terms(rows: Rows) -> dict[str, Terms]:
-        check(rows)
         return pope_terms([row["answer"] for row in rows], [row["label"] for row in rows],
                           [row.get("image", i) for i, row in enumerate(rows)])
 
-    given = lambda answers: [{**row, "answer": text} for _, row, text in in_order(path, answers)]
     return Part(f"pope/{path.stem}", path.stem, ask, given, terms, SHORT_TOKENS,
                 how_asked(ending), "POPE's parser of answers")
 
@@ -149,32 +164,38 @@ def chair_part(
     truth, files, ids = coco.read_objects(paths, table.kinds_of if table else coco.kinds_of)
 
     def ask() -> list[ImageQuestion]:
-        if questions:
-            found = [each for path in questions
-                     for each in read_questions(path, images, prompt, skip)]
-            known([{"name": each.name, **each.fields} for each in found])
-            return found
-        text, found = (prompt or "").replace(IMAGE, "").strip() or DESCRIBE, []
-        for name in files.values():
+        found = []
+        for each in (q for path in questions for q in read_questions(path, images, prompt, skip)):
+            with skipping(skip):
+                key_of(each.name, each.fields)
+                found.append(each)
+        text = (prompt or "").replace(IMAGE, "").strip() or DESCRIBE
+        for name in [] if questions else files.values():
             with skipping(skip):
                 image = image_path(str(paths[0]), name, images or paths[0].parent)
                 found.append(ImageQuestion(
                     f"{paths[0]} image {name}", image, text, {"image": name, "question": text}))
         return found
 
-    def known(rows: Rows) -> list[str]:
-        """Return the keys of the rows' images; DataError if the truth about one is unknown."""
-        keys = [coco.image_key(row["image"]) if "image" in row else
-                ids.get(str(row.get("image_id")), coco.image_key(row.get("image_id", "")))
-                for row in rows]
-        for row, key in zip(rows, keys):
-            if key not in truth:
-                raise DataError(f"{row.get('name', '--chair')}: nothing is known about image "
-                                f"{key!r}; give annotations that include it")
-        return keys
+    def given(answers: Path) -> Rows:
+        rows = []
+        for row in read_answers(answers):
+            with skipping(skip):
+                key_of(row["name"], row)
+                rows.append(row)
+        return rows
+
+    def key_of(name: str, row: dict) -> str:
+        """Return the key of a row's image; DataError if the truth about it is unknown."""
+        key = (coco.image_key(row["image"]) if "image" in row else
+               ids.get(str(row.get("image_id")), coco.image_key(row.get("image_id", ""))))
+        if key not in truth:
+            raise DataError(f"{name}: nothing is known about image {key!r}; give annotations that "
+                            "include it")
+        return key
 
     def terms(rows: Rows) -> dict[str, Terms]:
-        keys = known(rows)
+        keys = [key_of("--chair", row) for row in rows]
         answers, objects = [row["answer"] for row in rows], [truth[key] for key in keys]
         if table:
             return synonym_terms(answers, objects, table, keys)
@@ -183,7 +204,7 @@ def chair_part(
     scored = ("words of the official synonym file; objhal/ finds objects in answers by them, "
               "published scores by ChatGPT" if table else
               "words of this project, not of the official synonym file (--synonyms)")
-    return Part("chair", "chair", ask, read_answers, terms, LONG_TOKENS, how_asked(""), scored,
+    return Part("chair", "chair", ask, given, terms, LONG_TOKENS, how_asked(""), scored,
                 mode="synonyms" if table else "")
 
 

@@ -5,7 +5,7 @@ recall, VQA). The folder may have any of:
 
     pope/*.json[l]                POPE's questions: image, text, label
     chair/*.json                  COCO instances and captions, or {"image.jpg": ["object"]}
-    chair/synonyms.txt            the official file of words (else this project's own)
+    chair/synonyms.txt            the official file, or --synonyms; else this project's own words
     chair/questions.jsonl         image and question; else all images of chair/*.json
     amber/                        AMBER's repository, or its folder data
     mmhal/response_template.json  MMHal's questions
@@ -20,6 +20,7 @@ paired differences to the first model; both say how each benchmark was asked and
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
@@ -45,7 +46,8 @@ small{display:block;color:#888}th[colspan]{padding-top:1.5em}
 
 
 def find_parts(
-    folder: Path, images: str | None, suffix: str | None = None, skip: list | None = None
+    folder: Path, images: str | None, suffix: str | None = None, synonyms: str | None = None,
+    skip: list | None = None,
 ) -> tuple[list[Part], Callable[[Rows, Path], Rows] | None]:
     """Return the benchmarks of a folder, and `judged` for its MMHal if it has that.
 
@@ -59,10 +61,10 @@ def find_parts(
     files = lambda name: sorted([*(folder / name).glob("*.json"), *(folder / name).glob("*.jsonl")])
     parts = [pope_part(path, where("pope"), suffix, skip) for path in files("pope")]
     asked, words = folder / "chair" / "questions.jsonl", folder / "chair" / "synonyms.txt"
+    synonyms = synonyms or (str(words) if words.exists() else None)
     if truth := sorted((folder / "chair").glob("*.json")):
         parts.append(chair_part(
-            truth, where("chair"), [asked] if asked.exists() else [], None,
-            str(words) if words.exists() else None, skip))
+            truth, where("chair"), [asked] if asked.exists() else [], None, synonyms, skip))
     if (folder / "amber").is_dir():
         parts += amber_parts(folder / "amber", where("amber"), suffix, skip)
     judge, template = None, folder / "mmhal" / "response_template.json"
@@ -139,15 +141,19 @@ def measure(
     return scores, terms
 
 
-def notes(parts: Sequence[Part], limit: int | None, scores: dict[str, dict]) -> dict[str, str]:
+def notes(
+    parts: Sequence[Part], args: Namespace, scores: dict[str, dict], answered: dict[str, list],
+    questions: dict[str, list],
+) -> dict[str, str]:
     """Return {part: how it was asked and scored, or why the first model has no scores}.
 
     Args:
-        limit: of new tokens; None: that of each part.
+        args: of evaluate.py.
+        answered, questions: rows, by part.
     """
     found, first = {}, next(iter(scores.values()))
     for part in parts:
-        found[part.name] = part.note(limit or part.tokens)
+        found[part.name] = part.note(args, len(answered[part.name]), len(questions[part.name]))
         if not any(name.startswith(f"{part.name}/") for name in first):
             found[part.name] += (
                 "; no scores yet: give each model's mmhal_*_prompts.jsonl to a judge, put its "
