@@ -54,15 +54,11 @@ class KVCache:
         """Return cos and sin of positions, as `model.rotary` computes them."""
         return self.cos[position].unsqueeze(1), self.sin[position].unsqueeze(1)
 
-    def widen(self, rows: Tensor, slots: int) -> None:
-        """Add empty slots, and repeat rows, (rows,) indices; holds one layer twice at a time."""
+    def keep(self, rows: Tensor, more: int = 0) -> None:
+        """Keep these rows alone, (rows,) indices or bool, and add empty slots."""
         for buffers in (self.k, self.v):
-            for i, old in enumerate(buffers):
-                buffers[i] = nn.functional.pad(old[rows], (0, 0, 0, slots - old.shape[2]))
-
-    def keep(self, rows: Tensor) -> None:
-        """Keep these rows alone: (rows,) bool."""
-        self.k, self.v = [k[rows] for k in self.k], [v[rows] for v in self.v]
+            for i, old in enumerate(buffers):  # never more than one of them twice in memory
+                buffers[i] = nn.functional.pad(old[rows], (0, 0, 0, more))
 
 
 @dataclass
@@ -111,7 +107,8 @@ def generate(
         of a prompt do not depend on when the others end.
 
     Raises:
-        ValueError: a prompt leaves no room in the model's context, or the logits are not finite.
+        ValueError: a prompt leaves no room in the model's context, prompts with `image_of` differ
+            before an image's end, or the logits are not finite.
     """
     context, width = model.config.text.max_position_embeddings, max(map(len, prompts))
     steps = min(max_new_tokens, context - min(map(len, prompts)))
@@ -208,7 +205,7 @@ def prefill(
         model(images, tokens[:first, :shared], slot[:shared].expand(first, -1),
               mask=causal[:first, :, :shared, :shared], cache=cache, slots=slot[:shared])
         images = None
-        cache.widen(torch.tensor(image_of, device=device), slots)
+        cache.keep(torch.tensor(image_of, device=device), slots - shared)
     else:
         cache = KVCache(model, rows, slots, slots)
     hidden = model(
