@@ -247,23 +247,9 @@ def run_data(args: Namespace) -> None:
         answer(args, loaded, asked, output_file(args, f"{path.stem}.jsonl"), LONG_TOKENS)
 
 
-def chosen_parts(args: Namespace) -> list[Part]:
-    """Return the parts of the benchmark that the command line names."""
-    if args.amber:
-        return parts.amber_parts(Path(args.amber), args.images, args.suffix, args.skipped)
-    if args.chair:
-        return [parts.chair_part(find_files(args.chair), args.images, find_files(args.data or []),
-                                 args.prompt, args.synonyms, args.skipped)]
-    paths = find_files(args.pope or args.vqa)
-    if args.answers and len(paths) > 1:
-        raise ValueError("--answers goes with one file of questions")
-    make = parts.pope_part if args.pope else parts.vqa_part
-    return [make(path, args.images, args.suffix, args.skipped) for path in paths]
-
-
 def run_benchmark(args: Namespace) -> None:
     """Print and write the scores of --model or of --answers on a benchmark."""
-    chosen, scored = chosen_parts(args), []
+    chosen, scored = parts.chosen_parts(args), []
     metrics.refuse_twins(part.file for part in chosen)
     questions = [[] if args.answers else part.ask() for part in chosen]  # bad ones fail first
     loaded = None if args.answers else load(args, args.model)

@@ -17,7 +17,7 @@ from evaluation.judge import judge_note
 from evaluation.metrics import Terms, with_intervals
 from evaluation.synonyms import Synonyms, synonym_terms
 from formats.files import brief, understood
-from formats.rows import DataError, ParquetImage, image_path, skipping, whole_rows
+from formats.rows import DataError, ParquetImage, find_files, image_path, skipping, whole_rows
 from formats.tokenizer import IMAGE
 
 DESCRIBE = "Please describe this image in detail."  # if a benchmark has no questions
@@ -264,3 +264,20 @@ def mmhal_part(path: Path, images: str | None, label: str | None) -> Part:
     ask = lambda: mmhal_questions(path, read_mmhal(path), images or path.parent)
     return Part("mmhal", "mmhal", ask, read_answers, terms, LONG_TOKENS, how_asked(""),
                 judge_note(label), mode=label or "")
+
+
+# --------------------------------------------------------------------------------- the command line
+
+
+def chosen_parts(args: Namespace) -> list[Part]:
+    """Return the parts of the benchmark that the command line names."""
+    if args.amber:
+        return amber_parts(Path(args.amber), args.images, args.suffix, args.skipped)
+    if args.chair:
+        return [chair_part(find_files(args.chair), args.images, find_files(args.data or []),
+                           args.prompt, args.synonyms, args.skipped)]
+    paths = find_files(args.pope or args.vqa)
+    if args.answers and len(paths) > 1:
+        raise ValueError("--answers goes with one file of questions")
+    make = pope_part if args.pope else vqa_part
+    return [make(path, args.images, args.suffix, args.skipped) for path in paths]
