@@ -2962,7 +2962,8 @@ SEEN, GIVEN = {"chosen": "A"}, {"chosen": "A", "status": "corrected", "seconds":
     ("/submit", GIVEN | {"seconds": "1"}, {}, 400), ("/submit", GIVEN | {"status": "x"}, {}, 400),
     ("/submit", GIVEN | {"types": {"0": "x"}}, {}, 400),
     ("/TOKEN/", None, {}, 200), ("/TOKEN/item", None, {"Host": "10.0.0.7:8000"}, 200),
-    ("/TOKEN", None, {}, 404), ("/wrong/TOKEN/", None, {}, 403), ("/", None, {"Host": "TOKEN"}, 403),
+    ("/TOKEN", None, {}, 404), ("/wrong/TOKEN/", None, {}, 403),
+    ("/", None, {"Host": "TOKEN"}, 403),
 ])
 def test_requests_that_are_refused(page, path, body, headers, status):
     at = page(1, token="TOKEN" if "TOKEN" in str((path, headers)) else "")

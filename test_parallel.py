@@ -157,8 +157,9 @@ def parallel_runs(photos, tmp_path_factory):
             runs.append(parallel_run("ddpo", f"cut by {count}"))
         done = processes(count, here, *runs, how="stopped", at=3)
         assert (done.returncode == 0) == (count == 3), done.stderr
-        ends = done.stderr.count("the model is in"), done.stderr.count("stopped and saved at step 4")
-        assert ends == ((len(runs), 0) if count == 3 else (len(runs) - 1, 1))  # one process prints
+        ends = [done.stderr.count(said)
+                for said in ("the model is in", "stopped and saved at step 4")]
+        assert ends == ([len(runs), 0] if count == 3 else [len(runs) - 1, 1])  # one process prints
         assert done.stderr.count("resumed at step 4 of 5") == {2: 0, 1: 1, 3: 2}[count]
     return folder
 
