@@ -23,7 +23,8 @@ from typing import ClassVar, get_args, get_type_hints
 VERSION = "0.2"
 TRANSIENT = {  # options that do not change a result
     "resume", "overwrite", "dry_run", "gpus", "save_every", "log_every", "tensorboard"}
-MEMORY = {"micro_batch", "gradient_checkpointing"}  # may differ when a run resumes: only rounding
+# May differ when a run resumes: they change rounding, and the reward model's centring term.
+MEMORY = {"micro_batch", "gradient_checkpointing"}
 # Options of the built-in feedback, without effect on one's own data.
 OF_WORLD = {"corrections", "overlook", "noise", "rankings", "prompts"}
 

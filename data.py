@@ -52,6 +52,7 @@ class Example:
     length_factor: float = 1.0  # scales the length penalty of this prompt
     picture: str = ""  # file name of the image
     source: Source | None = None  # where the image is, for a reward model with its own tower
+    content: str = ""  # identifies what the tower reads (`Features.digest`)
 
 
 # ------------------------------------------------------------------------------------------ batches

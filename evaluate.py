@@ -32,6 +32,7 @@ Answers go to --output (by default the run's `answers`, or runs/suite); the same
 import signal
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from functools import partial
 from pathlib import Path
 
 from config import check_early, number
@@ -251,18 +252,20 @@ def run_benchmark(args: Namespace) -> None:
     """Print and write the scores of --model or of --answers on a benchmark."""
     chosen, scored = parts.chosen_parts(args), []
     metrics.refuse_twins(part.file for part in chosen)
-    questions = [[] if args.answers else part.ask() for part in chosen]  # bad ones fail first
+    questions = [([], 0) if args.answers else parts.counted(part.ask, args.skipped)
+                 for part in chosen]  # bad ones fail first
     loaded = None if args.answers else load(args, args.model)
-    for part, asked in zip(chosen, questions):
+    for part, (asked, total) in zip(chosen, questions):
         if args.answers:
             with understood(args.answers):
-                asked = part.given(Path(args.answers))
+                given = partial(part.given, Path(args.answers))
+                asked, total = parts.counted(given, args.skipped)
             rows = [row for row in asked if row["answer"] is not None]
         else:
             path = output_file(args, f"{part.file}.jsonl")
             rows = list(map(part.clean, answer(args, loaded, asked, path, part.tokens)))
         if rows:
-            note = part.note(args, len(rows), len(asked))
+            note = part.note(args, len(rows), total)
             print_scores(args, part, part.measure(rows, args.seed)[0], note)
         scored += rows
     if not scored:
@@ -276,6 +279,9 @@ def run_mmhal(args: Namespace) -> None:
     path = Path(args.mmhal)
     rows = benchmarks.read_mmhal(path)
     if args.replies:
+        if not any(row.get("model_answer") for row in rows):
+            raise ValueError(f"{path}: no row has a model_answer; give the filled template, "
+                             "mmhal_*_filled.json")
         replies = benchmarks.read_replies(Path(args.replies), len(rows))
         for i, reply in enumerate(replies):
             if benchmarks.rating(reply) is None:
@@ -302,19 +308,20 @@ def run_suite(args: Namespace) -> None:
     chosen, judged = suite.find_parts(
         source, args.images, args.suffix, args.synonyms, args.skipped)
     metrics.refuse_twins(part.name for part in chosen)
-    questions = {part.name: part.ask() for part in chosen}  # fails before a model is loaded
+    asked = {part.name: parts.counted(part.ask, args.skipped) for part in chosen}  # bad ones fail
     scores, terms, answered = {}, {}, {}
     for name, path in models.items():
         loaded = load(args, path)
 
         def ask(part: Part, file: Path) -> list[dict]:
-            return answer(args, loaded, questions[part.name], file, part.tokens,
+            return answer(args, loaded, asked[part.name][0], file, part.tokens,
                           whole=part.name == "mmhal")  # its prompts need all answers
 
         scores[name], terms[name] = suite.measure(
             chosen, ask, out / name, judged, answered, args.seed)
         loaded = None  # before the next one is loaded
-    notes = suite.notes(chosen, args, scores, answered, questions)
+    totals = {name: total for name, (_, total) in asked.items()}
+    notes = suite.notes(chosen, args, scores, answered, totals)
     print(*(f"{name}: {note}" for name, note in notes.items()), sep="\n")
     differences = suite.compare(terms, args.seed)
     print(evaluation.comparison(scores, differences))

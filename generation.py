@@ -57,8 +57,9 @@ class KVCache:
     def keep(self, rows: Tensor, more: int = 0) -> None:
         """Keep these rows alone, (rows,) indices or bool, and add empty slots."""
         for buffers in (self.k, self.v):
-            for i, old in enumerate(buffers):  # never more than one of them twice in memory
-                buffers[i] = nn.functional.pad(old[rows], (0, 0, 0, more))
+            for i, old in enumerate(buffers):  # one at a time, to hold few of them twice
+                kept = old[rows]
+                buffers[i] = nn.functional.pad(kept, (0, 0, 0, more)) if more else kept
 
 
 @dataclass

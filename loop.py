@@ -60,7 +60,6 @@ class Loop:
             while self.step < self.algorithm.steps:
                 metrics = self.one_step()
                 self.step += 1
-                discard_replaced(self.folder)
                 bar.update()
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}")
                 last = self.step == self.algorithm.steps
@@ -74,6 +73,7 @@ class Loop:
                         board.add_scalar(name, value, self.step)
                 if self.stop or self.step % self.run.save_every == 0 and not last:
                     self.save()
+                discard_replaced(self.folder)
                 if self.stop:
                     raise Interrupted(
                         f"stopped and saved at step {self.step} of {self.algorithm.steps}")

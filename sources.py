@@ -169,9 +169,9 @@ def read_examples(
         with skipping(skipped):
             if not encode and row.image is not None:
                 open_image(row.name, row.image)
-            image = features[i] if encode else None
+            image, content = (features[i], features.digest(i)) if encode else (None, "")
             examples.append(Example(row.name, image, *made[i], row.truth, row.length_bonus,
-                                    row.picture, row.image))
+                                    row.picture, row.image, content))
             usable.append(row)
         if not keep:
             refuse(skipped, LISTED + 1)

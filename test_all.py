@@ -904,7 +904,7 @@ def test_reference_is_kept_for_its_own_data_and_precision(tiny, tmp_path, monkey
     examples = [random_example(i) for i in range(3)]
     first = make_ddpo(tiny, examples, tmp_path).reference
     assert make_ddpo(tiny, examples, tmp_path).reference == first  # read back
-    other = [replace(examples[0], image=examples[1].image), *examples[1:]]
+    other = [replace(examples[0], content="another picture"), *examples[1:]]
     for changed, settings in ((examples, {"normalize": False}), (examples[:2], {}), (other, {})):
         with pytest.raises(ValueError, match="reference.json belongs to another"):
             make_ddpo(tiny, changed, tmp_path, **settings)
@@ -1888,8 +1888,13 @@ def test_chair_reads_instances_captions_and_plain_files(tmp_path):
     for path, image in zip(files, ("1.png", "a/1.png", "b/1.png")):
         write_lines(path, {image: ["cat"]})
     assert coco.read_objects(files[:2])[1] == {"1": "a/1.png"}  # may be the same image
-    with pytest.raises(DataError, match="b.json: images 'a/1.png' and 'b/1.png' cannot be told"):
-        coco.read_objects(files)
+    for given in (files, [files[1], files[0], files[2]]):
+        with pytest.raises(DataError, match="'a/1.png' and 'b/1.png' cannot be told apart"):
+            coco.read_objects(given)
+    for one, two in (("val2014/COCO_val2014_000000000042.jpg", "val2017/000000000042.jpg"),
+                     ("/data/val/a.jpg", "val/a.jpg")):
+        write_lines(files[0], {one: ["cat"]}), write_lines(files[1], {two: ["dog"]})
+        assert list(coco.read_objects(files[:2])[0].values()) == [{"cat", "dog"}]
 
 
 def test_mmhal_by_hand(tmp_path):
@@ -2088,9 +2093,9 @@ BENCH_COMMANDS = {"AMBER": "--amber set/amber --answers",
     ("--mmhal truth.json --replies replies.jsonl", 1, "row 1: no image_id"),
     ("--model one --pope unlabelled.jsonl --images images", 1, "row 1: label is None, not"),
     ("--chair truth.json --answers some.jsonl --skip_bad_rows", 0,
-     r"chair: .* 1 of 2 rows\n(.|\n)*1 rows left out:\n  some.jsonl row 2: nothing is known"),
+     r"chair: .* 1 of 3 rows\n(.|\n)*1 rows left out:\n  some.jsonl row 2: nothing is known"),
     ("--pope some.jsonl --answers some.jsonl --skip_bad_rows", 0,
-     r"some: .* 1 of 2 rows\n(.|\n)*1 rows left out:\n  some.jsonl row 1: label is 'maybe', not"),
+     r"some: .* 1 of 3 rows\n(.|\n)*1 rows left out:\n  some.jsonl row 1: label is 'maybe', not"),
     ("--model one --data rows.jsonl images/../rows.jsonl", 1, "2 files of questions are"),
     ("one --temperature 0.5", 1, "measured greedily"),
     ("few", 1, "few: an unfinished run"), ("no/run", 1, "no/run: no such folder"),
@@ -3061,6 +3066,7 @@ def test_agreement_and_adjudication(page, capsys):
     item = at.ask("/item").content
     assert (item["total"], item["answer"]["id"], len(item["versions"])) == (1, two, 2)
     assert submit(at, item, "A red car.").content["done"] == 1 and at.lines()[-1]["adjudicated"]
+    assert re.search(rf"{two} .*; \S+ decided", agreement.agreement(at.out, Units()))
     at.out.write_bytes(at.out.read_bytes() + written)  # its annotators submit all answers again
     chosen = {pair.chosen for pair in read_pairs([at.out], at.photos)}
     assert chosen == {ANSWER.replace(" red", "", 1), "A red car."}
@@ -4559,6 +4565,8 @@ GOOD_ROWS = {  # rows, and what becomes of the fields behind name and image
             {**GOOD, "image": None, "image_path": "ok.jpg"},
             {**GOOD, "image": {"bytes": None, "path": "ok.jpg"}},
             {**GOOD, "image": None, "images": ["ok.jpg"]},
+            {**GOOD, **{key: [user("<image> What?"), assistant(GOOD[key])]
+                        for key in ("chosen", "rejected")}},  # the question once more
         )],
         ({"images": [{"path": "ok.jpg"}], "chosen": [assistant("A car.")],
           "rejected": [assistant([{"type": "text", "text": "A bus."}])],
@@ -4666,6 +4674,7 @@ BAD_ROWS = {
         *[(GOOD | {"chosen": [*before, {"role": role, "content": "Thanks."}]},
            "chosen should be one answer of the assistant")
           for before, role in (([], "user"), ([user("Not the question?")], "assistant"))],
+        (GOOD | {"chosen": []}, "chosen should be one answer of the assistant"),
         (chat("<image>?", "Yes."), "a conversation has no two answers to compare"),
         (human_preference("<image>?", "Yes.", "What?"), "the last turn should be from 'gpt'"),
         *[(human_preference(**{key: value}), phrase) for key, value, phrase in (
@@ -4895,6 +4904,10 @@ def test_every_image_is_encoded_once_in_memory_and_on_disk(tiny_world, image_fol
     with torch.autocast("cpu", torch.bfloat16):  # float32 weights, half the memory
         half = run()
     assert half.store.dtype == torch.bfloat16 and found.store.dtype == torch.float32
+    assert [half.digest(i) for i in (0, 2, 3)] == [found.digest(i) for i in (4, 2, 3)]
+    other = features.encode_images(
+        tiny_world, replace(IMAGES, mode="crop"), images[:1], image_folder, True)
+    assert len({other.digest(0), half.digest(0), half.digest(2), half.digest(3)}) == 4
     torch.testing.assert_close(half[0].float(), found[0], atol=0.1, rtol=0.1)
     with pytest.raises(ValueError, match=r"bin: no 1000000000.0 GB for image features \("):
         features.mapped(image_folder, (10**9, 10**9), torch.uint8)

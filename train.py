@@ -174,6 +174,8 @@ def misuse(run: Run, given: dict) -> str:
         return "--resume continues the run in --out, --overwrite deletes it; give one"
     if run.images and run.on_world():
         return "--images is the folder of the images that --data names; give --data too"
+    if run.tower and not run.model:
+        return "--tower goes with --model"
     if not run.on_world() and (idle := sorted(OF_WORLD & given.keys())):
         return f"--{idle[0]} is about the built-in feedback and does nothing with --data"
     if "captions" in given and "facts" not in given:

@@ -67,7 +67,9 @@ def people(lines: Sequence[dict], units: Units) -> str:
 
 def agreement(path: Path, units: Units) -> str:
     """Return the report on a file of corrections; a DataError names a bad line."""
-    answers = by_answer(read_lines(path, path.read_bytes()))
+    lines = read_lines(path, path.read_bytes())
+    answers = by_answer(lines)
+    decided = {line["id"]: line["annotator"] for line in lines if "adjudicated" in line}
     report = people([line for each in answers.values() for line in each.values()], units)
     pairs, listed = defaultdict(list), []
     for key, versions in answers.items():
@@ -78,12 +80,14 @@ def agreement(path: Path, units: Units) -> str:
                 pairs["all, both ways"] += marks + [(b, a) for a, b in marks]
         if differ(versions):
             what = ", ".join(f"{name} {line['status']}" for name, line in sorted(versions.items()))
+            what += f"; {decided[key]} decided" if key in decided else ""
             listed.append(f"  {key}  {next(iter(versions.values()))['image']}: {what}")
     if not pairs:
         return (f"{report}\n\nNo answer was corrected by two annotators; annotate.py --overlap 0.1 "
                 "gives a tenth of the answers to two.")
     figures = [(names, len(marks), *kappa(marks)) for names, marks in sorted(pairs.items())]
-    rows = [(names, n, f"{share:.1%}", f"{value:.2f}") for names, n, share, value in figures]
+    rows = [(names, n, f"{share:.1%}", "-" if math.isnan(value) else f"{value:.2f}")
+            for names, n, share, value in figures]
     head = f"--adjudicate opens answers with different corrections: {len(listed)}"
     return "\n\n".join([report, table([("annotators", units.name, "agree", "kappa"), *rows]),
                         "\n".join([head, *listed])])

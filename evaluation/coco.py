@@ -223,16 +223,27 @@ def read_objects(
         for image, name in named.items():
             ids[str(image)] = key = image_key(name)
             other, before = keys.setdefault(key, name), files.get(key, name)
-            if other == name and len({Path(name).parent, Path(before).parent} - {Path()}) > 1:
+            if other == name and elsewhere(name, before):
                 other = before  # of another file, in another folder
             if other != name:
                 raise DataError(f"{path}: images {brief(other)} and {brief(name)} cannot be told "
                                 "apart by number or file name; rename one")
-        files |= keys
+        files |= {k: name for k, name in keys.items() if k not in files or Path(name).name != name}
         objects |= {key: set() for key in keys if key not in objects}
         for image, text in found:
             objects[ids.get(str(image), image_key(image))] |= set(kinds_of(text))
     return objects, files, ids
+
+
+def elsewhere(one: str, two: str) -> bool:
+    """Return whether two names of one key are of different images, as their folders say.
+
+    COCO's own numbers are unique, whatever the folder.
+    """
+    if re.search(r"\d{12}\.\w+$", one):
+        return False
+    shorter, longer = sorted((Path(one).parts, Path(two).parts), key=len)
+    return len(shorter) > 1 and longer[-len(shorter) :] != shorter
 
 
 def image_rows(content: dict) -> tuple[dict, list]:

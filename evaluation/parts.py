@@ -76,6 +76,13 @@ def on_new_line(suffix: str | None, default: str = SUFFIX) -> str:
     return f"\n{text}" if text else ""
 
 
+def counted(rows_of: Callable[[], list], skip: list | None) -> tuple[list, int]:
+    """Return rows, and how many there would be without those that are skipped on the way."""
+    before = len(skip or ())
+    rows = rows_of()
+    return rows, len(rows) + len(skip or ()) - before
+
+
 def how_asked(suffix: str) -> str:
     return f"asked with {suffix.strip()!r}" if suffix else "asked as in the file"
 
@@ -204,7 +211,8 @@ def chair_part(
     scored = ("words of the official synonym file; objhal/ finds objects in answers by them, "
               "published scores by ChatGPT" if table else
               "words of this project, not of the official synonym file (--synonyms)")
-    return Part("chair", "chair", ask, given, terms, LONG_TOKENS, how_asked(""), scored,
+    asked = how_asked("") if questions else f"asked {prompt or DESCRIBE!r}"
+    return Part("chair", "chair", ask, given, terms, LONG_TOKENS, asked, scored,
                 mode="synonyms" if table else "")
 
 

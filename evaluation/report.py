@@ -121,7 +121,7 @@ def setting_table(config: dict) -> str:
     versions = {f"version of {name}": value for name, value in config.get("versions", {}).items()}
     rows = "".join(
         f"<tr><td><code>{escape(str(k))}</code></td><td><code>{escape(str(v))}</code></td></tr>"
-        for k, v in (config.get("settings", {}) | versions).items())
+        for k, v in (config.get("settings", {}) | versions).items() if v is not None)
     return f"<details><summary>all settings</summary><table>{rows}</table></details>"
 
 

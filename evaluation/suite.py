@@ -143,17 +143,17 @@ def measure(
 
 def notes(
     parts: Sequence[Part], args: Namespace, scores: dict[str, dict], answered: dict[str, list],
-    questions: dict[str, list],
+    totals: dict[str, int],
 ) -> dict[str, str]:
     """Return {part: how it was asked and scored, or why the first model has no scores}.
 
     Args:
         args: of evaluate.py.
-        answered, questions: rows, by part.
+        answered, totals: answered rows, and the number of all rows, by part.
     """
     found, first = {}, next(iter(scores.values()))
     for part in parts:
-        found[part.name] = part.note(args, len(answered[part.name]), len(questions[part.name]))
+        found[part.name] = part.note(args, len(answered[part.name]), totals[part.name])
         if not any(name.startswith(f"{part.name}/") for name in first):
             found[part.name] += (
                 "; no scores yet: give each model's mmhal_*_prompts.jsonl to a judge, put its "

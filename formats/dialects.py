@@ -52,15 +52,26 @@ def plain(name: str, row: dict) -> dict:
                             "with the user's question")
         *before, row["question"] = (turn["value"].replace(IMAGE, "").strip() for turn in turns)
         row["history"] = list(map(list, zip(before[0::2], before[1::2])))
-    asked = chat_turns(name, row["prompt"]) if isinstance(row.get("prompt"), list) else []
     for key in ("chosen", "rejected"):
         if isinstance(row.get(key), list):
-            *earlier, last = chat_turns(name, row[key])
-            if last["from"] != "gpt" or earlier not in ([], asked):
+            *earlier, last = chat_turns(name, row[key]) or [{"from": None}]
+            if last["from"] != "gpt" or earlier and spoken(earlier) != asked(name, row):
                 raise DataError(f"{name}: {key} should be one answer of the assistant, alone or "
                                 "after the messages of the prompt")
             row[key] = last["value"]
     return row
+
+
+def asked(name: str, row: dict) -> list[tuple[str, str]]:
+    """Return what was said before the answers of a row, as `spoken` does."""
+    if isinstance(row.get("prompt"), list):
+        return spoken(chat_turns(name, row["prompt"]))
+    return spoken([{"from": "human", "value": row.get("question") or row.get("prompt") or ""}])
+
+
+def spoken(turns: list[dict]) -> list[tuple[str, str]]:
+    """Return (speaker, text) of each turn, without `<image>`."""
+    return [(turn["from"], turn["value"].replace(IMAGE, "").strip()) for turn in turns]
 
 
 def chat_turns(name: str, messages: list) -> list[dict]:

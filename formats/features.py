@@ -36,6 +36,7 @@ class Features:
 
     store: Tensor  # (images, patches, D_vision) on the CPU, each distinct image once
     entries: list[int | str | None]  # per row: place in the store, error message, or None
+    digests: list[str]  # of the images in the store: hashes of their files and of `ImageSettings`
 
     def __getitem__(self, row: int) -> Tensor | None:
         """Return a row's features; DataError if its image could not be read."""
@@ -43,6 +44,10 @@ class Features:
         if isinstance(entry, str):
             raise DataError(entry)
         return None if entry is None else self.store[entry]
+
+    def digest(self, row: int) -> str:
+        """Identify what the tower reads, which unlike features does not depend on rounding."""
+        return "" if self[row] is None else self.digests[self.entries[row]]
 
 
 def size(model: LLaVA, named: Named) -> tuple[int, int, int]:
@@ -68,7 +73,7 @@ def encode_images(
     shape, dtype = size(model, named), product_dtype(model.head.weight)
     small = math.prod(shape) * dtype.itemsize <= LIMIT
     store = torch.empty(shape, dtype=dtype) if small else mapped(folder, shape, dtype)
-    return Features(store, fill(store, model, settings, named, stop))
+    return Features(store, *fill(store, model, settings, named, stop))
 
 
 def mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -95,9 +100,10 @@ def reserve(file: Path, size: int) -> None:
 @torch.no_grad()
 def fill(
     store: Tensor, model: LLaVA, settings: ImageSettings, named: Named, stop: bool
-) -> list[int | str | None]:
-    """Write the features of every distinct image into the store; return `Features.entries`."""
+) -> tuple[list[int | str | None], list[str]]:
+    """Write the features of every distinct image; return `Features.entries` and its digests."""
     entries: list[int | str | None] = []
+    digests: list[str] = []
     known: dict = {None: None}  # image -> its place in the store, or why it cannot be read
     used, size = 0, BATCH * parallel.world()
     bar = tqdm(total=len(named), desc="images", disable=None, leave=False)
@@ -105,26 +111,27 @@ def fill(
         for part, keys, pixels in parts:
             failed = {key: each for key, each in pixels.items() if isinstance(each, str)}
             found = torch.empty(0, *store.shape[1:], dtype=store.dtype)
-            readable = [key for key in pixels if key not in failed]
+            readable = {key: each[1] for key, each in pixels.items() if key not in failed}
             if readable:
-                batch = torch.stack([pixels[key] for key in readable]).to(model.head.weight)
+                batch = torch.stack([pixels[key][0] for key in readable]).to(model.head.weight)
                 found = model.image_features(batch).cpu()
             for faults, theirs, values in parallel.gather([(failed, readable, found)]):
                 store[used : used + len(values)] = values
                 known |= faults | dict(zip(theirs, range(used, used + len(values))))
+                digests += theirs.values()
                 used += len(values)
             for (name, _), key in zip(part, keys):
                 entries.append(name + known[key] if isinstance(known[key], str) else known[key])
                 if isinstance(known[key], str) and stop:
                     raise DataError(entries[-1])
             bar.update(len(part))
-    return entries
+    return entries, digests
 
 
 def decode_ahead(
     named: Named, settings: ImageSettings, size: int
-) -> Iterator[tuple[Named, list, dict[object, Tensor | str]]]:
-    """Yield rows, their images' keys, and the tower's input for this process's new ones.
+) -> Iterator[tuple[Named, list, dict[object, tuple[Tensor, str] | str]]]:
+    """Yield rows, their images' keys, and `tower_input` of this process's new ones.
 
     Meanwhile, threads read and decode the images of the next rows.
     """
@@ -154,12 +161,17 @@ def identify(source: Source | None) -> tuple[object, Path | bytes | DataError]:
     return hashlib.sha256(content).digest() if isinstance(content, bytes) else content, content
 
 
-def tower_input(image: Path | bytes | DataError, settings: ImageSettings) -> Tensor | str:
-    """Return pixels (3, size, size), or an error message that lacks only the row's name."""
+def tower_input(
+    image: Path | bytes | DataError, settings: ImageSettings
+) -> tuple[Tensor, str] | str:
+    """Return pixels (3, size, size) and a digest, or an error message without the row's name."""
     if isinstance(image, DataError):
         return str(image)
     try:
         picture = open_image("", image)
     except DataError as error:
         return str(error)
-    return preprocess(picture, settings.size, settings.mean, settings.std, settings.mode)
+    digest = hashlib.sha256(repr(settings).encode())
+    digest.update(image if isinstance(image, bytes) else image.read_bytes())
+    return (preprocess(picture, settings.size, settings.mean, settings.std, settings.mode),
+            digest.hexdigest())
