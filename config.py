@@ -118,7 +118,8 @@ class Run:
     dry_run: bool = option(False, "print the planned runs and the training rows, and stop")
     gpus: int = option(0, "with --dry_run: print the memory that each of this many GPUs needs")
     resume: bool = option(False, "continue the interrupted run in the output folder")
-    overwrite: bool = option(False, "replace the run in the output folder")
+    overwrite: bool = option(False, "replace the run in the output folder; a finished one with the "
+                             "same settings is replaced without it")
 
     @property
     def alpha(self) -> float:
