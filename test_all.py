@@ -410,6 +410,9 @@ def test_resuming_refuses_other_data(
 
         patch.setattr(loop.Loop, "one_step", asked_late)
         assert "saved at step 2 of 2" in run_train(*command, status=130)
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes, "fingerprint", lambda model: "of other weights")
+        assert "the base has changed since" in run_train(*command, "--resume", status=1)
     Path(edited).write_text(Path(edited).read_text().replace("red", "green"))
     assert "the data have changed" in run_train(*command, "--resume", status=1) or algo == "ddpo"
     run_train(*command, "--overwrite")
