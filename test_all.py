@@ -350,7 +350,8 @@ def test_micro_batches_change_nothing(photos, tmp_path, run_train):
     logs = []
     for size in (4, 3, 1):  # 3: and one row left, which weighs a third of that
         out = tmp_path / str(size)
-        run_train(*own_data(photos, out, "--micro_batch", size, "--steps", 3, "--log_every", 1))
+        run_train(*own_data(photos, out, "--micro_batch", size, "--steps", 3, "--log_every", 1,
+                            "--dtype", "float32"))
         logs.append([(line["loss"], line["grad_norm"]) for line in read_log(out)])
     torch.testing.assert_close(*map(torch.tensor, logs[:2]), atol=0, rtol=1e-4)
     torch.testing.assert_close(*map(torch.tensor, logs[1:]), atol=0, rtol=1e-4)
@@ -1716,7 +1717,7 @@ def test_a_reward_model_over_another_base(material, run_on, tmp_path):
     assert "rows.json row 1: prompt and response have" in run_on(  # before the first step
         "rm", "long", "--request", tmp_path / "long.txt", status=1)
     assert not (tmp_path / "long" / "metrics.jsonl").exists()
-    given = ("--reward_model", tmp_path / "rm")
+    given = ("--reward_model", tmp_path / "rm", "--dtype", "float32")
     assert "a reward model over another base" in run_on(
         "ppo", "ppo", *given, "--length_penalty", 0, "--held_out_reward_model", tmp_path / "rm")
     for line in read_log(tmp_path / "ppo"):
@@ -6117,7 +6118,7 @@ def test_kernels_bench_step(capsys):
     """On a small model; TRL need not be installed."""
     bench.main("--step --pairs 2 --repeats 1 --width 64".split())
     shown = capsys.readouterr().out
-    assert "M parameters; trunk 298 tokens" in shown
+    assert f"M parameters; trunk {298 if DEVICE == 'cpu' else 618} tokens" in shown
     seconds = {row["a step by"]: float(row["s"]) for row in table_rows(shown)}
     for row in ("ours", "ours, + once / 3", "ours, recomputing", "ours, recomputing, + once / 3"):
         assert seconds[row] > 0
@@ -6145,7 +6146,8 @@ def test_kernels_bench_gpu_parts(part, tmp_path, monkeypatch):
     assert len(rows) == count
     for row in rows:
         absent = row.get("by") in ("Liger", "cut-cross-entropy", "TRL (chunks)")
-        assert "error" in row if absent else all(row[column] > 0 for column in columns), row
+        assert ("error" in row) == absent, row
+        assert absent or all(row[column] > 0 for column in columns), row
     if "decoder %" in columns:
         shares = [value for name, value in rows[0].items() if name[-1] == "%" and name != "MFU %"]
         assert sum(shares) == pytest.approx(100)
@@ -6189,7 +6191,8 @@ def test_kernels_bench_gpu_goes_on_when_a_part_fails(tmp_path, monkeypatch, capf
     out = tmp_path / "gpu.json"
     bench_gpu.main(bench_gpu.Options(str(out)), replace(TINY_GPU, new_tokens=0))
     found = json.loads(out.read_text())
-    assert f"torch {torch.__version__}" in found["versions"] and found["date"] and found["device"]
+    version = torch.__version__.partition("+")[0]
+    assert f"torch {version}" in found["versions"] and found["date"] and found["device"]
     failed, stopped, right = found["parts"]
     assert failed["error"].startswith("ValueError: a prompt of") and failed["rows"] == []
     assert stopped["error"] == "stopped after 0 s"

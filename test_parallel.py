@@ -90,7 +90,7 @@ def processes(count, folder, *runs, how="", at=0):
     runs = json.dumps([[str(each) for each in run] for run in runs])
     return subprocess.run(
         [*map(str, command), how, str(at), runs], cwd=folder, text=True, timeout=600,
-        capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
 PROMPTS = ("--prompts", 14, "--rollout_size", 6, "--batch_size", 3, "--samples", 2,
